@@ -1,0 +1,1 @@
+"""What the services of Expert Mesh share, and nothing else."""

@@ -1,0 +1,77 @@
+"""The frame header: 64 bits that ride in the UCX tag, so that a payload is rows alone.
+
+====== ==== =========================================================================
+field  bits meaning
+====== ==== =========================================================================
+kind      4 dispatch, reply, refuse
+session  16 chosen by the receiver of the message when gateway and worker connected
+slot      8 which of a gateway's outstanding dispatches to this worker
+layer    10 decoder layer
+expert   10 expert of the layer; :data:`SEVERAL` says that counts lead the payload
+rows     16 rows that follow (of a refusal: the :class:`Refusal`)
+====== ==== =========================================================================
+
+With ``SEVERAL`` the payload starts with one int32 per expert of the layer that the worker
+was told to hold, in ascending order of index, padded to a whole row.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+MAX_LAYERS = 1 << 10
+SEVERAL = (1 << 10) - 1
+MAX_EXPERTS = SEVERAL
+MAX_SLOTS = 1 << 8
+MAX_SESSIONS = 1 << 16
+MAX_ROWS = (1 << 16) - 1
+
+
+class Kind(IntEnum):
+    """What a message is. Zero is none, so that an empty tag is never valid."""
+
+    DISPATCH = 1
+    REPLY = 2
+    REFUSE = 3
+
+
+class Refusal(IntEnum):
+    """Why a dispatch was not served; rides in the rows field of a refuse frame."""
+
+    UNKNOWN_SESSION = 1
+    UNKNOWN_EXPERT = 2
+    WRONG_LENGTH = 3
+    TOO_MANY_ROWS = 4
+    BAD_COUNTS = 5
+    DRAINING = 6
+    FAILED = 7
+    MALFORMED = 8
+
+
+class Frame(NamedTuple):
+    """One decoded tag."""
+
+    kind: int
+    session: int
+    slot: int
+    layer: int
+    expert: int
+    rows: int
+
+
+def encode(kind: int, session: int, slot: int, layer: int, expert: int, rows: int) -> int:
+    """Pack a header into 64 bits. Fields must fit their widths: the caller checked them."""
+    return kind << 60 | session << 44 | slot << 36 | layer << 26 | expert << 16 | rows
+
+
+def decode(tag: int) -> Frame:
+    """Unpack 64 bits. Total: any integer below 2**64 decodes, valid or not."""
+    return Frame(
+        tag >> 60,
+        tag >> 44 & 0xFFFF,
+        tag >> 36 & 0xFF,
+        tag >> 26 & 0x3FF,
+        tag >> 16 & 0x3FF,
+        tag & 0xFFFF,
+    )
