@@ -1,0 +1,58 @@
+"""What one step asks of the decoder.
+
+Legend: T tokens of the step, N rows that need logits, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class SequenceSlice:
+    """The tokens of one sequence in a step: ``num_tokens`` new ones behind ``num_cached``."""
+
+    num_cached: int
+    num_tokens: int
+    block_table: tuple[int, ...]
+    """KV blocks that hold positions 0 to num_cached + num_tokens - 1, in order."""
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """Slices laid end to end. Token t of slice s stands at position num_cached + t."""
+
+    slices: tuple[SequenceSlice, ...]
+    token_ids_T: torch.Tensor
+    """int64, on the CPU; the decoder moves it."""
+    logit_rows_N: torch.Tensor
+    """int64: the rows of T whose logits are wanted, ascending."""
+
+
+class PendingExperts(Protocol):
+    """Rows that are away at their experts."""
+
+    def combine(self) -> torch.Tensor:
+        """Wait for the replies; y_TD, the weighted sum over each row's experts.
+
+        Rows whose expert nobody serves come back as zeros and are noted by the dispatcher:
+        the engine asks it after the step which rows of the batch are void.
+        """
+        ...
+
+
+class Experts(Protocol):
+    """The routed experts of every layer, wherever they are."""
+
+    def dispatch(
+        self, layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> PendingExperts:
+        """Send each row to its K experts. Returns at once; ``x_TD`` is not needed afterwards.
+
+        ``expert_ids_TK`` is int64, ``weights_TK`` float32; the sum over K runs in the order of
+        K and in float32, so that it does not depend on where the experts are.
+        """
+        ...

@@ -1,0 +1,170 @@
+"""Configuration of each process: frozen, validated once at start, said by flags, environment
+variables (``EXPERT_MESH_<FIELD>``) or a TOML file, in that order of precedence.
+
+The command line is made from these fields (:mod:`cli.options`): ``help`` in the metadata is
+what a person reads, the type is what is accepted.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mesh.errors import ConfigError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+PlacementRule = Literal["per-layer", "strict"]
+
+
+def option(default: Any, help: str) -> Any:
+    """A field with the sentence that the command line shows for it."""
+    return field(default=default, metadata={"help": help})
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def default_name(kind: str) -> str:
+    """A name that no other process of this or another host has."""
+    return f"{kind}-{socket.gethostname()}-{os.getpid()}"
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What every process of the mesh has: where it listens, whom it trusts, how it logs."""
+
+    host: str = option("127.0.0.1", "Address to listen on; loopback unless you say otherwise.")
+    port: int = option(0, "gRPC port; 0 takes a free one.")
+    http_port: int = option(0, "Port of /healthz, /readyz and /metrics; 0 takes a free one.")
+    advertise_host: str | None = option(
+        None, "Address that others reach this process by, where it is not the one listened on."
+    )
+    tls_cert: Path | None = option(None, "PEM certificate of this process; turns TLS on.")
+    tls_key: Path | None = option(None, "PEM key of the certificate.")
+    tls_ca: Path | None = option(
+        None, "PEM authority that both sides' certificates must come from; turns mTLS on."
+    )
+    log_level: str = option("info", "debug, info, warning or error.")
+    ready_fd: int | None = option(
+        None, "Descriptor to write one JSON line to once the ports are bound (for supervisors)."
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("port", "http_port"):
+            _require(0 <= getattr(self, name) <= 65535, f"{name} must be 0 to 65535")
+        _require(
+            (self.tls_cert is None) == (self.tls_key is None),
+            "tls_cert and tls_key belong together: give both or neither",
+        )
+        _require(
+            self.tls_ca is None or self.tls_cert is not None,
+            "tls_ca turns on mutual TLS, which needs tls_cert and tls_key too",
+        )
+        for path in (self.tls_cert, self.tls_key, self.tls_ca):
+            _require(path is None or path.is_file(), f"{path} is not a file")
+        _require(
+            self.log_level in ("debug", "info", "warning", "error"),
+            f"log_level {self.log_level!r} is none of debug, info, warning, error",
+        )
+
+
+@dataclass(frozen=True)
+class PlacementConfig(ServerConfig):
+    """The placement service."""
+
+    port: int = option(50050, "gRPC port; 0 takes a free one.")
+    model: Path = option(Path("."), "Checkpoint directory; only its config.json is read.")
+    rule: PlacementRule = option(
+        "per-layer", "per-layer: one expert of a layer on a worker. strict: one expert in all."
+    )
+    experts_per_worker: int = option(
+        1, "Experts of one layer that a worker may hold; more than 1 is colocation."
+    )
+    min_workers: int = option(
+        0, "Wait for this many workers before the first plan; 0: as many as the rules need."
+    )
+    settle_s: float = option(
+        2.0, "After a start, how long to wait for workers of an earlier life before planning."
+    )
+    lease_s: float = option(3.0, "Silence after which a worker counts as dead.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.experts_per_worker >= 1, "experts_per_worker must be 1 or more")
+        _require(self.min_workers >= 0, "min_workers must not be negative")
+        _require(
+            self.rule != "strict" or self.experts_per_worker == 1,
+            "strict means one expert in all on a worker; drop experts_per_worker",
+        )
+        _require(0.3 <= self.lease_s < math.inf, "lease_s must be 0.3 or more")
+
+
+@dataclass(frozen=True)
+class WorkerConfig(ServerConfig):
+    """An expert worker."""
+
+    model: Path = option(Path("."), "Checkpoint directory.")
+    placement: str = option("127.0.0.1:50050", "host:port of the placement service.")
+    worker_id: str | None = option(None, "Name in plans and logs; made from host and pid if absent.")
+    device: str = option("cpu", "cpu, cuda or cuda:N.")
+    dtype: Dtype = option("auto", "auto: the checkpoint's on a GPU, float32 on a CPU.")
+    memory_bytes: int = option(0, "What experts may take on the device; 0: what is free.")
+    max_rows: int = option(4096, "Rows of one message; larger batches are split by the gateway.")
+    merge_rows: int = option(8192, "Rows that waiting messages for one expert are merged up to.")
+    threads: int = option(1, "CPU threads for compute.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(1 <= self.max_rows <= 65535, "max_rows must be 1 to 65535")
+        _require(self.merge_rows >= self.max_rows, "merge_rows must not be below max_rows")
+        _require(self.threads >= 1, "threads must be 1 or more")
+        _require(self.memory_bytes >= 0, "memory_bytes must not be negative")
+
+
+@dataclass(frozen=True)
+class GatewayConfig(ServerConfig):
+    """A gateway: front and engine."""
+
+    port: int = option(50051, "gRPC port; 0 takes a free one.")
+    model: Path = option(Path("."), "Checkpoint directory.")
+    placement: str = option("127.0.0.1:50050", "host:port of the placement service.")
+    gateway_id: str | None = option(None, "Name in plans and logs; made from host and pid if absent.")
+    served_model_name: str | None = option(None, "Name clients use; the directory's if absent.")
+    device: str = option("cpu", "cpu, cuda or cuda:N.")
+    dtype: Dtype = option("auto", "auto: the checkpoint's on a GPU, float32 on a CPU.")
+    threads: int = option(1, "CPU threads for compute.")
+    kv_memory_bytes: int = option(0, "Memory for KV blocks; 0: 256 MiB on a CPU, what is free on a GPU.")
+    kv_block_size: int = option(16, "Tokens of one KV block.")
+    max_model_len: int = option(0, "Longest prompt + output in tokens; 0: the checkpoint's.")
+    max_batch_tokens: int = option(512, "Tokens of one step: decode rows and prefill chunks.")
+    max_running: int = option(64, "Requests that decode at once.")
+    max_waiting: int = option(1024, "Requests that may queue; past it, RESOURCE_EXHAUSTED.")
+    micro_batches: int = option(1, "Parts of a step that are in flight at once; 2 hides transfers.")
+    prefix_cache: bool = option(True, "Reuse KV blocks of equal prompt prefixes.")
+    expert_patience_s: float = option(
+        0.4, "How long a request waits for a worker for an expert that nobody serves."
+    )
+    reply_timeout_s: float = option(10.0, "How long a worker may take over one dispatch.")
+    api_key_file: Path | None = option(None, "File of bearer tokens, one a line; turns them on.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("kv_block_size", "max_batch_tokens", "max_running", "threads"):
+            _require(getattr(self, name) >= 1, f"{name} must be 1 or more")
+        for name in ("kv_memory_bytes", "max_model_len", "max_waiting", "expert_patience_s"):
+            _require(getattr(self, name) >= 0, f"{name} must not be negative")
+        _require(self.micro_batches in (1, 2), "micro_batches must be 1 or 2")
+        _require(
+            self.max_batch_tokens >= self.max_running,
+            "max_batch_tokens must not be below max_running: every running request decodes",
+        )
+        _require(
+            self.api_key_file is None or self.api_key_file.is_file(),
+            f"api_key_file {self.api_key_file} is not a file",
+        )
