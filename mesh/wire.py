@@ -11,8 +11,9 @@ expert   10 expert of the layer; :data:`SEVERAL` says that counts lead the paylo
 rows     16 rows that follow (of a refusal: the :class:`Refusal`)
 ====== ==== =========================================================================
 
-With ``SEVERAL`` the payload starts with one int32 per expert of the layer that the worker
-was told to hold, in ascending order of index, padded to a whole row.
+With ``SEVERAL`` the payload starts with one int32 count for every expert of the layer, in
+ascending order of index and padded to whole rows. All of them, not only those that the worker
+holds: the two sides need not agree on residency to agree on whose row is whose.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The seam between the mesh and whatever moves its bytes.
 
 One thread owns a transport and everything made from it. Tags are 64-bit integers. Buffers
-are wrapped once and kept: the wrap is what costs. A request ends in exactly one way: done
-with ``error`` None, or done with a :class:`mesh.errors.TransportError`.
+are wrapped once and kept: the wrap is what costs. A request ends in exactly one way:
+``completed`` turns true, and :meth:`Transport.failure` says whether it went well.
 """
 
 from __future__ import annotations
@@ -11,34 +11,34 @@ from typing import Protocol
 
 import torch
 
+from mesh.errors import TransportError
+
 
 class Buffer(Protocol):
-    """A registered view of a tensor's memory. Keeps the tensor alive."""
+    """A view of a tensor's memory that a transport can use. Keeps the memory alive."""
 
     @property
     def nbytes(self) -> int: ...
 
 
 class Request(Protocol):
-    """A posted send or receive. The buffer belongs to the transport until ``done``."""
+    """A posted send or receive. The buffer belongs to the transport until ``completed``."""
 
     @property
-    def done(self) -> bool: ...
-
-    @property
-    def error(self) -> Exception | None:
-        """Why it failed; None while it runs or when it went well."""
-        ...
+    def completed(self) -> bool: ...
 
 
 class Message(Protocol):
     """A message that arrived and that no posted receive matched."""
 
-    tag: int
-    nbytes: int
+    @property
+    def tag(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
 
     def receive(self, buffer: Buffer) -> Request:
-        """Take the payload. A shorter buffer ends in MessageTruncated, the message is gone."""
+        """Take the payload. Into a shorter buffer it fails, and the message is gone."""
         ...
 
 
@@ -51,11 +51,11 @@ class Endpoint(Protocol):
     def send(self, buffer: Buffer, tag: int) -> Request: ...
 
     def post_receive(self, buffer: Buffer, tag: int) -> Request:
-        """Receive one message with exactly this tag; fails with PeerLost when the peer dies."""
+        """Receive one message with exactly this tag; fails when the peer dies."""
         ...
 
     def close(self) -> None:
-        """End the endpoint. Requests that are posted on it end with PeerLost."""
+        """End the endpoint. What is posted on it completes, as failed, while progressing."""
         ...
 
 
@@ -70,11 +70,15 @@ class Transport(Protocol):
     def connect(self, address: bytes) -> Endpoint: ...
 
     def wrap(self, tensor: torch.Tensor) -> Buffer:
-        """Wrap contiguous memory of any dtype."""
+        """Wrap a contiguous tensor of any dtype."""
         ...
 
     def progress(self) -> bool:
         """Move bytes; True while there may be more to do at once."""
+        ...
+
+    def failure(self, request: Request) -> TransportError | None:
+        """Why a completed request failed; None when it went well."""
         ...
 
     def probe(self) -> Message | None:
@@ -82,7 +86,7 @@ class Transport(Protocol):
         ...
 
     def abandon(self, tag: int) -> None:
-        """End a posted receive that nobody will answer, so that its buffer comes back."""
+        """Complete a posted receive that nobody will answer, so that its buffer comes back."""
         ...
 
     def fileno(self) -> int:
