@@ -13,7 +13,7 @@ class ExpertId(NamedTuple):
     """One MLP of one MoE layer."""
 
     layer: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs
 
     def __str__(self) -> str:
         return f"{self.layer}.{self.index}"
