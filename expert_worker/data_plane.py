@@ -1,0 +1,450 @@
+"""The worker's data plane: rows in, experts, rows out. One thread owns all of it.
+
+Legend: R rows of one message, D hidden size.
+
+A message is received into a buffer of its own; its rows are queued by expert, computed
+together with what else waits for that expert, written back into the same buffer (a reply is as
+long as its rows) and sent from there. The buffer returns to the pool when the send has ended.
+"""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import structlog
+import torch
+
+from expert_worker.batcher import Batcher
+from expert_worker.expert_store import ExpertStore
+from mesh import wire
+from mesh.errors import MeshError, Unavailable
+from mesh.plan import ExpertId
+from mesh.transport.base import Buffer, Endpoint, Message, Request, Transport
+from mesh.transport.waiting import Waiter
+
+log = structlog.get_logger()
+T = TypeVar("T")
+
+_SCRATCH_BYTES = 64
+_MAX_RECEIVING = 256
+
+
+@dataclass(frozen=True)
+class DataPlaneStats:
+    """A snapshot, since start unless it says otherwise."""
+
+    rows: dict[ExpertId, int]
+    compute_s: dict[ExpertId, float]
+    refused: dict[str, int]
+    queue_rows: int
+    """Waiting now."""
+    sessions: int
+    """Open now."""
+    last_progress_s: float
+    """``time.monotonic()`` of the last turn of the loop that did something."""
+    busy: bool
+    """Work is in hand now."""
+
+
+@dataclass(frozen=True)
+class _Session:
+    number: int
+    gateway_id: str
+    endpoint: Endpoint
+    reply_session: int
+
+
+@dataclass
+class _RowBuffer:
+    """``rows_RD`` and its wrapped sub-ranges, each wrapped once and kept."""
+
+    rows_RD: torch.Tensor
+    wrapped: dict[tuple[int, int], Buffer] = field(default_factory=dict)
+
+
+@dataclass
+class _Work:
+    """One dispatch that is being served."""
+
+    session: _Session
+    frame: wire.Frame
+    buffer: _RowBuffer
+    num_header_rows: int
+    request: Request
+    waiting_segments: int = 0
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """The rows of one expert within a message."""
+
+    work: _Work
+    x_RD: torch.Tensor
+
+
+class _Refused(Exception):
+    def __init__(self, reason: wire.Refusal) -> None:
+        super().__init__(reason.name.lower())
+        self.reason = reason
+
+
+class DataPlane(threading.Thread):
+    """Serves dispatches of every connected gateway.
+
+    ``make_transport`` is called on the thread, which owns the transport from then on. Methods
+    are callable from any thread; :attr:`failure` is what ended the thread, if anything did.
+    """
+
+    def __init__(
+        self,
+        make_transport: Callable[[], Transport],
+        store: ExpertStore,
+        *,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        num_experts: int,
+        max_rows: int,
+        merge_rows: int,
+        spin_s: float,
+    ) -> None:
+        super().__init__(name="data-plane", daemon=True)
+        self._make_transport = make_transport
+        self._store = store
+        self._hidden_size = hidden_size
+        self._dtype = dtype
+        self._device = device
+        self._num_experts = num_experts
+        self._max_rows = max_rows
+        self._spin_s = spin_s
+        self._row_bytes = hidden_size * dtype.itemsize
+        self._header_rows = -(-num_experts * 4 // self._row_bytes)
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._sessions: dict[int, _Session] = {}
+        self._next_session = random.randrange(1, wire.MAX_SESSIONS)
+        self._free: dict[int, list[_RowBuffer]] = defaultdict(list)
+        self._receiving: list[_Work] = []
+        self._sending: list[_Work] = []
+        self._dropping: list[Request] = []
+        self._batcher: Batcher[_Segment] = Batcher(merge_rows)
+        self._rows: Counter[ExpertId] = Counter()
+        self._compute_s: defaultdict[ExpertId, float] = defaultdict(float)
+        self._refused: Counter[str] = Counter()
+        self._last_progress_s = time.monotonic()
+        self._draining = False
+        self._stopping = False
+        self._bound: Future[bytes] = Future()
+        self.failure: BaseException | None = None
+
+    # Called from other threads.
+
+    def wait_started(self, timeout_s: float = 30.0) -> bytes:
+        """The transport's address, once there is one."""
+        return self._bound.result(timeout_s)
+
+    def connect(self, gateway_id: str, address: bytes, reply_session: int) -> int:
+        """Open a session for a gateway and return its number. Raises MeshError."""
+        return self._call(lambda: self._open(gateway_id, address, reply_session))
+
+    def disconnect(self, gateway_id: str, session: int) -> None:
+        """End a session; one that is not the gateway's, or already gone, is left alone."""
+        self._call(lambda: self._close(gateway_id, session))
+
+    def stats(self) -> DataPlaneStats:
+        """Counters as of now."""
+        return DataPlaneStats(
+            dict(self._rows),
+            dict(self._compute_s),
+            dict(self._refused),
+            self._batcher.queued_rows,
+            len(self._sessions),
+            self._last_progress_s,
+            self._busy(),
+        )
+
+    def drain(self, timeout_s: float) -> None:
+        """Refuse what comes from now on and wait until what is in hand is served."""
+        self._draining = True
+        until = time.monotonic() + timeout_s
+        while self._busy() and self.is_alive() and time.monotonic() < until:
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        """End the thread and free everything it owns."""
+        self._stopping = True
+        if self._bound.done() and self.failure is None:
+            self._waiter.wake()
+        self.join()
+
+    def _call(self, function: Callable[[], T]) -> T:
+        result: Future[T] = Future()
+
+        def command() -> None:
+            try:
+                result.set_result(function())
+            except MeshError as error:
+                result.set_exception(error)
+
+        self._commands.put(command)
+        self._waiter.wake()
+        if not self.is_alive():
+            raise Unavailable("the worker's data plane has ended; restart the worker")
+        return result.result(10.0)
+
+    # Everything below runs on the thread.
+
+    def run(self) -> None:
+        """Serve until :meth:`stop`."""
+        try:
+            transport = self._transport = self._make_transport()
+            self._scratch = transport.wrap(torch.zeros(_SCRATCH_BYTES, dtype=torch.uint8))
+            self._waiter = Waiter(transport, spin_s=self._spin_s)
+            self._bound.set_result(transport.address)
+            with torch.inference_mode():
+                while not self._stopping:
+                    self._turn()
+            for session in self._sessions.values():
+                session.endpoint.close()
+            transport.close()
+            self._waiter.close()
+        except BaseException as error:
+            self.failure = error
+            log.exception("data_plane_failed")
+            if not self._bound.done():
+                self._bound.set_exception(error)
+
+    def _turn(self) -> None:
+        """Receive, compute at most one batch, send; wait when there was nothing of it."""
+        self._transport.progress()
+        moved = self._accept()
+        moved |= self._received()
+        batch = self._batcher.take()
+        if batch is not None:
+            self._compute(*batch)
+            moved = True
+        moved |= self._sent()
+        while not self._commands.empty():
+            self._commands.get()()
+            moved = True
+        if moved:
+            self._last_progress_s = time.monotonic()
+            self._waiter.busy()
+            return
+        self._forget_dead_gateways()
+        self._waiter.wait()
+
+    def _busy(self) -> bool:
+        return bool(self._receiving or self._sending or self._batcher.queued_rows)
+
+    def _open(self, gateway_id: str, address: bytes, reply_session: int) -> int:
+        if self._draining:
+            raise Unavailable("this worker is draining; the next plan names another")
+        endpoint = self._transport.connect(address)
+        while self._next_session in self._sessions or self._next_session == 0:
+            self._next_session = (self._next_session + 1) % wire.MAX_SESSIONS
+        number = self._next_session
+        self._next_session = (number + 1) % wire.MAX_SESSIONS
+        self._sessions[number] = _Session(number, gateway_id, endpoint, reply_session)
+        return number
+
+    def _close(self, gateway_id: str, number: int) -> None:
+        session = self._sessions.get(number)
+        if session is not None and session.gateway_id == gateway_id:
+            del self._sessions[number]
+            session.endpoint.close()
+
+    def _forget_dead_gateways(self) -> None:
+        for session in list(self._sessions.values()):
+            if not session.endpoint.alive:
+                log.info("gateway_gone", gateway_id=session.gateway_id)
+                self._close(session.gateway_id, session.number)
+
+    def _accept(self) -> bool:
+        """Take what arrived; bounded, so that what is in hand is served first."""
+        moved = False
+        while len(self._receiving) + len(self._sending) < _MAX_RECEIVING:
+            message = self._transport.probe()
+            if message is None:
+                break
+            moved = True
+            frame = wire.decode(message.tag)
+            try:
+                self._receiving.append(self._receive(frame, message))
+            except _Refused as refused:
+                # A shorter buffer makes the transport throw the rest of the message away.
+                self._dropping = [r for r in self._dropping if not r.completed]
+                self._dropping.append(message.receive(self._scratch))
+                self._refuse(frame, refused.reason)
+        return moved
+
+    def _receive(self, frame: wire.Frame, message: Message) -> _Work:
+        """Check the header before a byte of the payload is touched, then start to receive."""
+        if frame.kind != wire.Kind.DISPATCH:
+            raise _Refused(wire.Refusal.MALFORMED)
+        session = self._sessions.get(frame.session)
+        if session is None:
+            raise _Refused(wire.Refusal.UNKNOWN_SESSION)
+        if self._draining:
+            raise _Refused(wire.Refusal.DRAINING)
+        if not 0 < frame.rows <= self._max_rows:
+            raise _Refused(wire.Refusal.TOO_MANY_ROWS)
+        several = frame.expert == wire.SEVERAL
+        if not several and ExpertId(frame.layer, frame.expert) not in self._store.experts:
+            raise _Refused(wire.Refusal.UNKNOWN_EXPERT)
+        num_header_rows = self._header_rows if several else 0
+        num_rows = num_header_rows + frame.rows
+        if message.nbytes != num_rows * self._row_bytes:
+            raise _Refused(wire.Refusal.WRONG_LENGTH)
+        buffer = self._buffer(num_rows)
+        request = message.receive(self._wrapped(buffer, 0, num_rows))
+        return _Work(session, frame, buffer, num_header_rows, request)
+
+    def _refuse(self, frame: wire.Frame, reason: wire.Refusal) -> None:
+        """Tell the gateway, where it is known; a stranger gets no answer."""
+        self._refused[reason.name.lower()] += 1
+        session = self._sessions.get(frame.session)
+        log.warning(
+            "dispatch_refused",
+            reason=reason.name.lower(),
+            gateway_id=session.gateway_id if session else None,
+            **frame._asdict(),
+        )
+        if session is not None and frame.kind == wire.Kind.DISPATCH:
+            tag = wire.encode(
+                wire.Kind.REFUSE,
+                session.reply_session,
+                frame.slot,
+                frame.layer,
+                frame.expert,
+                reason,
+            )
+            self._dropping.append(session.endpoint.send(self._scratch, tag))
+
+    def _received(self) -> bool:
+        """Queue the rows of every message that is completely in."""
+        arrived = [work for work in self._receiving if work.request.completed]
+        if not arrived:
+            return False
+        self._receiving = [work for work in self._receiving if not work.request.completed]
+        for work in arrived:
+            if self._transport.failure(work.request) is not None:
+                self._recycle(work.buffer)
+                continue
+            try:
+                segments = self._segments(work)
+            except _Refused as refused:
+                self._recycle(work.buffer)
+                self._refuse(work.frame, refused.reason)
+                continue
+            work.waiting_segments = len(segments)
+            for expert, segment in segments:
+                self._batcher.put(expert, segment.x_RD.shape[0], segment)
+        return True
+
+    def _segments(self, work: _Work) -> list[tuple[ExpertId, _Segment]]:
+        """Split a message by expert."""
+        frame, rows_RD = work.frame, work.buffer.rows_RD
+        if frame.expert != wire.SEVERAL:
+            return [(ExpertId(frame.layer, frame.expert), _Segment(work, rows_RD[: frame.rows]))]
+        header = rows_RD[: work.num_header_rows].reshape(-1).view(torch.int32)
+        counts = header[: self._num_experts].tolist()
+        if min(counts) < 0 or sum(counts) != frame.rows:
+            raise _Refused(wire.Refusal.BAD_COUNTS)
+        segments = []
+        start = work.num_header_rows
+        for index, count in enumerate(counts):
+            if count == 0:
+                continue
+            expert = ExpertId(frame.layer, index)
+            if expert not in self._store.experts:
+                raise _Refused(wire.Refusal.UNKNOWN_EXPERT)
+            segments.append((expert, _Segment(work, rows_RD[start : start + count])))
+            start += count
+        return segments
+
+    def _compute(self, expert: ExpertId, segments: list[_Segment]) -> None:
+        """Run one expert over its rows and reply to every message that is complete."""
+        started = time.perf_counter()
+        mlp = self._store.experts.get(expert)
+        if mlp is None:
+            for segment in segments:
+                self._finish(segment.work, wire.Refusal.UNKNOWN_EXPERT)
+            return
+        parts = [segment.x_RD for segment in segments]
+        try:
+            y_RD = mlp(parts[0] if len(parts) == 1 else torch.cat(parts))
+        except RuntimeError:
+            # Out of memory, for one: these rows can go elsewhere, the worker serves on.
+            log.exception("expert_failed", expert=str(expert))
+            for segment in segments:
+                self._finish(segment.work, wire.Refusal.FAILED)
+            return
+        start = 0
+        for part in parts:
+            part.copy_(y_RD[start : start + part.shape[0]])
+            start += part.shape[0]
+        if y_RD.is_cuda:
+            torch.cuda.current_stream(self._device).synchronize()
+        self._rows[expert] += start
+        self._compute_s[expert] += time.perf_counter() - started
+        for segment in segments:
+            self._finish(segment.work, None)
+
+    def _finish(self, work: _Work, refusal: wire.Refusal | None) -> None:
+        """One segment of a message is done; the last one sends the reply."""
+        work.waiting_segments -= 1
+        if refusal is not None and work.frame.rows:
+            self._refuse(work.frame, refusal)
+            work.frame = work.frame._replace(rows=0)
+        if work.waiting_segments:
+            return
+        if not work.frame.rows or not work.session.endpoint.alive:
+            self._recycle(work.buffer)
+            return
+        frame = work.frame
+        tag = wire.encode(
+            wire.Kind.REPLY,
+            work.session.reply_session,
+            frame.slot,
+            frame.layer,
+            frame.expert,
+            frame.rows,
+        )
+        rows = self._wrapped(work.buffer, work.num_header_rows, frame.rows)
+        work.request = work.session.endpoint.send(rows, tag)
+        self._sending.append(work)
+
+    def _sent(self) -> bool:
+        """Take back the buffers of replies that are out."""
+        done = [work for work in self._sending if work.request.completed]
+        if done:
+            self._sending = [work for work in self._sending if not work.request.completed]
+            for work in done:
+                self._recycle(work.buffer)
+        return bool(done)
+
+    def _buffer(self, num_rows: int) -> _RowBuffer:
+        """A free buffer of the next power of two of rows, so that few sizes serve all."""
+        capacity = 1 << (num_rows - 1).bit_length()
+        if self._free[capacity]:
+            return self._free[capacity].pop()
+        shape = (capacity, self._hidden_size)
+        return _RowBuffer(torch.zeros(shape, dtype=self._dtype, device=self._device))
+
+    def _recycle(self, buffer: _RowBuffer) -> None:
+        self._free[buffer.rows_RD.shape[0]].append(buffer)
+
+    def _wrapped(self, buffer: _RowBuffer, start: int, count: int) -> Buffer:
+        wrapped = buffer.wrapped.get((start, count))
+        if wrapped is None:
+            wrapped = self._transport.wrap(buffer.rows_RD[start : start + count])
+            buffer.wrapped[start, count] = wrapped
+        return wrapped
