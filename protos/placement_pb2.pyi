@@ -15,7 +15,7 @@ class ExpertId(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., index: _Optional[int] = ...) -> None: ...
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("worker_id", "grpc_address", "http_address", "host", "device", "device_name", "memory_bytes", "pid", "ucx_address", "model_fingerprint", "nics")
+    __slots__ = ("worker_id", "grpc_address", "http_address", "host", "device", "device_name", "memory_bytes", "pid", "ucx_address", "model_fingerprint", "nics", "expert_bytes")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     GRPC_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     HTTP_ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -27,6 +27,7 @@ class WorkerInfo(_message.Message):
     UCX_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     NICS_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_BYTES_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     grpc_address: str
     http_address: str
@@ -38,7 +39,8 @@ class WorkerInfo(_message.Message):
     ucx_address: bytes
     model_fingerprint: str
     nics: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, worker_id: _Optional[str] = ..., grpc_address: _Optional[str] = ..., http_address: _Optional[str] = ..., host: _Optional[str] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., pid: _Optional[int] = ..., ucx_address: _Optional[bytes] = ..., model_fingerprint: _Optional[str] = ..., nics: _Optional[_Iterable[str]] = ...) -> None: ...
+    expert_bytes: int
+    def __init__(self, worker_id: _Optional[str] = ..., grpc_address: _Optional[str] = ..., http_address: _Optional[str] = ..., host: _Optional[str] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., pid: _Optional[int] = ..., ucx_address: _Optional[bytes] = ..., model_fingerprint: _Optional[str] = ..., nics: _Optional[_Iterable[str]] = ..., expert_bytes: _Optional[int] = ...) -> None: ...
 
 class RegisterRequest(_message.Message):
     __slots__ = ("worker", "resident", "last_epoch")
