@@ -159,7 +159,7 @@ class ChoiceText:
         )
         self._stop = StopStrings(sampling.stop, sampling.include_stop_str_in_output)
         self._include_stop = sampling.include_stop_str_in_output
-        self._unwatched_tokens = sampling.min_tokens
+        self._unwatched_tokens = max(sampling.min_tokens - 1, 0)
 
     def add(
         self, token_ids: Sequence[int], last: bool = False, stopped_by_token: bool = False

@@ -1,0 +1,97 @@
+"""One Generate call on its way: what the engine says, folded into what the client is told."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from gateway.metrics import GatewayMetrics, Timeline
+from gateway.text import ChoiceText
+from mesh.errors import error_from_code
+from protos import engine_pb2
+from protos import inference_pb2 as pb
+
+
+class Choice:
+    """One of a call's n outputs: one request of the engine."""
+
+    def __init__(self, index: int, engine_id: str, text: ChoiceText, call: Call) -> None:
+        self.index = index
+        self.engine_id = engine_id
+        self.times = Timeline(call.arrival_s)
+        self.finish_reason = ""
+        self._text = text
+        self._call = call
+        self._arrived: list[tuple[engine_pb2.Output, float]] = []
+        self._reply = pb.GenerateReply()
+        self._cached_tokens = 0
+
+    def deliver(self, output: engine_pb2.Output, now: float) -> None:
+        """Take an output of the engine; folded in when the client is ready for more."""
+        self._arrived.append((output, now))
+        self._call.arrived.set()
+
+    def advance(self, metrics: GatewayMetrics) -> None:
+        """Fold what arrived into the next reply. Raises the error that the engine reports."""
+        arrived, self._arrived = self._arrived, []
+        for output, now in arrived:
+            if self.finish_reason:
+                return  # a stop string came before
+            if output.finish_reason == "error":
+                self.end("error", now)
+                raise error_from_code(output.error_code, output.error_message)
+            gap_s = self._fold(output, now)
+            if gap_s > 0:
+                metrics.observe_inter_token(gap_s)
+
+    def _fold(self, output: engine_pb2.Output, now: float) -> float:
+        self.times.scheduled_s = output.scheduled_s or self.times.scheduled_s
+        self._cached_tokens = output.cached_tokens or self._cached_tokens
+        piece = self._text.add(
+            output.token_ids,
+            last=output.finish_reason != "",
+            stopped_by_token=output.finish_reason == "stop",
+        )
+        count = piece.num_tokens
+        self._reply.text += piece.text
+        self._reply.token_ids.extend(output.token_ids[:count])
+        self._reply.logprobs.extend(output.logprobs[:count])
+        gap_s = self.times.add_tokens(count, now) / count if count else 0.0
+        if piece.stop or output.finish_reason:
+            self.end("stop" if piece.stop else output.finish_reason, now)
+            self._reply.stop_reason = piece.stop or output.stop_reason
+        return gap_s
+
+    def end(self, finish_reason: str, now: float) -> None:
+        """Note how the choice ended."""
+        self.finish_reason = finish_reason
+        self.times.end_s = now
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there are tokens that the client has not seen."""
+        return len(self._reply.token_ids) > 0
+
+    def take_reply(self) -> pb.GenerateReply:
+        """All since the last reply; the last one says how it ended."""
+        reply, self._reply = self._reply, pb.GenerateReply()
+        reply.request_id = self._call.request_id
+        reply.index = self.index
+        if self.finish_reason:
+            reply.finish_reason = self.finish_reason
+            reply.usage.prompt_tokens = len(self._call.prompt_token_ids)
+            reply.usage.completion_tokens = self.times.num_tokens
+            reply.usage.cached_tokens = self._cached_tokens
+            reply.timing.CopyFrom(self.times.timing())
+        return reply
+
+
+@dataclass
+class Call:
+    """One Generate call."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    arrival_s: float
+    choices: list[Choice] = field(default_factory=list)
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)

@@ -1,0 +1,349 @@
+"""From placement's plan to the engine's routing: which workers this gateway is connected to.
+
+The last plan is kept while placement is away: serving never needs it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+
+import grpc
+import structlog
+
+from gateway.engine_link import EngineLink
+from mesh.config import GatewayConfig
+from mesh.grpc_server import TlsFiles, open_channel
+from mesh.model_config import ModelConfig
+from mesh.plan import ExpertId, expert_from_proto
+from mesh.wire import MAX_SESSIONS
+from protos import engine_pb2, placement_pb2, placement_pb2_grpc, worker_pb2, worker_pb2_grpc
+
+log = structlog.get_logger()
+
+REPORT_INTERVAL_S = 1.0
+_CONNECT_TIMEOUT_S = 2.0
+_LOST_PEER_PAUSE_S = 0.5
+_TAKEOVER_TIMEOUT_S = 5.0
+
+
+def routing_for(
+    plan: placement_pb2.Plan, peers: Mapping[str, engine_pb2.Peer]
+) -> engine_pb2.Routing:
+    """The plan as far as ``peers``, by worker id, are connected."""
+    experts = [
+        placement_pb2.ExpertPlacement(
+            expert=placed.expert, worker_ids=[w for w in placed.worker_ids if w in peers]
+        )
+        for placed in plan.experts
+    ]
+    return engine_pb2.Routing(
+        epoch=plan.epoch,
+        peers=[peers[worker_id] for worker_id in sorted(peers)],
+        experts=[placed for placed in experts if placed.worker_ids],
+    )
+
+
+def missing_experts(model: ModelConfig, routing: engine_pb2.Routing) -> list[ExpertId]:
+    """Experts that no connected worker serves, ascending."""
+    served = {expert_from_proto(placed.expert) for placed in routing.experts}
+    every = (ExpertId(layer, i) for layer in model.moe_layers for i in range(model.num_experts))
+    return [expert for expert in every if expert not in served]
+
+
+def load_between(
+    before: engine_pb2.EngineStats, after: engine_pb2.EngineStats
+) -> list[placement_pb2.ExpertLoad]:
+    """Rows dispatched between two stats, of the experts that had any."""
+    old = {expert_from_proto(load.expert): load.rows for load in before.load}
+    grown = ((load, load.rows - old.get(expert_from_proto(load.expert), 0)) for load in after.load)
+    return [
+        placement_pb2.ExpertLoad(expert=load.expert, rows=rows) for load, rows in grown if rows > 0
+    ]
+
+
+def backoff_s(attempt: int) -> float:
+    """Pause before try ``attempt`` (0, 1, ...): 0.1 s doubling to 5 s, less up to a half."""
+    return min(0.1 * (1 << min(attempt, 10)), 5.0) * random.uniform(0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A worker that granted this gateway a session."""
+
+    worker: placement_pb2.WorkerInfo
+    peer: engine_pb2.Peer
+    channel: grpc.aio.Channel
+
+
+class Router:
+    """Keeps the engine's routing true to the plan, and placement informed.
+
+    ``on_change`` is called whenever :meth:`trouble` may say something else.
+    """
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        gateway_id: str,
+        model: ModelConfig,
+        link: EngineLink,
+        on_change: Callable[[], None],
+    ) -> None:
+        self._tls = TlsFiles.of(config)
+        self._model = model
+        self._link = link
+        self._gateway_id = gateway_id
+        self._on_change = on_change
+        self._placement_address = config.placement
+        self._placement_channel = open_channel(config.placement, self._tls)
+        self._placement = placement_pb2_grpc.PlacementStub(self._placement_channel)
+        self._plan = placement_pb2.Plan()
+        self._routing = engine_pb2.Routing()
+        self._missing = missing_experts(model, self._routing)
+        self._connections: dict[str, Connection] = {}
+        self._unreachable: set[str] = set()
+        self._attempts: dict[str, int] = {}
+        self._retry_at_s: dict[str, float] = {}
+        self._last_session = random.randrange(MAX_SESSIONS)
+        self._wake_reconcile = asyncio.Event()
+        self._wake_report = asyncio.Event()
+        self._retiring: set[asyncio.Task[None]] = set()
+        link.on_peer_lost = self._on_peer_lost
+
+    @property
+    def num_workers(self) -> int:
+        """Workers connected now."""
+        return len(self._connections)
+
+    def trouble(self) -> str | None:
+        """Why requests cannot be served yet, in words; None when every expert is in reach."""
+        if self._plan.epoch == 0:
+            return f"no plan yet from placement at {self._placement_address}"
+        missing = self._missing
+        if not missing:
+            return None
+        return (
+            f"no connected worker for expert {missing[0].index} of layer {missing[0].layer}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+            + (f"; placement says: {self._plan.note}" if self._plan.note else "")
+        )
+
+    async def run(self, identity: placement_pb2.GatewayReport) -> None:
+        """Watch, connect and report until cancelled; every report says ``identity``.
+
+        The engine has started.
+        """
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._watch_plan())
+            tasks.create_task(self._reconcile_forever())
+            tasks.create_task(self._report_forever(identity))
+
+    async def close(self) -> None:
+        """Give every session back. The engine sends nothing any more."""
+        for worker_id in list(self._connections):
+            self._retire(self._connections.pop(worker_id), epoch=0)
+        await asyncio.gather(*self._retiring)
+        await self._placement_channel.close(None)
+
+    # The plan.
+
+    async def _watch_plan(self) -> None:
+        attempt = 0
+        while True:
+            try:
+                request = placement_pb2.WatchPlanRequest(gateway_id=self._gateway_id)
+                async for plan in self._placement.WatchPlan(request):
+                    attempt = 0
+                    self._take_plan(plan)
+            except grpc.aio.AioRpcError as error:
+                if attempt == 0:
+                    log.warning("placement_away", address=self._placement_address, why=_why(error))
+            await asyncio.sleep(backoff_s(attempt))
+            attempt += 1
+
+    def _take_plan(self, plan: placement_pb2.Plan) -> None:
+        if plan.epoch < self._plan.epoch:
+            log.warning("old_plan_ignored", epoch=plan.epoch, ours=self._plan.epoch)
+        elif plan.epoch > 0 and plan.model_fingerprint != self._model.fingerprint:
+            log.error(
+                "plan_for_another_model",
+                theirs=plan.model_fingerprint,
+                ours=self._model.fingerprint,
+                remedy="start placement and gateway on the same checkpoint",
+            )
+        else:
+            log.info("plan", epoch=plan.epoch, workers=len(plan.workers), complete=plan.complete)
+            self._plan = plan
+            self._wake_reconcile.set()
+
+    # Connections.
+
+    async def _reconcile_forever(self) -> None:
+        while True:
+            self._wake_reconcile.clear()
+            await self._reconcile()
+            pauses = [self._retry_at_s[w] - time.monotonic() for w in self._unconnected()]
+            try:
+                async with asyncio.timeout(max(min(pauses), 0.0) if pauses else None):
+                    await self._wake_reconcile.wait()
+            except TimeoutError:
+                pass  # time to try a worker again
+
+    async def _reconcile(self) -> None:
+        """Make connections follow the plan: first without who left, then with who came."""
+        wanted = self._wanted()
+        for worker_id, connection in list(self._connections.items()):
+            worker = wanted.get(worker_id)
+            if worker is None or worker.ucx_address != connection.worker.ucx_address:
+                self._retire(self._connections.pop(worker_id), self._plan.epoch)
+                self._retry_at_s.pop(worker_id, None)
+        self._unreachable &= wanted.keys()
+        self._publish()
+        now = time.monotonic()
+        due = [wanted[w] for w in self._unconnected() if self._retry_at_s.get(w, now) <= now]
+        if due:
+            await asyncio.gather(*(self._connect(worker) for worker in due))
+            self._publish()
+
+    def _wanted(self) -> dict[str, placement_pb2.WorkerInfo]:
+        placed = {worker_id for e in self._plan.experts for worker_id in e.worker_ids}
+        return {w.worker_id: w for w in self._plan.workers if w.worker_id in placed}
+
+    def _unconnected(self) -> list[str]:
+        return [worker_id for worker_id in self._wanted() if worker_id not in self._connections]
+
+    async def _connect(self, worker: placement_pb2.WorkerInfo) -> None:
+        started = self._link.started.result()
+        reply_session = self._new_session()
+        channel = open_channel(worker.grpc_address, self._tls)
+        try:
+            reply = await worker_pb2_grpc.ExpertWorkerStub(channel).Connect(
+                worker_pb2.ConnectRequest(
+                    gateway_id=self._gateway_id,
+                    ucx_address=started.ucx_address,
+                    reply_session=reply_session,
+                    model_fingerprint=self._model.fingerprint,
+                    hidden_size=self._model.hidden_size,
+                    dtype=started.dtype,
+                ),
+                timeout=_CONNECT_TIMEOUT_S,
+            )
+        except grpc.aio.AioRpcError as error:
+            await channel.close(None)
+            self._note_unreachable(worker.worker_id, _why(error))
+            return
+        peer = engine_pb2.Peer(
+            worker_id=worker.worker_id,
+            ucx_address=reply.ucx_address,
+            session=reply.session,
+            reply_session=reply_session,
+            max_rows=reply.max_rows,
+        )
+        self._connections[worker.worker_id] = Connection(worker, peer, channel)
+        self._unreachable.discard(worker.worker_id)
+        self._attempts.pop(worker.worker_id, None)
+        log.info("worker_connected", worker_id=worker.worker_id, address=worker.grpc_address)
+
+    def _new_session(self) -> int:
+        """A session of no live connection, and of none that ended lately."""
+        taken = {connection.peer.reply_session for connection in self._connections.values()}
+        self._last_session = (self._last_session + 1) % MAX_SESSIONS
+        while self._last_session in taken:
+            self._last_session = (self._last_session + 1) % MAX_SESSIONS
+        return self._last_session
+
+    def _note_unreachable(self, worker_id: str, why: str) -> None:
+        attempt = self._attempts.get(worker_id, 0)
+        self._attempts[worker_id] = attempt + 1
+        self._retry_at_s[worker_id] = time.monotonic() + backoff_s(attempt)
+        if worker_id not in self._unreachable:
+            log.warning("worker_unreachable", worker_id=worker_id, why=why)
+            self._unreachable.add(worker_id)
+            self._wake_report.set()
+
+    def _on_peer_lost(self, lost: engine_pb2.PeerLost) -> None:
+        connection = self._connections.pop(lost.worker_id, None)
+        if connection is None:
+            return
+        self._note_unreachable(lost.worker_id, lost.reason)
+        self._retry_at_s[lost.worker_id] = time.monotonic() + _LOST_PEER_PAUSE_S
+        self._retire(connection, epoch=0)
+        self._publish()
+        self._wake_reconcile.set()
+
+    def _publish(self) -> None:
+        """Tell the engine, where something changed."""
+        peers = {worker_id: c.peer for worker_id, c in self._connections.items()}
+        routing = routing_for(self._plan, peers)
+        if routing != self._routing:
+            self._routing = routing
+            self._missing = missing_experts(self._model, routing)
+            self._link.route(routing)
+            self._on_change()
+
+    def _retire(self, connection: Connection, epoch: int) -> None:
+        """Give a session back once the engine routes by ``epoch``, beside everything else."""
+        task = asyncio.create_task(self._disconnect(connection, epoch))
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+
+    async def _disconnect(self, connection: Connection, epoch: int) -> None:
+        try:
+            async with asyncio.timeout(_TAKEOVER_TIMEOUT_S):
+                await self._link.until_epoch(epoch)
+        except TimeoutError:
+            log.warning("engine_keeps_old_routing", epoch=epoch)
+        request = worker_pb2.DisconnectRequest(
+            gateway_id=self._gateway_id, session=connection.peer.session
+        )
+        try:
+            stub = worker_pb2_grpc.ExpertWorkerStub(connection.channel)
+            await stub.Disconnect(request, timeout=_CONNECT_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            log.info("worker_gone", worker_id=connection.worker.worker_id, why=_why(error))
+        await connection.channel.close(None)
+
+    # Reports.
+
+    async def _report_forever(self, identity: placement_pb2.GatewayReport) -> None:
+        attempt = 0
+        while True:
+            try:
+                await self._placement.ReportLoad(self._reports(identity))
+                attempt = 0
+            except grpc.aio.AioRpcError as error:
+                log.debug("report_failed", why=_why(error))
+            await asyncio.sleep(backoff_s(attempt))
+            attempt += 1
+
+    async def _reports(
+        self, identity: placement_pb2.GatewayReport
+    ) -> AsyncIterator[placement_pb2.GatewayReport]:
+        reported = self._link.stats
+        while True:
+            self._wake_report.clear()
+            stats = self._link.stats
+            report = placement_pb2.GatewayReport(
+                epoch=self._routing.epoch,
+                load=load_between(reported, stats) if stats is not reported else (),
+                running=stats.running,
+                waiting=stats.waiting,
+                kv_usage=stats.kv_usage,
+                unreachable_worker_ids=sorted(self._unreachable),
+            )
+            report.MergeFrom(identity)
+            yield report
+            reported = stats
+            try:
+                async with asyncio.timeout(REPORT_INTERVAL_S):
+                    await self._wake_report.wait()
+            except TimeoutError:
+                pass  # time for the next report
+
+
+def _why(error: grpc.aio.AioRpcError) -> str:
+    return f"{error.code().name}: {error.details()}"
