@@ -20,7 +20,7 @@ concave in j and zero at j = 0, so that j = R decides. Hence this layer may take
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -130,10 +130,13 @@ def plan(
         seats = rules.experts_per_worker
     seats = min(seats, max(map(len, groups)))
     room = np.array([w.memory_bytes // w.expert_bytes for w in workers], dtype=np.int64)
-    mean_traffic = _mean((traffic or {}).values())
+    traffic = traffic or {}
+    mean_traffic = sum(traffic.values()) / max(len(traffic), 1)
+    if mean_traffic == 0:
+        traffic, mean_traffic = {}, 1.0
     placed: dict[ExpertId, tuple[str, ...]] = {}
     for done, experts in enumerate(groups):
-        weights = np.array([(traffic or {}).get(e, mean_traffic) / mean_traffic for e in experts])
+        weights = np.array([traffic.get(e, mean_traffic) / mean_traffic for e in experts])
         move_cost = _move_cost(experts, workers, homes or {}, move_price)
         cost = weights[:, None] * np.array([w.link_cost for w in workers]) + move_cost
         layers_left = len(groups) - done - 1
@@ -145,11 +148,6 @@ def plan(
     missing = tuple(e for e in rules.experts if e not in placed)
     notes = [_colocation_note(rules, placed), _missing_note(missing, shortage)]
     return Target(placed, missing, "; ".join(note for note in notes if note))
-
-
-def _mean(values: Iterable[float]) -> float:
-    listed = list(values)
-    return sum(listed) / len(listed) or 1.0 if listed else 1.0
 
 
 def _move_cost(

@@ -1,0 +1,310 @@
+"""The placement service: gRPC in, orders and plans out. What it decides is in
+:mod:`placement.coordinator`; here are the streams, the clock and the process."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import structlog
+from prometheus_client import CollectorRegistry, Gauge
+
+from mesh import telemetry
+from mesh.config import PlacementConfig
+from mesh.errors import InvalidInput, ModelMismatch, PlacementError, Unavailable
+from mesh.grpc_server import GrpcServer, stop_signals
+from mesh.http import HttpServer
+from mesh.model_config import ModelConfig
+from placement.coordinator import Coordinator
+from placement.membership import Worker
+from placement.planner import REBALANCE_MOVE_PRICE, REPAIR_MOVE_PRICE, Rules
+from protos import placement_pb2 as pb
+from protos import placement_pb2_grpc as rpc
+
+log = structlog.get_logger()
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Placement"].full_name
+_HEARTBEAT_INTERVAL_S = 1.0
+_COALESCE_S = 0.05
+_MAX_NAME_LENGTH = 256
+_MAX_EPOCH = 1 << 62
+
+
+class PlacementService(rpc.PlacementServicer):
+    """Serves the RPCs while :meth:`run` decides. All of it lives on one event loop."""
+
+    def __init__(
+        self, config: PlacementConfig, model: ModelConfig, registry: CollectorRegistry
+    ) -> None:
+        rules = Rules(model.moe_layers, model.num_experts, config.rule, config.experts_per_worker)
+        self._coordinator = Coordinator(
+            rules,
+            model.fingerprint,
+            min_workers=config.min_workers,
+            settle_s=config.settle_s,
+            lease_s=config.lease_s,
+        )
+        self._fingerprint = model.fingerprint
+        self._model_path = config.model
+        self._lease_s = config.lease_s
+        self._orders: dict[str, asyncio.Queue[pb.WorkerOrder | None]] = {}
+        self._wake = asyncio.Event()
+        self._urgent = False
+        self._changed = asyncio.Event()
+        self._planning = asyncio.Lock()
+        self._replan = asyncio.Event()
+        self._trouble = self._coordinator.why_not_ready()
+        self._stopping = False
+        self._gauges = {
+            name: Gauge(telemetry.METRIC_PREFIX + name, text, registry=registry)
+            for name, text in (
+                ("plan_epoch", "Epoch of the published plan."),
+                ("missing_experts", "Experts that nobody serves."),
+                ("balancedness", "Mean over maximum of the workers' rows."),
+                ("gateways", "Gateways that report."),
+            )
+        }
+        self._workers_gauge = Gauge(
+            telemetry.METRIC_PREFIX + "workers", "Live workers.", ["state"], registry=registry
+        )
+
+    def why_not_ready(self) -> str | None:
+        """In words; None while the plan is complete. Callable from any thread."""
+        return self._trouble
+
+    async def run(self, set_ready: Callable[[bool], Awaitable[None]]) -> None:
+        """Decide whenever something changed, until :meth:`stop`."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._follow(set_ready))
+            tasks.create_task(self._plan())
+
+    async def _follow(self, set_ready: Callable[[bool], Awaitable[None]]) -> None:
+        """Bring the plan and the orders up to date with who is there, at once."""
+        while not self._stopping:
+            try:
+                await asyncio.wait_for(self._wake.wait(), self._until_deadline_s())
+                if not self._urgent:
+                    await asyncio.sleep(_COALESCE_S)
+            except TimeoutError:
+                pass
+            self._wake.clear()
+            self._urgent = False
+            for worker in self._coordinator.expire(time.monotonic()):
+                log.warning("worker_silent", worker_id=worker.worker_id, lease_s=self._lease_s)
+                self._end_stream(worker.lease_id)
+            self._tell()
+            self._measure()
+            await set_ready(self._trouble is None)
+            self._replan.set()
+
+    async def _plan(self) -> None:
+        """Compute targets beside it: what died is routed around before it is replaced."""
+        while not self._stopping:
+            await self._replan.wait()
+            self._replan.clear()
+            await self._retarget()
+
+    def stop(self) -> None:
+        """End :meth:`run` and every open stream."""
+        self._stopping = True
+        for lease_id in self._orders:
+            self._end_stream(lease_id)
+        self._notify_watchers()
+        self._rethink(urgent=True)
+        self._replan.set()
+
+    # RPCs.
+
+    async def Register(self, request: pb.RegisterRequest, context: Any) -> pb.RegisterReply:
+        info = request.worker
+        if not 0 < len(info.worker_id) <= _MAX_NAME_LENGTH:
+            raise InvalidInput(f"worker_id must have 1 to {_MAX_NAME_LENGTH} characters")
+        if info.expert_bytes < 1 or not info.grpc_address or request.last_epoch > _MAX_EPOCH:
+            raise InvalidInput(f"worker {info.worker_id}: expert_bytes, grpc_address or last_epoch")
+        if info.model_fingerprint != self._fingerprint:
+            raise ModelMismatch(
+                f"worker {info.worker_id} has another model than placement, which serves "
+                f"{self._model_path} ({self._fingerprint}, not {info.model_fingerprint}): "
+                "start both with the same --model"
+            )
+        lease_id = secrets.token_hex(8)
+        earlier = self._coordinator.register(request, lease_id, time.monotonic())
+        if earlier:
+            self._end_stream(earlier.lease_id)
+        log.info("worker_registered", worker_id=info.worker_id, resident=len(request.resident))
+        self._rethink()
+        return pb.RegisterReply(
+            lease_id=lease_id,
+            lease_s=self._lease_s,
+            heartbeat_interval_s=min(_HEARTBEAT_INTERVAL_S, self._lease_s / 3),
+            epoch=self._coordinator.current_plan().epoch,
+        )
+
+    async def Heartbeat(
+        self, request_iterator: AsyncIterator[pb.WorkerReport], context: Any
+    ) -> AsyncIterator[pb.WorkerOrder]:
+        reports = aiter(request_iterator)
+        first = await anext(reports, pb.WorkerReport())
+        worker = self._coordinator.members.by_lease(first.lease_id)
+        if worker is None or worker.lease_id in self._orders:
+            raise Unavailable("this lease has ended: register again")
+        orders = self._orders[worker.lease_id] = asyncio.Queue()
+        self._take_report(worker, first)
+
+        async def read() -> None:
+            try:
+                async for report in reports:
+                    self._take_report(worker, report)
+            finally:
+                orders.put_nowait(None)
+
+        reader = asyncio.create_task(read())
+        try:
+            while (order := await orders.get()) is not None:
+                yield order
+        finally:
+            reader.cancel()
+            del self._orders[worker.lease_id]
+            if self._coordinator.drop(worker.lease_id):
+                log.warning("worker_gone", worker_id=worker.worker_id, draining=worker.draining)
+            self._rethink(urgent=True)
+
+    async def WatchPlan(self, request: pb.WatchPlanRequest, context: Any) -> AsyncIterator[pb.Plan]:
+        sent = None
+        while not self._stopping:
+            changed = self._changed
+            plan = self._coordinator.plan
+            if plan is not None and plan is not sent:
+                yield plan
+                sent = plan
+            else:
+                await changed.wait()
+
+    async def GetPlan(self, request: pb.GetPlanRequest, context: Any) -> pb.Plan:
+        return self._coordinator.current_plan()
+
+    async def ReportLoad(
+        self, request_iterator: AsyncIterator[pb.GatewayReport], context: Any
+    ) -> pb.ReportLoadReply:
+        gateway_id = ""
+        unreachable: set[str] = set()
+        try:
+            async for report in request_iterator:
+                if not 0 < len(report.gateway_id) <= _MAX_NAME_LENGTH or report.epoch > _MAX_EPOCH:
+                    raise InvalidInput("a gateway's report needs a gateway_id and a true epoch")
+                gateway_id = report.gateway_id
+                if lost := set(report.unreachable_worker_ids) - unreachable:
+                    log.warning("workers_unreachable", gateway_id=gateway_id, workers=sorted(lost))
+                unreachable = set(report.unreachable_worker_ids)
+                if self._coordinator.gateway_report(report, time.monotonic()):
+                    self._rethink()
+        finally:
+            self._coordinator.members.gateways.pop(gateway_id, None)
+            self._rethink()
+        return pb.ReportLoadReply()
+
+    async def Drain(self, request: pb.DrainRequest, context: Any) -> pb.DrainReply:
+        self._coordinator.drain(request.worker_id)
+        log.info("worker_draining", worker_id=request.worker_id)
+        self._rethink()
+        while request.worker_id in self._coordinator.members.workers and not self._stopping:
+            await self._changed.wait()
+        return pb.DrainReply(epoch=self._coordinator.current_plan().epoch)
+
+    async def Rebalance(self, request: pb.RebalanceRequest, context: Any) -> pb.RebalanceReply:
+        if self._coordinator.target is None:
+            raise PlacementError(f"there is no plan yet: {self.why_not_ready()}")
+        moves = await self._retarget(move_price=REBALANCE_MOVE_PRICE, forced=True)
+        self._rethink()
+        return pb.RebalanceReply(epoch=self._coordinator.current_plan().epoch, moves=moves)
+
+    async def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.MeshStatus:
+        return self._coordinator.status(time.monotonic())
+
+    # Between them.
+
+    def _take_report(self, worker: Worker, report: pb.WorkerReport) -> None:
+        if self._coordinator.report(worker, report, time.monotonic()):
+            if worker.error:
+                log.warning("worker_order_failed", worker_id=worker.worker_id, error=worker.error)
+            self._rethink()
+
+    def _rethink(self, *, urgent: bool = False) -> None:
+        self._urgent |= urgent
+        self._wake.set()
+
+    def _until_deadline_s(self) -> float | None:
+        deadline_s = self._coordinator.next_deadline_s()
+        return None if deadline_s is None else max(deadline_s - time.monotonic(), 0.001)
+
+    async def _retarget(
+        self, *, move_price: float = REPAIR_MOVE_PRICE, forced: bool = False
+    ) -> int:
+        """Compute a new target if one is due, act on it, and count the experts that it moves."""
+        async with self._planning:
+            compute = self._coordinator.next_target(
+                time.monotonic(), move_price=move_price, forced=forced
+            )
+            if compute is None:
+                return 0
+            try:
+                target = await asyncio.to_thread(compute)
+            except PlacementError as error:
+                log.warning("no_plan", reason=str(error))
+                self._coordinator.note_shortage(str(error))
+                return 0
+            moves = self._coordinator.adopt(target)
+            log.info("target", moves=moves, missing=len(target.missing), note=target.note)
+            self._rethink(urgent=True)
+            return moves
+
+    def _tell(self) -> None:
+        if self._coordinator.publish():
+            plan = self._coordinator.current_plan()
+            log.info("plan", epoch=plan.epoch, complete=plan.complete, note=plan.note)
+        for lease_id, order in self._coordinator.orders(time.monotonic(), self._orders):
+            self._orders[lease_id].put_nowait(order)
+        self._notify_watchers()
+
+    def _measure(self) -> None:
+        state = self._coordinator
+        self._trouble = state.why_not_ready()
+        self._gauges["plan_epoch"].set(state.current_plan().epoch)
+        self._gauges["missing_experts"].set(state.num_missing())
+        self._gauges["balancedness"].set(state.balancedness(time.monotonic()))
+        self._gauges["gateways"].set(len(state.members.gateways))
+        states = state.states()
+        for name in ("registered", "loading", "ready", "draining"):
+            self._workers_gauge.labels(name).set(states.count(name))
+
+    def _notify_watchers(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _end_stream(self, lease_id: str) -> None:
+        if lease_id in self._orders:
+            self._orders[lease_id].put_nowait(None)
+
+
+async def serve(config: PlacementConfig) -> None:
+    """Run placement until SIGTERM or SIGINT. Raises MeshError when it cannot start."""
+    telemetry.configure_logging("placement", f"placement-{os.getpid()}", config.log_level)
+    stop_requested = stop_signals()
+    registry = telemetry.new_registry()
+    service = PlacementService(config, ModelConfig.from_hf(config.model), registry)
+    server = GrpcServer(config, [(rpc.add_PlacementServicer_to_server, service)], [SERVICE_NAME])
+    http = HttpServer(config, registry, why_not_ready=service.why_not_ready)
+    async with server:
+        with http:
+            log.info("placement_listening", grpc=server.address, http=http.address)
+            telemetry.announce_ready(config, {"grpc": server.address, "http": http.address})
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(service.run(functools.partial(server.set_ready, SERVICE_NAME)))
+                await stop_requested.wait()
+                log.info("placement_stopping")
+                service.stop()
