@@ -91,8 +91,11 @@ class ForkServer:
             return
         *lines, self._command_text = (self._command_text + chunk).split(b"\n")
         for line in lines:
-            for verb, fields in json.loads(line).items():
-                {"spawn": self._spawn, "signal": self._signal}[verb](**fields)
+            command = json.loads(line)
+            if "spawn" in command:
+                self._spawn(**command["spawn"])
+            else:
+                self._signal(**command["signal"])
 
     def _spawn(self, name: str, argv: list[str], log: str | None) -> None:
         ready_fd, child_ready_fd = os.pipe()
@@ -117,8 +120,9 @@ class ForkServer:
             signal.set_wakeup_fd(-1)
             for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_DFL)
-            for ours in [self._wakeup_fd, *self._selector.get_map()]:
-                os.close(ours)
+            for key in self._selector.get_map().values():
+                os.close(key.fd)
+            os.close(self._wakeup_fd)
             self._selector.close()
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             if log is not None:

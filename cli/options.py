@@ -76,7 +76,7 @@ class Option:
         if self.kind is bool:
             switch = f"{self.flag}/--no-{self.flag[2:]}"
             info = typer.Option(switch, help=text, show_default=False)
-            annotation = Annotated[bool | None, info]
+            annotation: Any = Annotated[bool | None, info]
         else:
             metavar = "|".join(self.choices) or self.kind.__name__.upper()
             info = typer.Option(self.flag, help=text, show_default=False, metavar=metavar)

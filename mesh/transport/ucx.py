@@ -25,6 +25,7 @@ from ucxx._lib.libucxx import (
     UCXXTag,
     UCXXTagMask,
     UCXXTagMaskFull,
+    get_ucx_version,
 )
 
 from mesh.errors import MessageTruncated, PeerLost, TransportError
@@ -159,3 +160,14 @@ class UcxTransport:
         for _ in range(1000):
             if not self._worker.progress():
                 break
+
+
+def ucx_version() -> str:
+    """Of the library that is loaded: the wheel's, or the system's where that is preferred."""
+    return ".".join(map(str, get_ucx_version()))
+
+
+def available_transports() -> list[str]:
+    """``transport/device`` of all that UCX can use in this process, as ``tcp/eth0``."""
+    info = UCXContext(feature_flags=(Feature.TAG,)).info
+    return [line.rsplit(" ", 1)[1] for line in info.splitlines() if " resource " in line]

@@ -1,0 +1,314 @@
+"""``expert-mesh up``: a whole mesh on one machine, from the first process to the last.
+
+Placement comes first, since all others ask it; then workers and gateways at once. They end
+the other way round, so that every request in flight finds its experts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import math
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cli.options import build, options_of, to_argv
+from mesh.config import GatewayConfig, PlacementConfig, WorkerConfig, option
+from mesh.errors import ConfigError, DeadlineExceeded, Unavailable
+
+if TYPE_CHECKING:
+    from cli.report import JsonReport, TextReport
+    from cli.supervisor import Process, Supervisor
+    from mesh.grpc_server import TlsFiles
+    from protos import placement_pb2 as pb
+
+_MANAGED = ("http_port", "placement", "worker_id", "gateway_id", "ready_fd", "advertise_host")
+_PRELOAD = (
+    "torch",
+    "ucxx._lib.libucxx",
+    "grpc.aio",
+    "placement.service",
+    "expert_worker.service",
+    "gateway.service",
+    "gateway.engine_process",
+)
+_INFERENCE = "expertmesh.v1.Inference"
+_POLL_S = 0.1
+_RPC_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class UpConfig:
+    """How many processes, and how they are watched."""
+
+    workers: int = option(0, "Expert workers; 0: as many as the placement rules need.")
+    gateways: int = option(1, "Gateways, each with an engine of its own.")
+    port: int = option(0, "gRPC port of the first gateway; 0 takes a free one.")
+    json: bool = option(False, "Print JSON objects: one when all is ready, one for each death.")
+    log_dir: Path | None = option(None, "Where processes log; if absent, a temporary directory.")
+    timeout_s: float = option(120.0, "How long all may take to be ready.")
+    drain_s: float = option(40.0, "How long requests in flight may take once told to end.")
+
+    def __post_init__(self) -> None:
+        if self.workers < 0 or self.gateways < 1:
+            raise ConfigError("workers must be 0 or more, gateways 1 or more")
+        if not (0 < self.timeout_s < math.inf and 0 <= self.drain_s < math.inf):
+            raise ConfigError("timeout_s must be positive, drain_s must not be negative")
+
+
+UP_OPTIONS = options_of(UpConfig, PlacementConfig, WorkerConfig, GatewayConfig, without=_MANAGED)
+
+
+@dataclass(frozen=True)
+class MeshSpec:
+    """Every process of one mesh, checked before the first of them starts."""
+
+    up: UpConfig
+    placement: PlacementConfig
+    workers: tuple[WorkerConfig, ...]
+    gateways: tuple[GatewayConfig, ...]
+    num_experts: int
+    """Of all layers."""
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> MeshSpec:
+        """From the command line's values. Raises ConfigError, CheckpointError."""
+        from mesh.model_config import ModelConfig
+        from placement.planner import Rules
+
+        config = build(UpConfig, values)
+        placement = build(PlacementConfig, {**values, "port": 0})
+        model = ModelConfig.from_hf(placement.model)
+        rules = Rules(
+            model.moe_layers, model.num_experts, placement.rule, placement.experts_per_worker
+        )
+        worker = build(WorkerConfig, {**values, "port": 0})
+        gateway = build(GatewayConfig, {**values, "port": 0})
+        num_workers = config.workers or rules.workers_needed
+        device_of = _devices(worker.device)
+        return cls(
+            config,
+            placement,
+            workers=tuple(
+                dataclasses.replace(
+                    worker, worker_id=f"worker-{i}", device=device_of(config.gateways + i)
+                )
+                for i in range(num_workers)
+            ),
+            gateways=tuple(
+                dataclasses.replace(
+                    gateway,
+                    gateway_id=f"gateway-{i}",
+                    device=device_of(i),
+                    port=config.port if i == 0 else 0,
+                )
+                for i in range(config.gateways)
+            ),
+            num_experts=len(rules.experts),
+        )
+
+
+def _devices(device: str) -> Callable[[int], str]:
+    """The device of the i-th process: with plain ``cuda``, the GPUs in turn."""
+    if device != "cuda":
+        return lambda _: device
+    import torch
+
+    count = torch.cuda.device_count()
+    if not count:
+        raise ConfigError("device cuda: no GPU here; `expert-mesh doctor` says what there is")
+    return lambda i: f"cuda:{i % count}"
+
+
+def up(values: dict[str, Any]) -> None:
+    """Serve a checkpoint on this machine: placement, expert workers and gateways."""
+    from cli.report import JsonReport, TextReport
+
+    spec = MeshSpec.of(values)
+    asyncio.run(run(spec, JsonReport() if spec.up.json else TextReport()))
+
+
+async def run(spec: MeshSpec, report: JsonReport | TextReport) -> None:
+    """Serve until SIGINT or SIGTERM; a second one cuts the draining short.
+
+    Raises DeadlineExceeded or Unavailable when it cannot start, or has no gateway left.
+    Whatever the way out, no process is left.
+    """
+    from cli.supervisor import Supervisor
+
+    log_dir = spec.up.log_dir or Path(tempfile.mkdtemp(prefix="expert-mesh-"))
+    log_dir.mkdir(parents=True, exist_ok=True)
+    events: asyncio.Queue[Process | None] = asyncio.Queue()
+    async with Supervisor(_PRELOAD, log_dir, on_exit=events.put_nowait) as supervisor:
+        mesh = Mesh(spec, supervisor, report)
+        told = asyncio.Event()
+
+        def told_to_end() -> None:
+            if told.is_set():
+                mesh.kill()
+            told.set()
+            events.put_nowait(None)
+            report.draining()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, told_to_end)
+        try:
+            await _serve(mesh, events)
+        finally:
+            await mesh.drain()
+    if spec.up.log_dir is None:
+        shutil.rmtree(log_dir)  # Only after an orderly end: otherwise they are wanted.
+
+
+async def _serve(mesh: Mesh, events: asyncio.Queue[Process | None]) -> None:
+    """Start, then report each death, until the None that says to end."""
+    starting = asyncio.create_task(mesh.start())
+    next_event = asyncio.create_task(events.get())
+    try:
+        await asyncio.wait(
+            {starting, next_event},
+            timeout=mesh.spec.up.timeout_s,
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+        if not next_event.done():
+            if not starting.done():
+                raise DeadlineExceeded(mesh.describe_missing())
+            starting.result()
+        elif dead := next_event.result():
+            raise Unavailable(dead.describe_end())
+        dead = await next_event
+        while dead is not None:
+            mesh.report.exited(dead)
+            if not any(gateway.alive for gateway in mesh.gateways):
+                raise Unavailable("the last gateway is gone")
+            dead = await events.get()
+    finally:
+        starting.cancel()
+        next_event.cancel()
+        await asyncio.gather(starting, next_event, return_exceptions=True)
+
+
+class Mesh:
+    """The processes of one :class:`MeshSpec`."""
+
+    def __init__(
+        self, spec: MeshSpec, supervisor: Supervisor, report: JsonReport | TextReport
+    ) -> None:
+        self.spec = spec
+        self.report = report
+        self.placement: list[Process] = []
+        self.workers: list[Process] = []
+        self.gateways: list[Process] = []
+        self._supervisor = supervisor
+        self._progress: dict[str, tuple[int, int]] = {}
+        self._note = ""
+
+    async def start(self) -> None:
+        """Start everything, and report once all of it serves. Unavailable if some ends early."""
+        from cli.report import Ready
+
+        began_s = time.monotonic()
+        spec, supervisor = self.spec, self._supervisor
+        self.placement = [supervisor.spawn("placement", ["placement", *to_argv(spec.placement)])]
+        address = (await supervisor.wait_ready(self.placement[0]))["grpc"]
+        for worker in spec.workers:
+            argv = to_argv(dataclasses.replace(worker, placement=address))
+            self.workers.append(supervisor.spawn(str(worker.worker_id), ["worker", *argv]))
+        for gateway in spec.gateways:
+            argv = to_argv(dataclasses.replace(gateway, placement=address))
+            self.gateways.append(supervisor.spawn(str(gateway.gateway_id), ["gateway", *argv]))
+        plan = await self._wait_serving(address)
+        self.report.ready(
+            Ready(
+                placement=self.placement[0].ready.result(),
+                gateways=[process.ready.result() for process in self.gateways],
+                workers=[process.ready.result() for process in self.workers],
+                plan=plan,
+                log_dir=supervisor.log_dir,
+                took_s=time.monotonic() - began_s,
+            )
+        )
+
+    async def _wait_serving(self, placement_address: str) -> pb.Plan:
+        """Report progress until every worker holds its experts and every gateway serves."""
+        import grpc
+
+        from mesh.grpc_server import TlsFiles, open_channel
+        from protos import placement_pb2 as pb
+        from protos.placement_pb2_grpc import PlacementStub
+
+        tls = TlsFiles.of(self.spec.placement)
+        processes = [*self.placement, *self.workers, *self.gateways]
+        serving = [asyncio.create_task(self._serves(gateway, tls)) for gateway in self.gateways]
+        try:
+            async with open_channel(placement_address, tls) as channel:
+                placement = PlacementStub(channel)
+                while True:
+                    mesh: pb.MeshStatus = await placement.GetStatus(
+                        pb.GetStatusRequest(), timeout=_RPC_TIMEOUT_S
+                    )
+                    self._note = mesh.plan.note
+                    resident = {(e.layer, e.index) for w in mesh.workers for e in w.resident}
+                    self._progress = {
+                        "processes up": (sum(p.ready.done() for p in processes), len(processes)),
+                        "workers registered": (len(mesh.workers), len(self.workers)),
+                        "experts loaded": (len(resident), self.spec.num_experts),
+                        "gateways serving": (sum(t.done() for t in serving), len(serving)),
+                    }
+                    self.report.progress(self._progress)
+                    if mesh.plan.complete and all(n >= of for n, of in self._progress.values()):
+                        return mesh.plan
+                    await asyncio.sleep(_POLL_S)
+        except grpc.aio.AioRpcError as error:
+            raise Unavailable(f"placement does not answer: {error.details()}") from error
+        finally:
+            for task in serving:
+                task.cancel()
+            await asyncio.gather(*serving, return_exceptions=True)
+
+    async def _serves(self, gateway: Process, tls: TlsFiles | None) -> None:
+        """Returns once the gateway's health says that it may be used."""
+        from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+        from mesh.grpc_server import open_channel
+
+        address = (await self._supervisor.wait_ready(gateway))["grpc"]
+        async with open_channel(address, tls) as channel:
+            request = health_pb2.HealthCheckRequest(service=_INFERENCE)
+            async for reply in health_pb2_grpc.HealthStub(channel).Watch(request):
+                if reply.status == reply.SERVING:
+                    return
+
+    def describe_missing(self) -> str:
+        """What a start that took too long was waiting for."""
+        missing = [f"{n} of {of} {what}" for what, (n, of) in self._progress.items() if n < of]
+        note = f"; placement says: {self._note}" if self._note else ""
+        return (
+            f"not ready after {self.spec.up.timeout_s:.0f} s: "
+            f"{', '.join(missing) or 'placement is not up'}{note}; "
+            f"the logs are in {self._supervisor.log_dir}"
+        )
+
+    async def drain(self) -> None:
+        """End gateways, then workers, then placement, each kind within ``drain_s``."""
+        for processes in (self.gateways, self.workers, self.placement):
+            self._signal_all(processes, signal.SIGTERM)
+            ends = [process.exited for process in processes if process.alive]
+            if ends:
+                await asyncio.wait(ends, timeout=self.spec.up.drain_s)
+            self._signal_all(processes, signal.SIGKILL)
+
+    def kill(self) -> None:
+        """Cut :meth:`drain` short."""
+        self._signal_all([*self.gateways, *self.workers, *self.placement], signal.SIGKILL)
+
+    def _signal_all(self, processes: Iterable[Process], number: int) -> None:
+        for process in processes:
+            if process.alive:
+                self._supervisor.signal(process, number)
