@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from mesh.config import ServerConfig
-from mesh.errors import ConfigError, MeshError, Unauthenticated
+from mesh.errors import ConfigError, InvalidInput, MeshError, Unauthenticated
 
 if TYPE_CHECKING:  # generic in the type stubs alone
     _Handler = grpc.RpcMethodHandler[Any, Any]
@@ -289,18 +290,22 @@ class _Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
         async def answer(request: Any, context: _Context) -> Any:
             async with guard(context):
-                return await behavior(request, context)
+                return await behavior(_readable(request), context)
 
         async def stream(request: Any, context: _Context) -> None:
             # Closed here and now when the client vanishes, not when the collector comes by.
-            async with guard(context), aclosing(behavior(request, context)) as replies:
+            async with guard(context), aclosing(behavior(_readable(request), context)) as replies:
                 async for reply in replies:
                     await context.write(reply)
 
         wrap = _WRAPPERS[handler.request_streaming, handler.response_streaming]
         return wrap(
             stream if handler.response_streaming else answer,
-            request_deserializer=handler.request_deserializer,
+            request_deserializer=(
+                handler.request_deserializer
+                if handler.request_streaming
+                else _or_its_error(handler.request_deserializer)
+            ),
             response_serializer=handler.response_serializer,
         )
 
@@ -310,6 +315,24 @@ class _Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         given = _bearer(metadata)
         # Every token is compared, in constant time, so that time tells nothing about any.
         return any([hmac.compare_digest(given, token) for token in self._tokens])
+
+
+def _or_its_error(deserialize: Any) -> Callable[[bytes], Any]:
+    """gRPC would answer UNKNOWN to bytes that are no message: the handler is to say it instead."""
+
+    def read(message: bytes) -> Any:
+        try:
+            return deserialize(message)
+        except DecodeError as error:
+            return error
+
+    return read
+
+
+def _readable(request: Any) -> Any:
+    if isinstance(request, DecodeError):
+        raise InvalidInput(f"{request}; strings must be UTF-8, and the message a protobuf")
+    return request
 
 
 _WRAPPERS = {

@@ -7,28 +7,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models
 
 from gateway.text import REPLACEMENT, ChoiceText, Detokenizer, StopStrings, load_tokenizer
 from mesh.errors import CheckpointError
 from protos import inference_pb2 as pb
-
-
-def byte_char(byte: int) -> str:
-    """The printable character that stands for a byte in byte-level vocabularies."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    if byte in printable:
-        return chr(byte)
-    return chr(256 + sum(1 for lower in range(byte) if lower not in printable))
-
-
-def byte_level() -> Tokenizer:
-    """The token of a byte is the byte itself; token 256 is special."""
-    tokenizer = Tokenizer(models.BPE({byte_char(byte): byte for byte in range(256)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<eos>"])
-    return tokenizer
+from tests.byte_tokenizer import byte_tokenizer
 
 
 def sentence_piece() -> Tokenizer:
@@ -50,7 +34,7 @@ def sentence_piece() -> Tokenizer:
     return tokenizer
 
 
-BYTES = byte_level()
+BYTES = byte_tokenizer()
 WORDS = sentence_piece()
 FIRST_BYTE = 6
 
@@ -164,7 +148,7 @@ def test_tokens_behind_the_one_that_completed_a_stop_string_do_not_count() -> No
 
 
 def test_stop_strings_within_min_tokens_are_let_through() -> None:
-    choice = ChoiceText(BYTES, [], pb.SamplingParams(stop=["a"], min_tokens=2))
+    choice = ChoiceText(BYTES, [], pb.SamplingParams(stop=["a"], min_tokens=3))
     assert choice.add(list(b"aaba")) == ("aab", 4, "a")
 
 
@@ -196,7 +180,7 @@ def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 
 def test_a_saved_truncation_never_cuts_a_prompt(tmp_path: Path) -> None:
-    tokenizer = byte_level()
+    tokenizer = byte_tokenizer()
     tokenizer.enable_truncation(4)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     loaded = load_tokenizer(tmp_path)
