@@ -35,6 +35,13 @@ def default_name(kind: str) -> str:
     return f"{kind}-{socket.gethostname()}-{os.getpid()}"
 
 
+def resolve_dtype(choice: Dtype, device: str, checkpoint_dtype: str) -> str:
+    """The dtype of weights and rows; the same answer for the gateway and for its workers."""
+    if choice != "auto":
+        return choice
+    return checkpoint_dtype if device.startswith("cuda") else "float32"
+
+
 @dataclass(frozen=True)
 class ServerConfig:
     """What every process of the mesh has: where it listens, whom it trusts, how it logs."""
@@ -111,7 +118,9 @@ class WorkerConfig(ServerConfig):
 
     model: Path = option(Path("."), "Checkpoint directory.")
     placement: str = option("127.0.0.1:50050", "host:port of the placement service.")
-    worker_id: str | None = option(None, "Name in plans and logs; made from host and pid if absent.")
+    worker_id: str | None = option(
+        None, "Name in plans and logs; made from host and pid if absent."
+    )
     device: str = option("cpu", "cpu, cuda or cuda:N.")
     dtype: Dtype = option("auto", "auto: the checkpoint's on a GPU, float32 on a CPU.")
     memory_bytes: int = option(0, "What experts may take on the device; 0: what is free.")
@@ -134,12 +143,16 @@ class GatewayConfig(ServerConfig):
     port: int = option(50051, "gRPC port; 0 takes a free one.")
     model: Path = option(Path("."), "Checkpoint directory.")
     placement: str = option("127.0.0.1:50050", "host:port of the placement service.")
-    gateway_id: str | None = option(None, "Name in plans and logs; made from host and pid if absent.")
+    gateway_id: str | None = option(
+        None, "Name in plans and logs; made from host and pid if absent."
+    )
     served_model_name: str | None = option(None, "Name clients use; the directory's if absent.")
     device: str = option("cpu", "cpu, cuda or cuda:N.")
     dtype: Dtype = option("auto", "auto: the checkpoint's on a GPU, float32 on a CPU.")
     threads: int = option(1, "CPU threads for compute.")
-    kv_memory_bytes: int = option(0, "Memory for KV blocks; 0: 256 MiB on a CPU, what is free on a GPU.")
+    kv_memory_bytes: int = option(
+        0, "Memory for KV blocks; 0: 256 MiB on a CPU, what is free on a GPU."
+    )
     kv_block_size: int = option(16, "Tokens of one KV block.")
     max_model_len: int = option(0, "Longest prompt + output in tokens; 0: the checkpoint's.")
     max_batch_tokens: int = option(512, "Tokens of one step: decode rows and prefill chunks.")

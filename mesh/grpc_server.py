@@ -11,7 +11,7 @@ import asyncio
 import hmac
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +142,20 @@ def stop_signals() -> asyncio.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, requested.set)
     return requested
+
+
+async def run_until(stop: asyncio.Event, *coroutines: Coroutine[Any, Any, None]) -> None:
+    """Run what should never end by itself until ``stop``; the first that fails raises here."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    stopped = asyncio.create_task(stop.wait())
+    try:
+        done, _ = await asyncio.wait([*tasks, stopped], return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in (*tasks, stopped):
+            task.cancel()
+        await asyncio.gather(*tasks, stopped, return_exceptions=True)
 
 
 class GrpcServer:

@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry, Gauge
 from mesh import telemetry
 from mesh.config import PlacementConfig
 from mesh.errors import InvalidInput, ModelMismatch, PlacementError, Unavailable
-from mesh.grpc_server import GrpcServer, stop_signals
+from mesh.grpc_server import GrpcServer, run_until, stop_signals
 from mesh.http import HttpServer
 from mesh.model_config import ModelConfig
 from placement.coordinator import Coordinator
@@ -78,14 +78,12 @@ class PlacementService(rpc.PlacementServicer):
         return self._trouble
 
     async def run(self, set_ready: Callable[[bool], Awaitable[None]]) -> None:
-        """Decide whenever something changed, until :meth:`stop`."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._follow(set_ready))
-            tasks.create_task(self._plan())
+        """Decide whenever something changed, for ever."""
+        await run_until(asyncio.Event(), self._follow(set_ready), self._plan())
 
     async def _follow(self, set_ready: Callable[[bool], Awaitable[None]]) -> None:
         """Bring the plan and the orders up to date with who is there, at once."""
-        while not self._stopping:
+        while True:
             try:
                 await asyncio.wait_for(self._wake.wait(), self._until_deadline_s())
                 if not self._urgent:
@@ -104,19 +102,17 @@ class PlacementService(rpc.PlacementServicer):
 
     async def _plan(self) -> None:
         """Compute targets beside it: what died is routed around before it is replaced."""
-        while not self._stopping:
+        while True:
             await self._replan.wait()
             self._replan.clear()
             await self._retarget()
 
     def stop(self) -> None:
-        """End :meth:`run` and every open stream."""
+        """End every open stream."""
         self._stopping = True
         for lease_id in self._orders:
             self._end_stream(lease_id)
         self._notify_watchers()
-        self._rethink(urgent=True)
-        self._replan.set()
 
     # RPCs.
 
@@ -303,8 +299,8 @@ async def serve(config: PlacementConfig) -> None:
         with http:
             log.info("placement_listening", grpc=server.address, http=http.address)
             telemetry.announce_ready(config, {"grpc": server.address, "http": http.address})
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(service.run(functools.partial(server.set_ready, SERVICE_NAME)))
-                await stop_requested.wait()
-                log.info("placement_stopping")
-                service.stop()
+            await run_until(
+                stop_requested, service.run(functools.partial(server.set_ready, SERVICE_NAME))
+            )
+            log.info("placement_stopping")
+            service.stop()

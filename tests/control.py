@@ -42,9 +42,12 @@ async def running_placement(
     config = config or PlacementConfig(port=0, settle_s=1.0)
     service = PlacementService(config, model, new_registry())
     server = GrpcServer(config, [(rpc.add_PlacementServicer_to_server, service)], [SERVICE_NAME])
-    async with server, asyncio.TaskGroup() as tasks:
-        tasks.create_task(service.run(functools.partial(server.set_ready, SERVICE_NAME)))
+    async with server:
+        deciding = asyncio.create_task(
+            service.run(functools.partial(server.set_ready, SERVICE_NAME))
+        )
         yield server
+        deciding.cancel()
         service.stop()
 
 
