@@ -31,6 +31,8 @@ from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc as pb_grpc
 
 _SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+_CALL_TIMEOUT_S = 30.0
+"""Of every call but generate and complete, which take what time the caller gives them."""
 _BY_STATUS = {
     error.status: error
     for error in (
@@ -73,8 +75,11 @@ class _Base:
     def _error(self, error: Any) -> MeshError:
         """The error that a status stands for."""
         status, details = error.code(), error.details()
-        if status == grpc.StatusCode.UNAVAILABLE:
-            return Unavailable(f"{self.target}: {details}")
+        if status == grpc.StatusCode.UNAVAILABLE and "failed to connect" in details:
+            return Unavailable(
+                f"no gateway answers at {self.target}: {details}; "
+                "check the address, and whether the gateway wants TLS"
+            )
         if status in _BY_STATUS:
             return _BY_STATUS[status](details)
         other = MeshError(details)
@@ -193,7 +198,7 @@ class Client(_Base):
 
     def _call(self, method: Any, request: Any) -> Any:
         try:
-            return method(request, metadata=self._metadata)
+            return method(request, metadata=self._metadata, timeout=_CALL_TIMEOUT_S)
         except grpc.RpcError as error:
             raise self._error(error) from error
 
@@ -290,6 +295,6 @@ class AsyncClient(_Base):
 
     async def _call(self, method: Any, request: Any) -> Any:
         try:
-            return await method(request, metadata=self._metadata)
+            return await method(request, metadata=self._metadata, timeout=_CALL_TIMEOUT_S)
         except grpc.RpcError as error:
             raise self._error(error) from error

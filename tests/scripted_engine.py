@@ -70,6 +70,11 @@ class ScriptedEngine:
         """The next request."""
         return await self._submitted.get()
 
+    @property
+    def nothing_new(self) -> bool:
+        """Whether every request so far was taken by :meth:`submitted`."""
+        return self._submitted.empty()
+
     async def cancelled(self) -> str:
         """The next cancellation."""
         return await self._cancelled.get()

@@ -1,0 +1,155 @@
+"""``expert-mesh bench serve``: its arithmetic, and a run against a scripted engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from cli.bench import (
+    Goal,
+    Record,
+    file_tasks,
+    parse_length,
+    random_tasks,
+    run,
+    spread,
+    summarize,
+)
+from cli.main import main
+from expert_mesh import AsyncClient
+from mesh.errors import ConfigError
+from protos import engine_pb2
+from tests.scripted_engine import Rig, scripted_front
+
+
+def record(*message_times_s: float, tokens: int = 1, input_tokens: int = 4) -> Record:
+    """A request whose messages of ``tokens`` tokens came at these times."""
+    made = Record(input_tokens=input_tokens)
+    for time_s in message_times_s:
+        made.add_tokens(tokens, time_s)
+    made.e2el_s = message_times_s[-1]
+    return made
+
+
+def test_tokens_of_one_message_share_the_time_since_the_one_before() -> None:
+    made = record(0.5, 0.7, tokens=2)
+    assert made.ttft_s == 0.5
+    assert made.itl_s == pytest.approx([0.0, 0.1, 0.1])
+    assert made.tpot_s == pytest.approx(0.2 / 3)
+
+
+def test_a_single_token_has_no_time_per_later_token() -> None:
+    assert record(0.5).tpot_s is None
+
+
+def test_the_spread_of_hundred_and_one_values() -> None:
+    values = spread([float(n) for n in range(101)])
+    assert values is not None
+    assert (values["mean"], values["p50"], values["p90"], values["p99"]) == (50, 50, 90, 99)
+    assert values["std"] == pytest.approx(29.15, abs=0.01)
+    assert spread([2.0]) == {"mean": 2.0, "std": 0.0, "p50": 2.0, "p90": 2.0, "p99": 2.0}
+    assert spread([]) is None
+
+
+def test_the_report_counts_what_completed_and_names_what_failed() -> None:
+    records = [record(0.1, 0.2), record(0.3, 0.4, 0.5), Record(error="Overloaded: full")]
+    report = summarize(records, duration_s=2.0, goal=Goal(ttft_s=0.2))
+    assert (report["completed"], report["failed"]) == (2, 1)
+    assert (report["input_tokens"], report["output_tokens"]) == (8, 5)
+    assert report["request_throughput"] == 1.0
+    assert report["output_token_throughput"] == 2.5
+    assert report["total_token_throughput"] == 6.5
+    assert report["goodput"] == 0.5
+    assert report["ttft_s"]["p50"] == pytest.approx(0.2)
+    assert report["errors"] == {"Overloaded: full": 1}
+
+
+def test_a_goal_is_kept_or_missed_on_each_side() -> None:
+    slow_tokens = record(0.1, 0.9)
+    assert Goal(ttft_s=0.2).met_by(slow_tokens)
+    assert not Goal(ttft_s=0.2, tpot_s=0.5).met_by(slow_tokens)
+
+
+def test_lengths_are_numbers_or_ranges() -> None:
+    assert parse_length("64", "--input-len") == (64, 64)
+    assert parse_length("8-16", "--input-len") == (8, 16)
+    for text in ("", "x", "0", "9-3", "-4"):
+        with pytest.raises(ConfigError, match="--input-len"):
+            parse_length(text, "--input-len")
+
+
+def test_random_tasks_repeat_with_the_seed_and_keep_their_bounds() -> None:
+    made = random_tasks(50, (2, 5), (1, 3), 10, random.Random(1))
+    assert made == random_tasks(50, (2, 5), (1, 3), 10, random.Random(1))
+    assert {len(task.prompt) for task in made} == {2, 3, 4, 5}
+    assert {task.output_len for task in made} == {1, 2, 3}
+    assert {token for task in made for token in task.prompt} == set(range(10))
+
+
+def test_prompts_of_a_file_come_round_again(tmp_path: Path) -> None:
+    path = tmp_path / "prompts"
+    path.write_text("one\n\ntwo\n")
+    prompts = [task.prompt for task in file_tasks(path, 3, (4, 4), random.Random(0))]
+    assert prompts == ["one", "two", "one"]
+    path.write_text("\n")
+    with pytest.raises(ConfigError, match="holds no prompt"):
+        file_tasks(path, 3, (4, 4), random.Random(0))
+
+
+def answer_all(rig: Rig) -> None:
+    def answer(submit: engine_pb2.Submit) -> None:
+        assert submit.sampling.ignore_eos
+        assert submit.sampling.temperature == 0
+        rig.engine.say(submit, b"x" * submit.sampling.max_tokens, "length")
+
+    rig.engine.answer = answer
+
+
+async def test_no_more_are_in_flight_than_asked_for() -> None:
+    async with scripted_front() as rig, AsyncClient(rig.target) as client:
+        tasks = random_tasks(3, (2, 2), (1, 1), 10, random.Random(0))
+        running = asyncio.create_task(run(client, tasks, concurrency=2))
+        first, second = await rig.engine.submitted(), await rig.engine.submitted()
+        await client.model_info()
+        assert rig.engine.nothing_new
+        rig.engine.say(first, b"x", "length")
+        third = await rig.engine.submitted()
+        for submit in (second, third):
+            rig.engine.say(submit, b"x", "length")
+        records, _ = await running
+        assert [record.error for record in records] == [""] * 3
+
+
+async def test_a_run_against_a_gateway_is_reported_as_json(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    async with scripted_front() as rig:
+        answer_all(rig)
+        argv = ["bench", "serve", "--target", rig.target, "--num-requests", "5", "--rate", "1000"]
+        argv += ["--input-len", "4-8", "--output-len", "3", "--json"]
+        assert await asyncio.to_thread(main, argv) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (report["completed"], report["failed"], report["output_tokens"]) == (5, 0, 15)
+    assert 20 <= report["input_tokens"] <= 40
+    assert set(report["ttft_s"]) == {"mean", "std", "p50", "p90", "p99"}
+
+
+async def test_a_table_for_a_person_and_refusals_for_nobody_served(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    async with scripted_front() as rig:
+        answer_all(rig)
+        argv = ["bench", "serve", "--target", rig.target, "--num-requests", "2"]
+        assert await asyncio.to_thread(main, [*argv, "--input-len", "8", "--output-len", "4"]) == 0
+        assert "TTFT" in capsys.readouterr().out
+        assert await asyncio.to_thread(main, [*argv, "--input-len", "64"]) == 2
+        assert "do not fit the context of 64" in capsys.readouterr().err
+        rig.engine.answer = lambda submit: rig.engine.say(
+            *(submit, b"", "error"), error_code="Overloaded", error_message="full"
+        )
+        assert await asyncio.to_thread(main, [*argv, "--input-len", "8", "--output-len", "4"]) == 1
+        assert "no request completed; the first error: Overloaded: full" in capsys.readouterr().err
