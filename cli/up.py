@@ -47,6 +47,7 @@ _RPC_TIMEOUT_S = 5.0
 class UpConfig:
     """How many processes, and how they are watched."""
 
+    model: Path = option(Path("."), "Checkpoint directory.")
     workers: int = option(0, "Expert workers; 0: as many as the placement rules need.")
     gateways: int = option(1, "Gateways, each with an engine of its own.")
     port: int = option(0, "gRPC port of the first gateway; 0 takes a free one.")

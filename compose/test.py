@@ -1,0 +1,210 @@
+"""Starts the cluster of docker-compose.yml for real, uses it, breaks it, and takes it down.
+
+Needs a Docker engine, docker-compose (1.29 or v2), and, unless BASE names an image that is
+there, debootstrap and root to make one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+WHEELS = HERE / "build" / "wheels"
+BASE = os.environ.get("BASE", "expert-mesh-base")
+SUITE = "bookworm"
+NUM_WORKERS = 16
+PROMPT = "In the beginning God created"
+START_TIMEOUT_S = 240.0
+FOLLOW_TIMEOUT_S = 90.0
+
+
+def say(text: str) -> None:
+    print(f"[{time.monotonic() - BEGAN_S:5.1f} s] {text}", flush=True)
+
+
+BEGAN_S = time.monotonic()
+
+
+def run(*command: str | Path, **kwargs: Any) -> str:
+    """Standard output of a command; a failure ends the test with its standard error."""
+    kwargs.setdefault("timeout", 300)
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, **kwargs)
+    if done.returncode:
+        words = " ".join(map(str, command[:6]))
+        raise SystemExit(f"{words} ... failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+    return done.stdout
+
+
+def wait_until(what: str, holds: Callable[[], bool], timeout_s: float) -> None:
+    """Poll twice a second until it holds."""
+    deadline_s = time.monotonic() + timeout_s
+    while not holds():
+        if time.monotonic() > deadline_s:
+            raise SystemExit(f"not within {timeout_s:.0f} s: {what}")
+        time.sleep(0.5)
+    say(what)
+
+
+def make_wheels() -> None:
+    """All that the image installs, downloaded here, where there is a package index."""
+    shutil.rmtree(WHEELS, ignore_errors=True)
+    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch) / "source"
+        # A copy, since setuptools leaves a build folder in the tree that it builds.
+        ignored = shutil.ignore_patterns(".*", "build", "models", "tests", "compose", "*.egg-info")
+        shutil.copytree(ROOT, source, ignore=ignored)
+        run(*pip, "wheel", "--no-deps", "--wheel-dir", WHEELS, source)
+    (ours,) = WHEELS.glob("expert_mesh-*.whl")
+    constraints = ROOT / "constraints.txt"
+    run(*pip, "download", "--only-binary=:all:", "--dest", WHEELS, "-c", constraints, ours)
+
+
+def make_base_image() -> None:
+    """A minimal Debian with Python, unless BASE is there already."""
+    if subprocess.run(["docker", "image", "inspect", BASE], capture_output=True).returncode == 0:
+        return
+    say(f"no image {BASE}: making one of Debian {SUITE}")
+    with tempfile.TemporaryDirectory() as scratch:
+        packages = "python3,python3-venv,ca-certificates"
+        run("debootstrap", "--variant=minbase", f"--include={packages}", SUITE, scratch)
+        with subprocess.Popen(["tar", "-C", scratch, "-c", "."], stdout=subprocess.PIPE) as tar:
+            run("docker", "import", "-", BASE, stdin=tar.stdout)
+
+
+def check_python_versions() -> None:
+    """The wheels are for this interpreter's version, so the image must have the same."""
+    show = "import sys; print(*sys.version_info[:2], sep='.')"
+    theirs = run("docker", "run", "--rm", "--network=none", BASE, "python3", "-c", show).strip()
+    ours = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    if theirs != ours:
+        raise SystemExit(
+            f"{BASE} has Python {theirs}, the wheels are for {ours}: name another BASE"
+        )
+
+
+class Cluster:
+    """One project of docker-compose, under a name and a port that nobody else has."""
+
+    def __init__(self) -> None:
+        self.name = f"expert-mesh-test-{os.getpid()}"
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        tool = ("docker-compose",) if shutil.which("docker-compose") else ("docker", "compose")
+        self._compose = (*tool, "-p", self.name, "-f", str(HERE / "docker-compose.yml"))
+        self._environ = {**os.environ, "PORT": str(self.port), "BASE": BASE}
+
+    def compose(self, *words: str, timeout: float = 300) -> str:
+        return run(*self._compose, *words, env=self._environ, timeout=timeout)
+
+    def ids(self, service: str) -> list[str]:
+        return self.compose("ps", "-q", service).split()
+
+    def health(self, container: str) -> str:
+        return run("docker", "inspect", "-f", "{{.State.Health.Status}}", container).strip()
+
+    def all_healthy(self) -> bool:
+        containers = self.compose("ps", "-q").split()
+        return all(self.health(container) == "healthy" for container in containers)
+
+    def status(self) -> dict[str, Any]:
+        """From inside: placement's port is not published."""
+        answer = self.compose(
+            "exec",
+            "-T",
+            "placement",
+            "expert-mesh",
+            "status",
+            "--target",
+            "placement:50050",
+            "--json",
+        )
+        return dict(json.loads(answer))
+
+    def generate(self) -> str:
+        """From this host, through the published port."""
+        command = Path(sys.executable).with_name("expert-mesh")
+        target = f"127.0.0.1:{self.port}"
+        words = ("--prompt", PROMPT, "--max-tokens", "32", "--temperature", "0", "--json")
+        return str(json.loads(run(command, "generate", "--target", target, *words))["text"])
+
+    def leftovers(self) -> str:
+        label = f"label=com.docker.compose.project={self.name}"
+        return run("docker", "ps", "-aq", "--filter", label) + run(
+            "docker", "network", "ls", "-q", "--filter", label
+        )
+
+
+def use_and_break(cluster: Cluster) -> None:
+    gateway, placement = cluster.ids("gateway")[0], cluster.ids("placement")[0]
+    wait_until(
+        f"all {NUM_WORKERS + 2} containers are healthy", cluster.all_healthy, START_TIMEOUT_S
+    )
+    for container in (gateway, placement):
+        user = run("docker", "exec", container, "id", "-u").strip()
+        if user == "0":
+            raise SystemExit("a container runs as root")
+    text = cluster.generate()
+    say(f"generated from the host: {PROMPT}{text!r}")
+
+    victim = cluster.ids("worker")[0]
+    run("docker", "kill", victim)
+    say(f"killed the worker container {victim[:12]}")
+
+    def plan_has_a_hole() -> bool:
+        status = cluster.status()
+        return len(status["workers"]) == NUM_WORKERS - 1 and not status["complete"]
+
+    wait_until("the plan lost the worker's experts", plan_has_a_hole, FOLLOW_TIMEOUT_S)
+    wait_until(
+        "placement's health says so",
+        lambda: cluster.health(placement) == "unhealthy",
+        FOLLOW_TIMEOUT_S,
+    )
+    run("docker", "start", victim)
+    say("started it again")
+    wait_until("the plan is complete", lambda: bool(cluster.status()["complete"]), FOLLOW_TIMEOUT_S)
+    wait_until("all containers are healthy", cluster.all_healthy, FOLLOW_TIMEOUT_S)
+    again = cluster.generate()
+    if again != text:
+        raise SystemExit(f"another answer after the restart: {again!r}")
+    say("generated the same again")
+
+
+def main() -> None:
+    run("docker", "info", timeout=20)
+    make_base_image()
+    check_python_versions()
+    make_wheels()
+    say("the wheels are there")
+    cluster = Cluster()
+    cluster.compose("build", "placement", timeout=900)
+    say("the image is built")
+    try:
+        cluster.compose("up", "-d", "--scale", f"worker={NUM_WORKERS}")
+        say(f"started placement, {NUM_WORKERS} workers and a gateway")
+        use_and_break(cluster)
+    except BaseException:
+        print(cluster.compose("ps"), cluster.compose("logs", "--tail=5"), sep="\n")
+        raise
+    finally:
+        cluster.compose("down", "--volumes", "--remove-orphans", "--timeout", "20")
+    if left := cluster.leftovers():
+        raise SystemExit(f"left behind: {left}")
+    say("taken down, nothing left")
+
+
+if __name__ == "__main__":
+    main()
