@@ -7,6 +7,7 @@ load torch.
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -86,6 +87,8 @@ bench.command("serve")(bench_serve)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. What a person did wrong is one line, no traceback."""
+    # gRPC's C core tells of every connection that ends; what matters comes as an error.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         app(args=argv, prog_name="expert-mesh")
     except SystemExit as exit:

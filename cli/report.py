@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from cli.status import plan_tables
 
@@ -96,7 +97,7 @@ class TextReport:
         for table in plan_tables(ready.plan, self._console.width):
             self._console.print(table)
         if ready.plan.note:
-            self._console.print(f"[yellow]{ready.plan.note}[/]")
+            self._console.print(Text(ready.plan.note, style="yellow"))
         gateways = ", ".join(gateway["grpc"] for gateway in ready.gateways)
         self._console.print(
             f"[bold green]ready[/] after {ready.took_s:.1f} s: {len(ready.workers)} workers, "
@@ -109,7 +110,7 @@ class TextReport:
         )
 
     def exited(self, process: Process) -> None:
-        self._console.print(f"[bold red]{process.describe_end()}[/]", highlight=False)
+        self._console.print(Text(process.describe_end(), style="bold red"), soft_wrap=True)
 
     def draining(self) -> None:
         self._bars.stop()

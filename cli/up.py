@@ -92,13 +92,14 @@ class MeshSpec:
         worker = build(WorkerConfig, {**values, "port": 0})
         gateway = build(GatewayConfig, {**values, "port": 0})
         num_workers = config.workers or rules.workers_needed
+        digits = len(str(num_workers - 1))  # so that sorting them by name is by number
         device_of = _devices(worker.device)
         return cls(
             config,
             placement,
             workers=tuple(
                 dataclasses.replace(
-                    worker, worker_id=f"worker-{i}", device=device_of(config.gateways + i)
+                    worker, worker_id=f"worker-{i:0{digits}}", device=device_of(config.gateways + i)
                 )
                 for i in range(num_workers)
             ),
@@ -113,6 +114,10 @@ class MeshSpec:
             ),
             num_experts=len(rules.experts),
         )
+
+
+def _succeeded(task: asyncio.Task[None]) -> bool:
+    return task.done() and not task.cancelled() and task.exception() is None
 
 
 def _devices(device: str) -> Callable[[int], str]:
@@ -260,7 +265,7 @@ class Mesh:
                         "processes up": (sum(p.ready.done() for p in processes), len(processes)),
                         "workers registered": (len(mesh.workers), len(self.workers)),
                         "experts loaded": (len(resident), self.spec.num_experts),
-                        "gateways serving": (sum(t.done() for t in serving), len(serving)),
+                        "gateways serving": (sum(map(_succeeded, serving)), len(serving)),
                     }
                     self.report.progress(self._progress)
                     if mesh.plan.complete and all(n >= of for n, of in self._progress.values()):
