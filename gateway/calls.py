@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+import time
 
 from gateway.metrics import GatewayMetrics, Timeline
 from gateway.text import ChoiceText
@@ -29,7 +29,7 @@ class Choice:
     def deliver(self, output: engine_pb2.Output, now: float) -> None:
         """Take an output of the engine; folded in when the client is ready for more."""
         self._arrived.append((output, now))
-        self._call.arrived.set()
+        self._call.note_arrival(now, ends=output.finish_reason != "")
 
     def advance(self, metrics: GatewayMetrics) -> None:
         """Fold what arrived into the next reply. Raises the error that the engine reports."""
@@ -86,12 +86,40 @@ class Choice:
         return reply
 
 
-@dataclass
 class Call:
-    """One Generate call."""
+    """One Generate call: its choices, and when there is something to tell its client."""
 
-    request_id: str
-    prompt_token_ids: list[int]
-    arrival_s: float
-    choices: list[Choice] = field(default_factory=list)
-    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    def __init__(self, request_id: str, prompt_token_ids: list[int], arrival_s: float) -> None:
+        self.request_id = request_id
+        self.prompt_token_ids = prompt_token_ids
+        self.arrival_s = arrival_s
+        self.choices: list[Choice] = []
+        self._news = asyncio.Event()
+        self._next_reply_s = arrival_s
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def news(self) -> None:
+        """Wait until something has arrived that the client may be told now."""
+        await self._news.wait()
+        self._news.clear()
+
+    def pause(self, pause_s: float) -> None:
+        """Let what arrives gather for ``pause_s``; the end of a choice is told at once."""
+        self._next_reply_s = time.monotonic() + pause_s
+
+    def note_arrival(self, now: float, ends: bool) -> None:
+        """Something has arrived; with ``ends``, the end of a choice."""
+        if ends or now >= self._next_reply_s:
+            self._news.set()
+        elif self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._next_reply_s - now, self._end_pause)
+
+    def close(self) -> None:
+        """Nobody waits for news any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _end_pause(self) -> None:
+        self._timer = None
+        self._news.set()

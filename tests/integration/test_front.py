@@ -10,8 +10,12 @@ from typing import Any
 
 import grpc
 import pytest
+from prometheus_client import CollectorRegistry
 
 from expert_mesh import AsyncClient, Chunk
+from gateway.calls import Call, Choice
+from gateway.metrics import GatewayMetrics
+from gateway.text import ChoiceText
 from mesh.errors import (
     AlreadyExists,
     DeadlineExceeded,
@@ -442,3 +446,28 @@ async def test_an_engine_that_owes_something_is_pinged_and_its_silence_is_known(
     rig.engine.say(submit, b"x", "length")
     await whole
     assert rig.link.silent_s() == 0.0
+
+
+async def test_in_a_pause_tokens_gather_and_the_end_is_told_at_once() -> None:
+    now = time.monotonic()
+    call = Call("r", [1], arrival_s=now)
+    choice = Choice(0, "r#1", ChoiceText(None, [1], pb.SamplingParams()), call)
+    choice.deliver(engine_pb2.Output(token_ids=[5]), now)
+    await call.news()
+    call.pause(3600)
+    told = asyncio.create_task(call.news())
+    choice.deliver(engine_pb2.Output(token_ids=[6]), now)
+    await asyncio.sleep(0)
+    assert not told.done()
+    choice.deliver(engine_pb2.Output(token_ids=[7], finish_reason="length"), now)
+    await told
+    choice.advance(GatewayMetrics(CollectorRegistry(), "tiny", engine_pb2.EngineStats))
+    assert list(choice.take_reply().token_ids) == [5, 6, 7]
+    call.close()
+
+
+async def test_after_a_pause_what_gathered_is_told() -> None:
+    call = Call("r", [1], arrival_s=time.monotonic())
+    call.pause(0.01)
+    call.note_arrival(time.monotonic(), ends=False)
+    await call.news()
