@@ -1,18 +1,20 @@
 """Attention over the paged KV cache.
 
-:class:`PagedAttention` is made once for a step: it knows which slots each sequence reads, for
+:class:`PagedAttention` is made once for a step: it knows which blocks each sequence reads, for
 all layers. The attention blocks, one of each layer, make queries, store keys and values and ask
 it for the rest. It is the one place to replace for kernels that read pages on a GPU.
 
-Legend: T tokens of the step, S sequences of the step, B sequences of a group, Q queries of a
-group, L slots that a sequence reads, H heads, J heads of keys and values, K size of a key, V size
-of a value, D hidden size, N size of the unturned part of a key, R rank of the latent.
+Legend: T tokens of the step, S sequences of the step, N blocks of a sequence, B sequences of a
+group, Q queries of a group, L positions that a sequence reads, W elements of a position in the
+cache, H heads, J heads of keys and values, K size of a key, V size of a value, D hidden size,
+R rank of the latent, U size of the unturned part of a key, X and Y widths of projections.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -30,6 +32,7 @@ from mesh.model_config import GroupedAttention, LatentAttention
 class KvLayout:
     """Where a row of the cache has what, and how scores are scaled."""
 
+    width: int
     num_kv_heads: int
     key_dim: int
     value_dim: int
@@ -41,20 +44,22 @@ class KvLayout:
 class _Group:
     """Sequences that are attended in one call: many of one token, or one of many."""
 
-    rows: slice | Tensor
+    tokens: slice | Tensor
     """Which of the step's T tokens."""
     num_sequences: int
-    slots: Tensor
-    """int64 [B * L]."""
+    blocks: Tensor
+    """int64, the blocks to read, equally many of each sequence."""
+    columns: slice
+    """Which of the positions in its blocks each sequence attends to."""
     bias: Tensor | None
-    """[B or 1, 1, 1 or Q, L], zero or -inf; None: every slot is seen, or the causal ones."""
+    """[B or 1, 1, 1 or Q, columns], zero or -inf; None: all are seen, or the causal ones."""
     decode: bool
 
 
 class PagedAttention:
-    """One step's reads and writes of the cache.
+    """One step's writes and reads of the cache.
 
-    ``windows`` are those that layers will ask for; ``sinks`` whether they will bring some.
+    ``windows`` are those that layers will ask for; ``sinks`` says that they will bring some.
     """
 
     def __init__(
@@ -69,21 +74,26 @@ class PagedAttention:
         self._slices = slices
         self._device = kv.rows[0].device
         self._dtype = kv.rows[0].dtype
-        widest = max(len(one.block_table) for one in slices)
-        tables = [one.block_table + (0,) * (widest - len(one.block_table)) for one in slices]
-        first_slots_SN = torch.tensor(tables) * kv.block_size
-        self._slots_SL = (first_slots_SN[:, :, None] + torch.arange(kv.block_size)).flatten(1)
-        cached_S = torch.tensor([one.num_cached for one in slices])
         counts = [one.num_tokens for one in slices]
-        self._ends = torch.tensor(counts).cumsum(0).tolist()
-        sequence_T, positions_T = torch.arange(len(slices)), cached_S
+        self._ends = list(accumulate(counts))
+        sequence_T = torch.arange(len(slices))
+        positions_T = torch.tensor([one.num_cached for one in slices])
         if self._ends[-1] > len(slices):
-            sequence_T = sequence_T.repeat_interleave(torch.tensor(counts))
-            first_T = (torch.tensor(self._ends) - torch.tensor(counts) - cached_S)[sequence_T]
-            positions_T = torch.arange(self._ends[-1]) - first_T
+            counts_S = torch.tensor(counts)
+            sequence_T = sequence_T.repeat_interleave(counts_S)
+            before_S = torch.tensor(self._ends) - counts_S
+            positions_T = torch.arange(self._ends[-1]) - (before_S - positions_T)[sequence_T]
+        widest = max(len(one.block_table) for one in slices)
+        tables_SN = self._padded([one.block_table for one in slices], widest)
+        new_T = tables_SN[sequence_T, positions_T // kv.block_size] * kv.block_size
+        new_T += positions_T % kv.block_size
         self.positions_T = positions_T.to(self._device)
-        self._new_slots_T = self._slots_SL[sequence_T, positions_T].to(self._device)
+        self._new_slots_T = new_T.to(self._device)
         self._groups = {window: self._group(window) for window in set(windows)}
+
+    def _padded(self, tables: list[tuple[int, ...]], width: int) -> Tensor:
+        zero = (self._kv.zero_block,)
+        return torch.tensor([table + zero * (width - len(table)) for table in tables])
 
     def _group(self, window: int | None) -> list[_Group]:
         decoding = [n for n, one in enumerate(self._slices) if one.num_tokens == 1]
@@ -94,72 +104,86 @@ class PagedAttention:
         return groups
 
     def _decode(self, sequences: list[int], window: int | None) -> _Group:
-        lengths = [self._slices[n].num_cached + 1 for n in sequences]
-        rows = [self._ends[n] - 1 for n in sequences]
-        longest = max(lengths)
-        slots_BL = (
-            self._slots_SL[sequences] if len(sequences) < len(self._slices) else self._slots_SL
-        )
-        if window is not None and longest > window:
-            first_B = (torch.tensor(lengths) - window).clamp_(min=0)
-            slots_BL = slots_BL.gather(1, first_B[:, None] + torch.arange(window))
-            lengths = [min(length, window) for length in lengths]
-            longest = window
-        slots_BL = slots_BL[:, :longest]
+        tables, seen = [], []
+        for one in (self._slices[n] for n in sequences):
+            table, first, end = self._reach(one, window)
+            tables.append(table)
+            seen.append((first, end))
+        last = [self._ends[n] - 1 for n in sequences]
+        adjoin = last == list(range(last[0], last[-1] + 1))
+        columns = slice(min(first for first, _ in seen), max(end for _, end in seen))
         bias = None
-        if min(lengths) < longest:
-            absent_BL = torch.arange(longest) >= torch.tensor(lengths)[:, None]
-            slots_BL = slots_BL.masked_fill(absent_BL, self._kv.zero_slot)
-            bias = self._bias(absent_BL)[:, None, None]
-        apart = rows != list(range(rows[0], rows[-1] + 1))
+        if self._sinks or seen.count((columns.start, columns.stop)) < len(seen):
+            columns = self._with_sink(columns, max(map(len, tables)))
+            first_B, end_B = torch.tensor(seen).unbind(1)
+            column_L = torch.arange(columns.start, columns.stop)
+            bias = self._bias((column_L < first_B[:, None]) | (column_L >= end_B[:, None]))
+            bias = bias[:, None, None]
         return self._finish(
-            rows=torch.tensor(rows, device=self._device) if apart else slice(rows[0], rows[-1] + 1),
-            slots_BL=slots_BL,
+            tokens=slice(last[0], last[-1] + 1) if adjoin else torch.tensor(last).to(self._device),
+            tables=tables,
+            columns=columns,
             bias=bias,
             decode=True,
         )
 
     def _prefill(self, n: int, one: SequenceSlice, window: int | None) -> _Group:
-        end = one.num_cached + one.num_tokens
-        first = 0 if window is None else max(0, one.num_cached - window + 1)
-        bias = None
-        if one.num_cached or self._sinks or (window is not None and end > window):
-            query_Q1 = torch.arange(one.num_cached, end)[:, None]
-            key_L = torch.arange(first, end)
-            unseen_QL = key_L > query_Q1
+        table, first, end = self._reach(one, window)
+        columns, bias = slice(first, end), None
+        if self._sinks or one.num_cached or (window is not None and one.num_tokens > window):
+            columns = self._with_sink(columns, len(table))
+            column_L = torch.arange(columns.start, columns.stop)
+            query_Q1 = torch.arange(end - one.num_tokens, end)[:, None]
+            unseen_QL = column_L > query_Q1
             if window is not None:
-                unseen_QL |= key_L <= query_Q1 - window
+                unseen_QL |= column_L <= query_Q1 - window
             bias = self._bias(unseen_QL)[None, None]
         return self._finish(
-            rows=slice(self._ends[n] - one.num_tokens, self._ends[n]),
-            slots_BL=self._slots_SL[n : n + 1, first:end],
+            tokens=slice(self._ends[n] - one.num_tokens, self._ends[n]),
+            tables=[table],
+            columns=columns,
             bias=bias,
             decode=False,
         )
 
-    def _bias(self, hidden: Tensor) -> Tensor:
-        bias = torch.zeros(hidden.shape, dtype=self._dtype).masked_fill_(hidden, -torch.inf)
+    def _reach(self, one: SequenceSlice, window: int | None) -> tuple[tuple[int, ...], int, int]:
+        """The blocks a slice reads, and the first and the end of its positions among them."""
+        end, size = one.num_cached + one.num_tokens, self._kv.block_size
+        first = 0 if window is None else max(0, one.num_cached + 1 - window)
+        skipped = first // size
+        table = one.block_table[skipped : -(-end // size)]
+        return table, first - skipped * size, end - skipped * size
+
+    def _with_sink(self, columns: slice, num_blocks: int) -> slice:
+        """Up to the first position of the zero block behind, which stands for the sink."""
+        if not self._sinks:
+            return columns
+        return slice(columns.start, num_blocks * self._kv.block_size + 1)
+
+    def _bias(self, unseen: Tensor) -> Tensor:
+        bias = torch.zeros(unseen.shape, dtype=self._dtype).masked_fill_(unseen, -torch.inf)
         return bias.to(self._device)
 
     def _finish(
-        self, rows: slice | Tensor, slots_BL: Tensor, bias: Tensor | None, decode: bool
+        self,
+        tokens: slice | Tensor,
+        tables: list[tuple[int, ...]],
+        columns: slice,
+        bias: Tensor | None,
+        decode: bool,
     ) -> _Group:
-        if self._sinks:
-            # A sink is a key and value of zeros whose score comes from the bias alone.
-            if bias is None:
-                bias = torch.zeros(1, 1, 1, slots_BL.shape[1], dtype=self._dtype)
-                bias = bias.to(self._device)
-            slots_BL = F.pad(slots_BL, (0, 1), value=self._kv.zero_slot)
-        return _Group(rows, len(slots_BL), slots_BL.flatten().to(self._device), bias, decode)
+        width = max(map(len, tables)) + self._sinks
+        blocks = self._padded(tables, width).flatten().to(self._device)
+        return _Group(tokens, len(tables), blocks, columns, bias, decode)
 
-    def store(self, rows_SW: Tensor, kv_TW: Tensor) -> None:
+    def store(self, layer: int, kv_TW: Tensor) -> None:
         """Write the step's tokens into a layer's cache, before it is read."""
-        rows_SW.index_copy_(0, self._new_slots_T, kv_TW)
+        self._kv.rows[layer].index_copy_(0, self._new_slots_T, kv_TW)
 
     def __call__(
         self,
+        layer: int,
         q_THK: Tensor,
-        rows_SW: Tensor,
         layout: KvLayout,
         window: int | None = None,
         sinks_H: Tensor | None = None,
@@ -167,57 +191,53 @@ class PagedAttention:
         """``out_THV``: each token over what its sequence has stored up to and with itself."""
         groups = self._groups[window]
         if len(groups) == 1:
-            return _attend(q_THK, rows_SW, layout, groups[0], sinks_H)
+            return self._attend(layer, q_THK, layout, groups[0], sinks_H)
         out_THV = q_THK.new_empty(*q_THK.shape[:2], layout.value_dim)
         for group in groups:
-            out_THV[group.rows] = _attend(q_THK[group.rows], rows_SW, layout, group, sinks_H)
+            out_QHV = self._attend(layer, q_THK[group.tokens], layout, group, sinks_H)
+            out_THV[group.tokens] = out_QHV
         return out_THV
 
-
-def _attend(
-    q_QHK: Tensor, rows_SW: Tensor, layout: KvLayout, group: _Group, sinks_H: Tensor | None
-) -> Tensor:
-    batch, kv_heads, bias = group.num_sequences, layout.num_kv_heads, group.bias
-    num_queries, num_heads, key_dim = q_QHK.shape
-    shape = (batch, -1, kv_heads)
-    kv_XW = rows_SW.index_select(0, group.slots)
-    keys, values = kv_heads * layout.key_dim, kv_heads * layout.value_dim
-    k_BJLK = kv_XW[:, :keys].view(*shape, layout.key_dim).transpose(1, 2)
-    v_XV = kv_XW[:, layout.value_offset : layout.value_offset + values]
-    v_BJLV = v_XV.view(*shape, layout.value_dim).transpose(1, 2)
-    if group.decode:
-        # Heads that share keys become the queries of one head: nothing is expanded.
-        q = q_QHK.reshape(batch, kv_heads, num_heads // kv_heads, key_dim)
+    def _attend(
+        self, layer: int, q_QHK: Tensor, layout: KvLayout, group: _Group, sinks_H: Tensor | None
+    ) -> Tensor:
+        num_queries, num_heads, key_dim = q_QHK.shape
+        batch, kv_heads = group.num_sequences, layout.num_kv_heads
+        pages = self._kv.pages[layer].index_select(0, group.blocks)
+        kv_BLW = pages.view(batch, -1, layout.width)[:, group.columns]
+        keys, values = kv_heads * key_dim, kv_heads * layout.value_dim
+        k_BLX = kv_BLW[..., :keys]
+        k_BJLK = k_BLX.view(batch, -1, kv_heads, key_dim).transpose(1, 2)
+        v_BLX = kv_BLW[..., layout.value_offset : layout.value_offset + values]
+        v_BJLV = v_BLX.view(batch, -1, kv_heads, layout.value_dim).transpose(1, 2)
+        bias = group.bias
+        if group.decode:
+            # Heads that share keys become the queries of one head: nothing is expanded.
+            q = q_QHK.reshape(batch, kv_heads, num_heads // kv_heads, key_dim)
+            if sinks_H is not None and bias is not None:
+                bias = _add_sinks(bias, sinks_H.view(1, kv_heads, -1, 1), q)
+            out = F.scaled_dot_product_attention(q, k_BJLK, v_BJLV, bias, scale=layout.scale)
+            return out.reshape(num_queries, num_heads, layout.value_dim)
+        q = q_QHK.transpose(0, 1)[None]
         if sinks_H is not None and bias is not None:
-            sinks = sinks_H.view(1, kv_heads, -1, 1)
-            bias = _with_sinks(bias, sinks, q)
-        out = F.scaled_dot_product_attention(q, k_BJLK, v_BJLV, bias, scale=layout.scale)
-        return out.reshape(num_queries, num_heads, layout.value_dim)
-    q = q_QHK.transpose(0, 1)[None]
-    if sinks_H is not None and bias is not None:
-        bias = _with_sinks(bias, sinks_H.view(1, -1, 1, 1), q)
-    out = F.scaled_dot_product_attention(
-        q,
-        k_BJLK,
-        v_BJLV,
-        bias,
-        is_causal=bias is None,
-        scale=layout.scale,
-        enable_gqa=num_heads > kv_heads,
-    )
-    return out[0].transpose(0, 1)
+            bias = _add_sinks(bias, sinks_H.view(1, -1, 1, 1), q)
+        out = F.scaled_dot_product_attention(
+            q,
+            k_BJLK,
+            v_BJLV,
+            bias,
+            is_causal=bias is None,
+            scale=layout.scale,
+            enable_gqa=num_heads > kv_heads,
+        )
+        return out[0].transpose(0, 1)
 
 
-def _with_sinks(bias: Tensor, sinks: Tensor, q: Tensor) -> Tensor:
-    """Append each head's sink to the bias of the slots."""
+def _add_sinks(bias: Tensor, sinks: Tensor, q: Tensor) -> Tensor:
+    """Let the last column, a key and value of zeros, score each head's sink."""
     batch, heads, queries, _ = q.shape
-    return torch.cat(
-        [
-            bias.expand(batch, heads, queries, bias.shape[-1]),
-            sinks.to(bias.dtype).expand(batch, heads, queries, 1),
-        ],
-        dim=-1,
-    )
+    seen = bias[..., :-1].expand(batch, heads, queries, -1)
+    return torch.cat([seen, sinks.to(bias.dtype).expand(batch, heads, queries, 1)], dim=-1)
 
 
 class AttentionBlock(Protocol):
@@ -225,11 +245,11 @@ class AttentionBlock(Protocol):
 
     def __call__(
         self,
+        layer: int,
         x_TD: Tensor,
         residual_TD: Tensor,
         cis_T1C: Tensor,
         paged: PagedAttention,
-        rows_SW: Tensor,
     ) -> Tensor:
         """``residual_TD`` plus the attention of the normed ``x_TD``."""
         ...
@@ -277,6 +297,7 @@ class GroupedBlock:
         self._q_width = config.num_heads * config.head_dim
         self._qk_width = self._num_turning * config.head_dim
         self._layout = KvLayout(
+            width=config.kv_width,
             num_kv_heads=config.num_kv_heads,
             key_dim=config.head_dim,
             value_dim=config.head_dim,
@@ -286,11 +307,11 @@ class GroupedBlock:
 
     def __call__(
         self,
+        layer: int,
         x_TD: Tensor,
         residual_TD: Tensor,
         cis_T1C: Tensor,
         paged: PagedAttention,
-        rows_SW: Tensor,
     ) -> Tensor:
         weights = self._weights
         qkv_TX = F.linear(x_TD, weights.qkv_XD, weights.qkv_bias_X)
@@ -304,9 +325,9 @@ class GroupedBlock:
         if weights.head_norm is not None:
             qk_TYK.copy_(weights.head_norm(qk_TYK))
         rotate_(qk_TYK, cis_T1C)
-        paged.store(rows_SW, qkv_TX[:, self._q_width :])
+        paged.store(layer, qkv_TX[:, self._q_width :])
         q_THK = qk_TYK[:, : self._num_heads]
-        out_THV = paged(q_THK, rows_SW, self._layout, self._window, weights.sinks_H)
+        out_THV = paged(layer, q_THK, self._layout, self._window, weights.sinks_H)
         return weights.output(residual_TD, out_THV.reshape(-1, self._q_width))
 
 
@@ -321,7 +342,7 @@ class LatentWeights:
     q_up_YX: Tensor | None
     """None where queries have no latent: ``down`` made them."""
     kv_norm: RmsNorm
-    key_up_HNR: Tensor
+    key_up_HUR: Tensor
     value_up_HRV: Tensor
     output: Projection
 
@@ -340,6 +361,7 @@ class LatentBlock:
         q_width = config.q_lora_rank or q_width
         self._split = [q_width, config.kv_lora_rank, config.rope_dim]
         self._layout = KvLayout(
+            width=config.kv_width,
             num_kv_heads=1,
             key_dim=config.kv_lora_rank + config.rope_dim,
             value_dim=config.kv_lora_rank,
@@ -349,11 +371,11 @@ class LatentBlock:
 
     def __call__(
         self,
+        layer: int,
         x_TD: Tensor,
         residual_TD: Tensor,
         cis_T1C: Tensor,
         paged: PagedAttention,
-        rows_SW: Tensor,
     ) -> Tensor:
         weights, config = self._weights, self._config
         down_TX = F.linear(x_TD, weights.down_XD, weights.down_bias_X)
@@ -361,14 +383,12 @@ class LatentBlock:
         if weights.q_up_YX is not None and weights.q_norm is not None:
             q_TX = F.linear(weights.q_norm(q_TX), weights.q_up_YX)
         q_THK = q_TX.view(-1, config.num_heads, config.nope_dim + config.rope_dim)
-        plain_THN, turning_THK = torch.split(
-            q_THK, [config.nope_dim, config.rope_dim], dim=-1
-        )
+        plain_THU, turning_THK = torch.split(q_THK, [config.nope_dim, config.rope_dim], dim=-1)
         rotate_(turning_THK, cis_T1C)
         rotate_(turned_TK[:, None], cis_T1C)
-        paged.store(rows_SW, torch.cat([weights.kv_norm(latent_TR), turned_TK], dim=-1))
-        q_HTR = torch.bmm(plain_THN.transpose(0, 1), weights.key_up_HNR)
+        paged.store(layer, torch.cat([weights.kv_norm(latent_TR), turned_TK], dim=-1))
+        q_HTR = torch.bmm(plain_THU.transpose(0, 1), weights.key_up_HUR)
         q_THK = torch.cat([q_HTR.transpose(0, 1), turning_THK], dim=-1)
-        out_THR = paged(q_THK, rows_SW, self._layout)
+        out_THR = paged(layer, q_THK, self._layout)
         out_HTV = torch.bmm(out_THR.transpose(0, 1), weights.value_up_HRV)
         return weights.output(residual_TD, out_HTV.transpose(0, 1).flatten(1))

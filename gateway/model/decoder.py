@@ -1,7 +1,6 @@
 """The decoder: everything of the model but its routed experts.
 
-Legend: T tokens of a batch, N rows whose logits are wanted, D hidden size, V vocabulary,
-S slots of the KV cache, W elements of a slot.
+Legend: T tokens of a batch, N rows whose logits are wanted, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -65,12 +64,10 @@ class _MicroBatch:
             self._pending = None
         return self._x_TD
 
-    def begin(self, index: int, layer: Layer, rows_SW: Tensor, experts: Experts) -> None:
+    def begin(self, index: int, layer: Layer, experts: Experts) -> None:
         """Run a layer up to where its rows are away at their experts."""
         x_TD = self.finish()
-        x_TD = layer.attention(
-            layer.attention_norm(x_TD), x_TD, self._cis_T1C, self._paged, rows_SW
-        )
+        x_TD = layer.attention(index, layer.attention_norm(x_TD), x_TD, self._cis_T1C, self._paged)
         normed_TD = layer.mlp_norm(x_TD)
         if layer.router is not None:
             self._pending = experts.dispatch(index, normed_TD, *layer.router(normed_TD))
@@ -139,9 +136,9 @@ class Decoder:
         of a prompt sees all of the prompt that came before it, in this step or an earlier one.
         """
         flights = [self._start(batch, kv) for batch in batches]
-        for index, (layer, rows_SW) in enumerate(zip(self._layers, kv.rows, strict=True)):
+        for index, layer in enumerate(self._layers):
             for flight in flights:
-                flight.begin(index, layer, rows_SW, experts)
+                flight.begin(index, layer, experts)
         return [
             self._logits(flight.finish(), batch.logit_rows_N)
             for flight, batch in zip(flights, batches, strict=True)

@@ -1,7 +1,7 @@
 """Where each family keeps its weights, and how they become ours.
 
-Legend: D hidden size, E experts, H heads, N size of the unturned part of a key, R rank of the
-latent, V size of a value, X and Y widths of projections.
+Legend: D hidden size, E experts, H heads, R rank of the latent, U size of the unturned part of a
+key, V size of a value, X and Y widths of projections.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def _load_latent(weights: Weights, prefix: str, config: LatentAttention) -> Late
             q_norm=q_norm,
             q_up_YX=q_up_YX,
             kv_norm=weights.norm(f"{prefix}.kv_a_layernorm.weight", rank, _LATENT_EPS),
-            key_up_HNR=up_HYR[:, : config.nope_dim].contiguous(),
+            key_up_HUR=up_HYR[:, : config.nope_dim].contiguous(),
             value_up_HRV=up_HYR[:, config.nope_dim :].transpose(1, 2).contiguous(),
             output=Projection(output_DX, output_bias_D),
         ),

@@ -13,10 +13,11 @@ from mesh.model_config import ModelConfig
 class KvCache:
     """Memory for ``num_blocks`` blocks of ``block_size`` tokens each, in every layer.
 
-    ``rows[layer]`` is ``[S + 1, W]``: keys of all heads, then values of all heads; of latent
-    attention the latent and the turned part of the key. Token t of a block b is in row
-    ``b * block_size + t``. The last row stays zero: what is padded is read from there, so that
-    no request ever reads, and multiplies with zero, what another left behind.
+    ``rows[layer]`` is ``[S, W]``: keys of all heads, then values of all heads; of latent
+    attention the latent and the turned part of the key. Token t of block b is in row
+    ``b * block_size + t``. ``pages[layer]`` is the same memory, a block in a row. There is one
+    block more, which stays zero: what is padded is read from there, so that no request ever
+    reads, and multiplies with zero, what another left behind.
     """
 
     def __init__(
@@ -29,14 +30,13 @@ class KvCache:
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.zero_slot = num_blocks * block_size
-        self.rows = torch.zeros(
-            config.num_layers,
-            self.zero_slot + 1,
-            config.attention.kv_width,
-            device=device,
-            dtype=dtype,
-        ).unbind(0)
+        self.zero_block = num_blocks
+        width = config.attention.kv_width
+        memory = torch.zeros(
+            config.num_layers, num_blocks + 1, block_size * width, device=device, dtype=dtype
+        )
+        self.pages = memory.unbind(0)
+        self.rows = memory.view(config.num_layers, -1, width).unbind(0)
 
     @staticmethod
     def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
