@@ -2,7 +2,8 @@
 
 One thread owns a transport and everything made from it. Tags are 64-bit integers. Buffers
 are wrapped once and kept: the wrap is what costs. A request ends in exactly one way:
-``completed`` turns true, and :meth:`Transport.failure` says whether it went well.
+``completed`` turns true, and :meth:`Transport.failure` says whether it went well. Until then
+the caller keeps the buffer: a transport does not.
 """
 
 from __future__ import annotations

@@ -1,0 +1,243 @@
+"""The data plane over UCX between processes: answers, deaths, hangs, noise, sleep."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from gateway.dispatch import Dispatcher
+from mesh import wire
+from mesh.errors import MessageTruncated, PeerLost
+from mesh.plan import ExpertId
+from mesh.transport.ucx import UcxTransport
+from protos import engine_pb2, placement_pb2
+from tests.rig import HIDDEN_SIZE, NUM_EXPERTS, expected, make_dispatcher, random_step
+
+ALL = [ExpertId(0, index) for index in range(NUM_EXPERTS)]
+
+
+class Process:
+    """A :mod:`tests.ucx_worker`."""
+
+    def __init__(self, worker_id: str, experts: list[ExpertId], max_rows: int = 4096) -> None:
+        self.worker_id = worker_id
+        self.experts = experts
+        self.max_rows = max_rows
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "tests.ucx_worker",
+                worker_id,
+                str(max_rows),
+                *map(str, experts),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def wait_started(self) -> None:
+        self.address = bytes.fromhex(self._read()["address"])
+
+    def _read(self) -> dict:  # type: ignore[type-arg]
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)  # type: ignore[no-any-return]
+        raise AssertionError(f"{self.worker_id} ended with {self.process.wait()}")
+
+    def ask(self, **order: object):  # type: ignore[no-untyped-def]
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        return self._read()["answer"]
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class Mesh:
+    """A gateway's dispatcher here, its workers elsewhere."""
+
+    def __init__(self, *workers: Process, max_tokens: int = 2048) -> None:
+        for worker in workers:
+            worker.wait_started()
+        self.workers = workers
+        self.transport = UcxTransport()
+        self.dispatcher: Dispatcher = make_dispatcher(self.transport, max_tokens=max_tokens)
+        routing = engine_pb2.Routing(epoch=1)
+        for number, worker in enumerate(workers, start=1):
+            session = worker.ask(connect=self.transport.address.hex(), reply_session=number)
+            routing.peers.add(
+                worker_id=worker.worker_id,
+                ucx_address=worker.address,
+                session=session,
+                reply_session=number,
+                max_rows=worker.max_rows,
+            )
+        for expert in ALL:
+            routing.experts.add(
+                expert=placement_pb2.ExpertId(layer=expert.layer, index=expert.index),
+                worker_ids=[w.worker_id for w in workers if expert in w.experts],
+            )
+        self.dispatcher.set_routing(routing)
+
+    def close(self) -> None:
+        self.dispatcher.close()
+        self.transport.close()
+        for worker in self.workers:
+            worker.process.stdin.close()  # type: ignore[union-attr]
+            worker.process.send_signal(signal.SIGCONT)
+            worker.process.wait(10)
+
+
+def start(*experts: list[ExpertId], max_tokens: int = 2048, max_rows: int = 4096) -> Mesh:
+    workers = [Process(f"w{n}", held, max_rows) for n, held in enumerate(experts)]
+    return Mesh(*workers, max_tokens=max_tokens)
+
+
+@pytest.fixture
+def pair() -> Iterator[Mesh]:
+    """Two workers that both hold everything."""
+    mesh = start(ALL, ALL)
+    yield mesh
+    mesh.close()
+
+
+def test_small_and_large_batches_come_back_right() -> None:
+    mesh = start(*([expert] for expert in ALL), max_rows=700)
+    for num_tokens in (1, 3, 100, 2048):
+        step = random_step(num_tokens, seed=num_tokens)
+        mesh.dispatcher.begin_step(1)
+        y_TD = mesh.dispatcher.dispatch(0, *step).combine()
+        torch.testing.assert_close(y_TD, expected(0, *step))
+    mesh.close()
+
+
+def test_a_killed_worker_is_noticed_in_flight_and_its_rows_go_to_the_replica(pair: Mesh) -> None:
+    first, second = pair.workers
+    first.process.send_signal(signal.SIGSTOP)
+    step = random_step(500)
+    pair.dispatcher.begin_step(1)
+    pending = pair.dispatcher.dispatch(0, *step)
+    first.kill()
+    torch.testing.assert_close(pending.combine(), expected(0, *step))
+    assert [worker_id for worker_id, _ in pair.dispatcher.lost_peers()] == ["w0"]
+    assert pair.dispatcher.replayed_rows == 1000
+    assert second.ask(stats=1)["refused"] == {}
+
+
+def test_a_stopped_worker_is_given_up_and_what_it_says_later_harms_nothing(pair: Mesh) -> None:
+    first, _ = pair.workers
+    first.process.send_signal(signal.SIGSTOP)
+    for seed in range(3):
+        step = random_step(500, seed=seed)
+        pair.dispatcher.begin_step(1)
+        y_TD = pair.dispatcher.dispatch(0, *step).combine()
+        torch.testing.assert_close(y_TD, expected(0, *step))
+    ((worker_id, reason),) = pair.dispatcher.lost_peers()
+    assert worker_id == "w0"
+    assert "no reply within 1 s" in reason or "UCX" in reason
+    first.process.send_signal(signal.SIGCONT)
+    for seed in range(50):
+        step = random_step(50, seed=seed)
+        pair.dispatcher.begin_step(1)
+        y_TD = pair.dispatcher.dispatch(0, *step).combine()
+        torch.testing.assert_close(y_TD, expected(0, *step))
+        pair.dispatcher.poll()
+
+
+def test_a_worker_frees_the_session_of_a_dead_gateway() -> None:
+    worker = Process("w", ALL)
+    worker.wait_started()
+    gateway = Process("not-a-worker", [])
+    gateway.wait_started()
+    worker.ask(connect=gateway.address.hex(), reply_session=1)
+    # UCX connects lazily: a first message opens the way by which a death is noticed.
+    transport = UcxTransport()
+    session = worker.ask(connect=gateway.address.hex(), reply_session=2)
+    endpoint = transport.connect(worker.address)
+    rows = transport.wrap(torch.zeros(1, HIDDEN_SIZE))
+    request = endpoint.send(rows, wire.encode(wire.Kind.DISPATCH, session, 0, 0, 0, 1))
+    while not request.completed:
+        transport.progress()
+    gateway.kill()
+    until = time.monotonic() + 20
+    while worker.ask(stats=1)["sessions"] > 1 and time.monotonic() < until:
+        time.sleep(0.05)
+    assert worker.ask(stats=1)["sessions"] <= 1
+    endpoint.close()
+    transport.close()
+    worker.kill()
+
+
+def test_noise_of_any_size_is_dropped_and_the_worker_serves_on(pair: Mesh) -> None:
+    stranger = pair.transport.connect(pair.workers[0].address)
+    noise = [
+        pair.transport.wrap(torch.zeros(nbytes, dtype=torch.uint8))
+        for nbytes in (1, 100, 10_000, 3_000_000)
+    ]
+    requests = [
+        stranger.send(buffer, tag)
+        for buffer in noise
+        for tag in (0, 2**64 - 1, wire.encode(wire.Kind.DISPATCH, 1, 2, 3, 4, 5))
+    ]
+    while not all(request.completed for request in requests):
+        pair.transport.progress()
+    step = random_step(64)
+    pair.dispatcher.begin_step(1)
+    torch.testing.assert_close(pair.dispatcher.dispatch(0, *step).combine(), expected(0, *step))
+    refused = pair.workers[0].ask(stats=1)["refused"]
+    assert refused == {"malformed": 8, "unknown_session": 4}
+
+
+def test_a_receive_that_nobody_answers_can_be_taken_back(pair: Mesh) -> None:
+    endpoint = pair.transport.connect(pair.workers[0].address)
+    buffer = pair.transport.wrap(torch.zeros(4))
+    request = endpoint.post_receive(buffer, 12345)
+    assert not request.completed
+    pair.transport.abandon(12345)
+    while not request.completed:
+        pair.transport.progress()
+
+
+def test_a_longer_message_than_its_buffer_is_an_error(pair: Mesh) -> None:
+    endpoint = pair.transport.connect(pair.transport.address)
+    small, large = (pair.transport.wrap(torch.zeros(n)) for n in (4, 100_000))
+    request = endpoint.post_receive(small, 1)
+    sent = endpoint.send(large, 1)
+    while not (request.completed and sent.completed):
+        pair.transport.progress()
+    assert isinstance(pair.transport.failure(request), MessageTruncated)
+
+
+def test_an_address_that_leads_nowhere_is_an_error_and_not_a_crash(pair: Mesh) -> None:
+    with pytest.raises(PeerLost, match="UCX cannot reach"):
+        pair.transport.connect(b"no address at all")
+
+
+def test_idle_workers_sleep(pair: Mesh) -> None:
+    before = [worker.ask(cpu=1) for worker in pair.workers]
+    time.sleep(3)
+    used = [worker.ask(cpu=1) - b for worker, b in zip(pair.workers, before, strict=True)]
+    # A tenth of a core each would be polling; asleep it is a tenth of a percent.
+    assert max(used) < 0.3
+
+
+def test_sleeping_workers_wake_for_a_single_row(pair: Mesh) -> None:
+    for round_ in range(20):
+        step = random_step(1, seed=round_)
+        pair.dispatcher.begin_step(1)
+        y_TD = pair.dispatcher.dispatch(0, *step).combine()
+        torch.testing.assert_close(y_TD, expected(0, *step))
+        time.sleep(0.01)
