@@ -60,6 +60,7 @@ class Front(pb_grpc.InferenceServicer):
         self._model_name = model_name
         self._gateway_id = gateway_id
         self._tokenizer = tokenizer
+        self._longest_token = max(map(len, tokenizer.get_vocab())) if tokenizer is not None else 0
         self._link = link
         self._metrics = metrics
         self._num_workers = num_workers
@@ -102,7 +103,7 @@ class Front(pb_grpc.InferenceServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeReply:
         """Token ids of a text, by default as Generate would see it."""
         limits = self._limits()
-        validate.require_tokenizer(limits, "text")
+        validate.check_text(request.text, "text", limits)
         with self._admit(1):
             special = request.add_special_tokens if request.HasField("add_special_tokens") else True
             token_ids = await self._encode(request.text, special)
@@ -176,11 +177,12 @@ class Front(pb_grpc.InferenceServicer):
         return self._link.started.result()
 
     def _limits(self) -> validate.Limits:
+        max_model_len = self._started().max_model_len
         return validate.Limits(
             model=self._model_name,
             vocab_size=self._model.vocab_size,
-            max_model_len=self._started().max_model_len,
-            has_tokenizer=self._tokenizer is not None,
+            max_model_len=max_model_len,
+            max_characters=max_model_len * self._longest_token,
         )
 
     @contextmanager

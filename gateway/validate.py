@@ -31,7 +31,8 @@ class Limits:
     vocab_size: int
     max_model_len: int
     """Tokens of prompt and output together."""
-    has_tokenizer: bool
+    max_characters: int
+    """Of a text: no longer one fits the context. 0: there is no tokenizer, and no text."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -69,14 +70,24 @@ def check_input(request: pb.GenerateRequest, limits: Limits) -> None:
     kind = request.WhichOneof("input")
     _require(kind is not None, "the request has no input; give prompt or prompt_token_ids")
     if kind == "prompt":
-        require_tokenizer(limits, "prompt")
+        check_text(request.prompt, "prompt", limits)
         _require(request.prompt != "", "prompt is empty; give at least one token")
+
+
+def check_text(text: str, field: str, limits: Limits) -> None:
+    """A text that is worth the work of tokenizing it."""
+    require_tokenizer(limits, field)
+    _require(
+        len(text) <= limits.max_characters,
+        f"{field} has {len(text)} characters; the context of {limits.max_model_len} tokens holds "
+        f"{limits.max_characters} at the very most: shorten it",
+    )
 
 
 def require_tokenizer(limits: Limits, field: str) -> None:
     """Refuse what cannot be done with token ids alone."""
     _require(
-        limits.has_tokenizer,
+        limits.max_characters > 0,
         f"{field} needs a tokenizer and {limits.model!r} has no tokenizer.json; "
         "send prompt_token_ids and stop_token_ids instead",
     )

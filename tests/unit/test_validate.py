@@ -17,8 +17,8 @@ from gateway.validate import (
 from mesh.errors import InvalidInput, ModelNotFound
 from protos import inference_pb2 as pb
 
-LIMITS = Limits(model="tiny", vocab_size=100, max_model_len=16, has_tokenizer=True)
-IDS_ONLY = Limits(model="tiny", vocab_size=100, max_model_len=16, has_tokenizer=False)
+LIMITS = Limits(model="tiny", vocab_size=100, max_model_len=16, max_characters=64)
+IDS_ONLY = Limits(model="tiny", vocab_size=100, max_model_len=16, max_characters=0)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +94,7 @@ def test_max_tokens_is_what_the_context_leaves_unless_given() -> None:
     [
         ({}, "the request has no input"),
         ({"prompt": ""}, "prompt is empty"),
+        ({"prompt": "x" * 65}, "prompt has 65 characters; the context of 16 tokens holds 64"),
         ({"prompt": "x", "request_id": "a b"}, "request_id 'a b' must be"),
         ({"prompt": "x", "request_id": "a" * 129}, "request_id"),
         ({"prompt": "x", "request_id": "né"}, "request_id"),
