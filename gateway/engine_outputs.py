@@ -1,0 +1,44 @@
+"""How the engine puts into messages what became of a request."""
+
+from __future__ import annotations
+
+from gateway.request import Request
+from gateway.sampler import Choice, TokenLogprobs
+from mesh.errors import MeshError
+from protos import engine_pb2 as pb
+from protos import inference_pb2
+
+
+def output_of(request: Request, choice: Choice | None = None) -> pb.Output:
+    """A request's news: its next token, if there is one, and its end, if it has ended."""
+    output = pb.Output(
+        request_id=request.request_id,
+        cached_tokens=request.num_cached_tokens,
+        scheduled_s=request.scheduled_s,
+    )
+    if choice is not None:
+        output.token_ids.append(choice.token_id)
+        if choice.logprobs is not None:
+            output.logprobs.append(_logprobs_of(choice.token_id, choice.logprobs))
+    if request.end is not None:
+        output.finish_reason, output.stop_reason, error = request.end
+        if error is not None:
+            output.error_code, output.error_message = error.code, str(error)
+    return output
+
+
+def refusal_of(request_id: str, error: MeshError) -> pb.Output:
+    """The only output of a request that was not taken."""
+    return pb.Output(
+        request_id=request_id,
+        finish_reason="error",
+        error_code=error.code,
+        error_message=str(error),
+    )
+
+
+def _logprobs_of(token_id: int, logprobs: TokenLogprobs) -> inference_pb2.PositionLogprobs:
+    return inference_pb2.PositionLogprobs(
+        chosen=inference_pb2.TokenLogprob(token_id=token_id, logprob=logprobs.chosen),
+        top=[inference_pb2.TokenLogprob(token_id=t, logprob=p) for t, p in logprobs.top],
+    )
