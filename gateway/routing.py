@@ -249,12 +249,12 @@ class Router:
         log.info("worker_connected", worker_id=worker.worker_id, address=worker.grpc_address)
 
     def _new_session(self) -> int:
-        """A session of no live connection, and of none that ended lately."""
-        taken = {connection.peer.reply_session for connection in self._connections.values()}
-        self._last_session = (self._last_session + 1) % MAX_SESSIONS
-        while self._last_session in taken:
+        """A session of no live connection and of none that ended lately; never 0."""
+        taken = {0, *(connection.peer.reply_session for connection in self._connections.values())}
+        while True:
             self._last_session = (self._last_session + 1) % MAX_SESSIONS
-        return self._last_session
+            if self._last_session not in taken:
+                return self._last_session
 
     def _note_unreachable(self, worker_id: str, why: str) -> None:
         attempt = self._attempts.get(worker_id, 0)
