@@ -65,9 +65,13 @@ class JsonReport:
 
 
 class TextReport:
-    """Bars on a terminal; elsewhere a line for each thing that is complete."""
+    """Bars on a terminal; elsewhere a line for each thing that is complete.
 
-    def __init__(self) -> None:
+    With ``hints``, what to do next once all is ready.
+    """
+
+    def __init__(self, *, hints: bool) -> None:
+        self._hints = hints
         self._console = Console()
         self._began_s = time.monotonic()
         self._complete: set[str] = set()
@@ -101,17 +105,23 @@ class TextReport:
         gateways = ", ".join(gateway["grpc"] for gateway in ready.gateways)
         self._console.print(
             f"[bold green]ready[/] after {ready.took_s:.1f} s: {len(ready.workers)} workers, "
-            f"placement at {ready.placement['grpc']}, gateway at [bold]{gateways}[/]\n"
-            f"metrics: http://{ready.gateways[0]['http']}/metrics   logs: {ready.log_dir}\n"
-            f"try: expert-mesh generate --target {ready.gateways[0]['grpc']} --prompt 'Hello'\n"
-            "Ctrl-C drains and ends it",
+            f"placement at {ready.placement['grpc']}, gateway at [bold]{gateways}[/]",
             soft_wrap=True,
             highlight=False,
         )
+        if self._hints:
+            gateway = ready.gateways[0]
+            self._console.print(
+                f"metrics: http://{gateway['http']}/metrics   logs: {ready.log_dir}\n"
+                f"try: expert-mesh generate --target {gateway['grpc']} --prompt 'Hello'\n"
+                "Ctrl-C drains and ends it",
+                soft_wrap=True,
+                highlight=False,
+            )
 
     def exited(self, process: Process) -> None:
         self._console.print(Text(process.describe_end(), style="bold red"), soft_wrap=True)
 
     def draining(self) -> None:
         self._bars.stop()
-        self._console.print("draining; a second Ctrl-C kills")
+        self._console.print("draining (Ctrl-C again kills)")

@@ -13,14 +13,15 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.options import build, options_of, to_argv
 from mesh.config import GatewayConfig, PlacementConfig, WorkerConfig, option
-from mesh.errors import ConfigError, DeadlineExceeded, Unavailable
+from mesh.errors import ConfigError, DeadlineExceeded, MeshError, Unavailable
 
 if TYPE_CHECKING:
     from cli.report import JsonReport, TextReport
@@ -137,90 +138,116 @@ def up(values: dict[str, Any]) -> None:
     from cli.report import JsonReport, TextReport
 
     spec = MeshSpec.of(values)
-    asyncio.run(run(spec, JsonReport() if spec.up.json else TextReport()))
+    asyncio.run(_run(spec, JsonReport() if spec.up.json else TextReport(hints=True)))
 
 
-async def run(spec: MeshSpec, report: JsonReport | TextReport) -> None:
-    """Serve until SIGINT or SIGTERM; a second one cuts the draining short.
+async def _run(spec: MeshSpec, report: JsonReport | TextReport) -> None:
+    with suppress(asyncio.CancelledError):
+        async with serving(spec, report) as mesh:
+            await mesh.watch()
 
-    Raises DeadlineExceeded or Unavailable when it cannot start, or has no gateway left.
-    Whatever the way out, no process is left.
+
+@asynccontextmanager
+async def serving(spec: MeshSpec, report: JsonReport | TextReport) -> AsyncIterator[Mesh]:
+    """A mesh that is ready. On every way out it is drained, and no process of it is left.
+
+    Raises DeadlineExceeded or Unavailable when it cannot start. SIGINT and SIGTERM cancel the
+    task that entered; a second one cuts the draining short.
     """
     from cli.supervisor import Supervisor
 
-    log_dir = spec.up.log_dir or Path(tempfile.mkdtemp(prefix="expert-mesh-"))
-    log_dir.mkdir(parents=True, exist_ok=True)
-    events: asyncio.Queue[Process | None] = asyncio.Queue()
-    async with Supervisor(_PRELOAD, log_dir, on_exit=events.put_nowait) as supervisor:
-        mesh = Mesh(spec, supervisor, report)
-        told = asyncio.Event()
-
-        def told_to_end() -> None:
-            if told.is_set():
-                mesh.kill()
-            told.set()
-            events.put_nowait(None)
-            report.draining()
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, told_to_end)
-        try:
-            await _serve(mesh, events)
-        finally:
-            await mesh.drain()
-    if spec.up.log_dir is None:
-        shutil.rmtree(log_dir)  # Only after an orderly end: otherwise they are wanted.
+    deaths: asyncio.Queue[Process] = asyncio.Queue()
+    with ExitStack() as at_end:
+        log_dir = spec.up.log_dir
+        if log_dir is None:
+            log_dir = Path(tempfile.mkdtemp(prefix="expert-mesh-"))
+            at_end.callback(shutil.rmtree, log_dir)
+        log_dir.mkdir(parents=True, exist_ok=True)
+        async with Supervisor(_PRELOAD, log_dir, on_exit=deaths.put_nowait) as supervisor:
+            mesh = Mesh(spec, supervisor, report, deaths)
+            _on_signals(asyncio.current_task(), mesh)
+            try:
+                await mesh.start()
+                yield mesh
+            except MeshError:
+                at_end.pop_all()  # The logs may say more.
+                raise
+            finally:
+                await mesh.drain()
 
 
-async def _serve(mesh: Mesh, events: asyncio.Queue[Process | None]) -> None:
-    """Start, then report each death, until the None that says to end."""
-    starting = asyncio.create_task(mesh.start())
-    next_event = asyncio.create_task(events.get())
-    try:
-        await asyncio.wait(
-            {starting, next_event},
-            timeout=mesh.spec.up.timeout_s,
-            return_when=asyncio.FIRST_COMPLETED,
-        )
-        if not next_event.done():
-            if not starting.done():
-                raise DeadlineExceeded(mesh.describe_missing())
-            starting.result()
-        elif dead := next_event.result():
-            raise Unavailable(dead.describe_end())
-        dead = await next_event
-        while dead is not None:
-            mesh.report.exited(dead)
-            if not any(gateway.alive for gateway in mesh.gateways):
-                raise Unavailable("the last gateway is gone")
-            dead = await events.get()
-    finally:
-        starting.cancel()
-        next_event.cancel()
-        await asyncio.gather(starting, next_event, return_exceptions=True)
+def _on_signals(task: asyncio.Task[Any] | None, mesh: Mesh) -> None:
+    def told_to_end() -> None:
+        if mesh.draining or task is None:
+            mesh.kill()
+        else:
+            task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, told_to_end)
 
 
 class Mesh:
     """The processes of one :class:`MeshSpec`."""
 
     def __init__(
-        self, spec: MeshSpec, supervisor: Supervisor, report: JsonReport | TextReport
+        self,
+        spec: MeshSpec,
+        supervisor: Supervisor,
+        report: JsonReport | TextReport,
+        deaths: asyncio.Queue[Process],
     ) -> None:
-        self.spec = spec
-        self.report = report
         self.placement: list[Process] = []
         self.workers: list[Process] = []
         self.gateways: list[Process] = []
+        self.draining = False
+        self._spec = spec
         self._supervisor = supervisor
+        self._report = report
+        self._deaths = deaths
         self._progress: dict[str, tuple[int, int]] = {}
         self._note = ""
 
+    @property
+    def processes(self) -> list[Process]:
+        """All that were started."""
+        return [*self.placement, *self.workers, *self.gateways]
+
     async def start(self) -> None:
-        """Start everything, and report once all of it serves. Unavailable if some ends early."""
+        """Start everything, and report once all of it serves.
+
+        Raises Unavailable if a process ends, DeadlineExceeded if it takes too long.
+        """
+        starting = asyncio.create_task(self._start())
+        death = asyncio.create_task(self._deaths.get())
+        try:
+            await asyncio.wait(
+                {starting, death},
+                timeout=self._spec.up.timeout_s,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if death.done():
+                raise Unavailable(death.result().describe_end())
+            if not starting.done():
+                raise DeadlineExceeded(self._describe_missing())
+            starting.result()
+        finally:
+            starting.cancel()
+            death.cancel()
+            await asyncio.gather(starting, death, return_exceptions=True)
+
+    async def watch(self) -> None:
+        """Report deaths for ever. Raises Unavailable when no gateway is left."""
+        while True:
+            self._report.exited(await self._deaths.get())
+            if not any(gateway.alive for gateway in self.gateways):
+                raise Unavailable(f"no gateway is left; the logs are in {self._supervisor.log_dir}")
+
+    async def _start(self) -> None:
         from cli.report import Ready
 
         began_s = time.monotonic()
-        spec, supervisor = self.spec, self._supervisor
+        spec, supervisor = self._spec, self._supervisor
         self.placement = [supervisor.spawn("placement", ["placement", *to_argv(spec.placement)])]
         address = (await supervisor.wait_ready(self.placement[0]))["grpc"]
         for worker in spec.workers:
@@ -230,16 +257,15 @@ class Mesh:
             argv = to_argv(dataclasses.replace(gateway, placement=address))
             self.gateways.append(supervisor.spawn(str(gateway.gateway_id), ["gateway", *argv]))
         plan = await self._wait_serving(address)
-        self.report.ready(
-            Ready(
-                placement=self.placement[0].ready.result(),
-                gateways=[process.ready.result() for process in self.gateways],
-                workers=[process.ready.result() for process in self.workers],
-                plan=plan,
-                log_dir=supervisor.log_dir,
-                took_s=time.monotonic() - began_s,
-            )
+        self.ready = Ready(
+            placement=self.placement[0].ready.result(),
+            gateways=[process.ready.result() for process in self.gateways],
+            workers=[process.ready.result() for process in self.workers],
+            plan=plan,
+            log_dir=supervisor.log_dir,
+            took_s=time.monotonic() - began_s,
         )
+        self._report.ready(self.ready)
 
     async def _wait_serving(self, placement_address: str) -> pb.Plan:
         """Report progress until every worker holds its experts and every gateway serves."""
@@ -249,8 +275,7 @@ class Mesh:
         from protos import placement_pb2 as pb
         from protos.placement_pb2_grpc import PlacementStub
 
-        tls = TlsFiles.of(self.spec.placement)
-        processes = [*self.placement, *self.workers, *self.gateways]
+        tls = TlsFiles.of(self._spec.placement)
         serving = [asyncio.create_task(self._serves(gateway, tls)) for gateway in self.gateways]
         try:
             async with open_channel(placement_address, tls) as channel:
@@ -262,12 +287,15 @@ class Mesh:
                     self._note = mesh.plan.note
                     resident = {(e.layer, e.index) for w in mesh.workers for e in w.resident}
                     self._progress = {
-                        "processes up": (sum(p.ready.done() for p in processes), len(processes)),
+                        "processes up": (
+                            sum(p.ready.done() for p in self.processes),
+                            len(self.processes),
+                        ),
                         "workers registered": (len(mesh.workers), len(self.workers)),
-                        "experts loaded": (len(resident), self.spec.num_experts),
+                        "experts loaded": (len(resident), self._spec.num_experts),
                         "gateways serving": (sum(map(_succeeded, serving)), len(serving)),
                     }
-                    self.report.progress(self._progress)
+                    self._report.progress(self._progress)
                     if mesh.plan.complete and all(n >= of for n, of in self._progress.values()):
                         return mesh.plan
                     await asyncio.sleep(_POLL_S)
@@ -291,28 +319,30 @@ class Mesh:
                 if reply.status == reply.SERVING:
                     return
 
-    def describe_missing(self) -> str:
+    def _describe_missing(self) -> str:
         """What a start that took too long was waiting for."""
         missing = [f"{n} of {of} {what}" for what, (n, of) in self._progress.items() if n < of]
         note = f"; placement says: {self._note}" if self._note else ""
         return (
-            f"not ready after {self.spec.up.timeout_s:.0f} s: "
+            f"not ready after {self._spec.up.timeout_s:.0f} s: "
             f"{', '.join(missing) or 'placement is not up'}{note}; "
             f"the logs are in {self._supervisor.log_dir}"
         )
 
     async def drain(self) -> None:
         """End gateways, then workers, then placement, each kind within ``drain_s``."""
+        self.draining = True
+        self._report.draining()
         for processes in (self.gateways, self.workers, self.placement):
             self._signal_all(processes, signal.SIGTERM)
             ends = [process.exited for process in processes if process.alive]
             if ends:
-                await asyncio.wait(ends, timeout=self.spec.up.drain_s)
+                await asyncio.wait(ends, timeout=self._spec.up.drain_s)
             self._signal_all(processes, signal.SIGKILL)
 
     def kill(self) -> None:
         """Cut :meth:`drain` short."""
-        self._signal_all([*self.gateways, *self.workers, *self.placement], signal.SIGKILL)
+        self._signal_all(self.processes, signal.SIGKILL)
 
     def _signal_all(self, processes: Iterable[Process], number: int) -> None:
         for process in processes:
