@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 import grpc
 import structlog
@@ -121,8 +122,6 @@ class PlacementLink:
             report = self._make_report()
             report.lease_id = lease.lease_id
             await call.write(report)
-            try:
+            with suppress(TimeoutError):
                 async with asyncio.timeout(lease.heartbeat_interval_s):
                     await self._due.wait()
-            except TimeoutError:
-                pass

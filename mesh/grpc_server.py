@@ -144,18 +144,17 @@ def stop_signals() -> asyncio.Event:
     return requested
 
 
-async def run_until(stop: asyncio.Event, *coroutines: Coroutine[Any, Any, None]) -> None:
-    """Run what should never end by itself until ``stop``; the first that fails raises here."""
+async def until_first_ends(*coroutines: Coroutine[Any, Any, object]) -> None:
+    """Run these side by side until one ends, cancel the others, raise what it raised."""
     tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
-    stopped = asyncio.create_task(stop.wait())
     try:
-        done, _ = await asyncio.wait([*tasks, stopped], return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
     finally:
-        for task in (*tasks, stopped):
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, stopped, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class GrpcServer:

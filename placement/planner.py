@@ -198,20 +198,20 @@ def _shortage(rules: Rules, workers: Sequence[WorkerSpec]) -> str:
     needed, there = rules.workers_needed, len(workers)
     strict = rules.rule == "strict"
     if there < needed:
+        remedies = [f"start {needed - there} more"]
         if strict:
             reason = "one per expert, by the rule strict"
-            remedy = "use --rule per-layer"
-        elif rules.experts_per_worker == 1:
-            reason = "one per expert of a layer"
-            remedy = "allow colocation"
+            remedies.append("use --rule per-layer")
         else:
-            reason = f"{rules.experts_per_worker} experts of a layer on each"
-            remedy = "allow more colocation"
-        if there and not strict:
-            remedy += f" with --experts-per-worker {-(-rules.num_experts // there)}"
-        return (
-            f"model needs {needed} workers ({reason}), {there} are registered: "
-            f"start {needed - there} more, or {remedy}"
+            crowd = rules.experts_per_worker
+            reason = (
+                "one per expert of a layer" if crowd == 1 else f"{crowd} experts of a layer each"
+            )
+            if there:
+                enough = -(-rules.num_experts // there)
+                remedies.append(f"allow colocation with --experts-per-worker {enough}")
+        return f"model needs {needed} workers ({reason}), {there} are registered: " + ", or ".join(
+            remedies
         )
     most = 1 if strict else rules.experts_per_worker * len(rules.layers)
     num_experts = rules.num_experts * len(rules.layers)

@@ -9,6 +9,7 @@ import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import structlog
@@ -17,7 +18,7 @@ from prometheus_client import CollectorRegistry, Gauge
 from mesh import telemetry
 from mesh.config import PlacementConfig
 from mesh.errors import InvalidInput, ModelMismatch, PlacementError, Unavailable
-from mesh.grpc_server import GrpcServer, run_until, stop_signals
+from mesh.grpc_server import GrpcServer, stop_signals, until_first_ends
 from mesh.http import HttpServer
 from mesh.model_config import ModelConfig
 from placement.coordinator import Coordinator
@@ -79,17 +80,17 @@ class PlacementService(rpc.PlacementServicer):
 
     async def run(self, set_ready: Callable[[bool], Awaitable[None]]) -> None:
         """Decide whenever something changed, for ever."""
-        await run_until(asyncio.Event(), self._follow(set_ready), self._plan())
+        await until_first_ends(self._follow(set_ready), self._plan())
 
     async def _follow(self, set_ready: Callable[[bool], Awaitable[None]]) -> None:
         """Bring the plan and the orders up to date with who is there, at once."""
+        self._measure()
         while True:
-            try:
-                await asyncio.wait_for(self._wake.wait(), self._until_deadline_s())
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._until_deadline_s()):
+                    await self._wake.wait()
                 if not self._urgent:
                     await asyncio.sleep(_COALESCE_S)
-            except TimeoutError:
-                pass
             self._wake.clear()
             self._urgent = False
             for worker in self._coordinator.expire(time.monotonic()):
@@ -288,19 +289,22 @@ class PlacementService(rpc.PlacementServicer):
 
 
 async def serve(config: PlacementConfig) -> None:
-    """Run placement until SIGTERM or SIGINT. Raises MeshError when it cannot start."""
+    """The placement process: :func:`run` until a signal, with its events on stderr."""
     telemetry.configure_logging("placement", f"placement-{os.getpid()}", config.log_level)
-    stop_requested = stop_signals()
+    await run(config, ModelConfig.from_hf(config.model), stop_signals())
+
+
+async def run(config: PlacementConfig, model: ModelConfig, stop: asyncio.Event) -> None:
+    """Serve until ``stop``. Raises MeshError when it cannot start."""
     registry = telemetry.new_registry()
-    service = PlacementService(config, ModelConfig.from_hf(config.model), registry)
+    service = PlacementService(config, model, registry)
     server = GrpcServer(config, [(rpc.add_PlacementServicer_to_server, service)], [SERVICE_NAME])
     http = HttpServer(config, registry, why_not_ready=service.why_not_ready)
     async with server:
         with http:
             log.info("placement_listening", grpc=server.address, http=http.address)
             telemetry.announce_ready(config, {"grpc": server.address, "http": http.address})
-            await run_until(
-                stop_requested, service.run(functools.partial(server.set_ready, SERVICE_NAME))
-            )
+            set_ready = functools.partial(server.set_ready, SERVICE_NAME)
+            await until_first_ends(stop.wait(), service.run(set_ready))
             log.info("placement_stopping")
             service.stop()

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Collection
-from contextlib import asynccontextmanager
+import json
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
 
-from mesh.config import PlacementConfig
-from mesh.grpc_server import GrpcServer, TlsFiles, open_channel
+import placement.service
+from mesh.config import PlacementConfig, ServerConfig
+from mesh.grpc_server import TlsFiles, open_channel
 from mesh.model_config import ModelConfig
 from mesh.plan import ExpertId, expert_from_proto, expert_to_proto
-from mesh.telemetry import new_registry
-from placement.service import SERVICE_NAME, PlacementService
 from protos import placement_pb2 as pb
 from protos import placement_pb2_grpc as rpc
 from tests.families import PLAIN, make_checkpoint
+
+
+@dataclass(frozen=True)
+class Running:
+    """A service and the way to end it."""
+
+    address: str
+    http: str
+    stop: asyncio.Event
+    task: asyncio.Future[None]
 
 
 @functools.cache
@@ -35,20 +46,37 @@ def tiny_model(directory: Path, *, num_experts: int = 2, num_layers: int = 2) ->
 
 
 @asynccontextmanager
-async def running_placement(
+async def running(
+    config: ServerConfig, run: Callable[[ServerConfig, asyncio.Event], Awaitable[None]]
+) -> AsyncIterator[Running]:
+    """A service in this process, from the line that says it is ready until the block ends."""
+    ours, theirs = os.pipe()
+    stop = asyncio.Event()
+    task = asyncio.ensure_future(run(replace(config, ready_fd=theirs), stop))
+    line = await asyncio.to_thread(_read_all, ours)
+    if not line:
+        await task
+    addresses = json.loads(line)
+    try:
+        yield Running(addresses["grpc"], addresses["http"], stop, task)
+    finally:
+        stop.set()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def _read_all(descriptor: int) -> str:
+    with os.fdopen(descriptor) as pipe:
+        return pipe.read()
+
+
+def running_placement(
     model: ModelConfig, config: PlacementConfig | None = None
-) -> AsyncIterator[GrpcServer]:
-    """Serves and decides until the block ends; the streams of workers end first."""
-    config = config or PlacementConfig(port=0, settle_s=1.0)
-    service = PlacementService(config, model, new_registry())
-    server = GrpcServer(config, [(rpc.add_PlacementServicer_to_server, service)], [SERVICE_NAME])
-    async with server:
-        deciding = asyncio.create_task(
-            service.run(functools.partial(server.set_ready, SERVICE_NAME))
-        )
-        yield server
-        deciding.cancel()
-        service.stop()
+) -> AbstractAsyncContextManager[Running]:
+    """Placement, of a model that need not exist."""
+    return running(
+        config or PlacementConfig(port=0, settle_s=1.0),
+        lambda config, stop: placement.service.run(config, model, stop),
+    )
 
 
 @dataclass
