@@ -34,6 +34,7 @@ class EngineLink:
         self._channel = channel
         self._deliver: dict[str, Deliver] = {}
         self._heard_s = time.monotonic()
+        self._num_pings = 0
         self.started: asyncio.Future[pb.Started] = asyncio.get_running_loop().create_future()
         self.ended = False
         self._news = asyncio.Event()
@@ -63,8 +64,9 @@ class EngineLink:
             self._deliver.pop(request_id, None)
 
     def route(self, routing: pb.Routing) -> None:
-        """Replace the engine's routing between two steps."""
+        """Replace the engine's routing between two steps; stats with its epoch come then."""
         self._send(pb.ToEngine(routing=routing))
+        self._ping()
 
     def shutdown(self) -> None:
         """Ask the engine to end now; :meth:`run` returns when it has."""
@@ -88,20 +90,23 @@ class EngineLink:
         """Read until the engine ends, then end every request that it left."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                pings = tasks.create_task(self._ping())
+                pings = tasks.create_task(self._ping_while_it_owes())
                 async for message in self._channel:
                     self._take(message)
                 pings.cancel()
         finally:
             self._end()
 
-    async def _ping(self) -> None:
-        sequence = 0
+    async def _ping_while_it_owes(self) -> None:
         while True:
             await asyncio.sleep(PING_INTERVAL_S)
             if self._deliver:
-                sequence += 1
-                self._send(pb.ToEngine(ping=pb.Ping(sequence=sequence)))
+                self._ping()
+
+    def _ping(self) -> None:
+        """The engine answers between two steps, with stats."""
+        self._num_pings += 1
+        self._send(pb.ToEngine(ping=pb.Ping(sequence=self._num_pings)))
 
     def _send(self, message: pb.ToEngine) -> None:
         if not self.ended:
