@@ -87,8 +87,8 @@ bench.command("serve")(bench_serve)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. What a person did wrong is one line, no traceback."""
-    # gRPC's C core tells of every connection that ends; what matters comes as an error.
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    # What the C core of gRPC prints comes as an error too, in our words.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         app(args=argv, prog_name="expert-mesh")
     except SystemExit as exit:

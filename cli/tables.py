@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from rich import box
 from rich.table import Table
 
 from mesh.plan import ExpertId
@@ -27,9 +26,9 @@ def expert_tables(
     indices = sorted({expert.index for expert in known})
     cells = {expert: cell(expert) for expert in known}
     widest = max((len(text) for text in cells.values()), default=1)
-    columns = max(1, (width - 8) // (max(widest, 2) + 2))
+    columns = max(1, (width - 7) // (max(widest, 2) + 2))
     for start in range(0, len(indices), columns):
-        table = Table(title=title if start == 0 else None, box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(title=title if start == 0 else None, box=None, padding=(0, 2, 0, 0))
         table.add_column("layer", justify="right", style="bold")
         for index in indices[start : start + columns]:
             table.add_column(str(index), justify="right")

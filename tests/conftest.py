@@ -1,0 +1,16 @@
+"""What tests of whole meshes share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.running import DEMO_MODEL, RunningMesh, running_mesh
+
+
+@pytest.fixture(scope="session")
+def mesh() -> Iterator[RunningMesh]:
+    """The demo checkpoint, each expert of a layer in a worker of its own. Leave it whole."""
+    with running_mesh("--model", DEMO_MODEL) as mesh:
+        yield mesh
