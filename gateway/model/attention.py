@@ -4,15 +4,15 @@
 all layers. The attention blocks, one of each layer, make queries, store keys and values and ask
 it for the rest. It is the one place to replace for kernels that read pages on a GPU.
 
-Legend: T tokens of the step, S sequences of the step, N blocks of a sequence, B sequences of a
-group, Q queries of a group, L positions that a sequence reads, W elements of a position in the
-cache, H heads, J heads of keys and values, K size of a key, V size of a value, D hidden size,
-R rank of the latent, U size of the unturned part of a key, X and Y widths of projections.
+Legend: T tokens of the step, B sequences of a group, Q queries of a group, L positions that a
+sequence reads, W elements of a position in the cache, H heads, J heads of keys and values, K size
+of a key, V size of a value, D hidden size, R rank of the latent, U size of the unturned part of a
+key, X and Y widths of projections.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
@@ -26,6 +26,9 @@ from gateway.model.kv_cache import KvCache
 from gateway.model.norm import RmsNorm
 from gateway.model.rope import rotate_
 from mesh.model_config import GroupedAttention, LatentAttention
+
+# On a CPU, what one call gathers should still be in the core's cache when it is multiplied.
+_TILE_BYTES = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class PagedAttention:
         self,
         slices: Sequence[SequenceSlice],
         kv: KvCache,
-        windows: Iterable[int | None],
+        windows: Collection[int | None],
         sinks: bool,
     ) -> None:
         self._kv = kv
@@ -74,34 +77,35 @@ class PagedAttention:
         self._slices = slices
         self._device = kv.rows[0].device
         self._dtype = kv.rows[0].dtype
-        counts = [one.num_tokens for one in slices]
-        self._ends = list(accumulate(counts))
-        sequence_T = torch.arange(len(slices))
-        positions_T = torch.tensor([one.num_cached for one in slices])
-        if self._ends[-1] > len(slices):
-            counts_S = torch.tensor(counts)
-            sequence_T = sequence_T.repeat_interleave(counts_S)
-            before_S = torch.tensor(self._ends) - counts_S
-            positions_T = torch.arange(self._ends[-1]) - (before_S - positions_T)[sequence_T]
-        widest = max(len(one.block_table) for one in slices)
-        tables_SN = self._padded([one.block_table for one in slices], widest)
-        new_T = tables_SN[sequence_T, positions_T // kv.block_size] * kv.block_size
-        new_T += positions_T % kv.block_size
-        self.positions_T = positions_T.to(self._device)
-        self._new_slots_T = new_T.to(self._device)
-        self._groups = {window: self._group(window) for window in set(windows)}
-
-    def _padded(self, tables: list[tuple[int, ...]], width: int) -> Tensor:
-        zero = (self._kv.zero_block,)
-        return torch.tensor([table + zero * (width - len(table)) for table in tables])
+        self._ends = list(accumulate(one.num_tokens for one in slices))
+        positions: list[int] = []
+        slots: list[int] = []
+        for one in slices:
+            new = range(one.num_cached, one.num_cached + one.num_tokens)
+            table, size = one.block_table, kv.block_size
+            positions.extend(new)
+            slots.extend([table[p // size] * size + p % size for p in new])
+        self.positions_T = torch.tensor(positions).to(self._device)
+        self._new_slots_T = torch.tensor(slots).to(self._device)
+        self._groups = {window: self._group(window) for window in windows}
 
     def _group(self, window: int | None) -> list[_Group]:
         decoding = [n for n, one in enumerate(self._slices) if one.num_tokens == 1]
-        groups = [self._decode(decoding, window)] if decoding else []
+        tile = self._tile(decoding)
+        groups = [
+            self._decode(decoding[n : n + tile], window) for n in range(0, len(decoding), tile)
+        ]
         for n, one in enumerate(self._slices):
             if one.num_tokens > 1:
                 groups.append(self._prefill(n, one, window))
         return groups
+
+    def _tile(self, decoding: list[int]) -> int:
+        """How many sequences to attend in one call."""
+        if self._device.type != "cpu" or not decoding:
+            return len(self._slices)
+        longest = max(len(self._slices[n].block_table) for n in decoding)
+        return max(1, _TILE_BYTES // (longest * self._kv.pages[0][0].nbytes))
 
     def _decode(self, sequences: list[int], window: int | None) -> _Group:
         tables, seen = [], []
@@ -173,8 +177,12 @@ class PagedAttention:
         decode: bool,
     ) -> _Group:
         width = max(map(len, tables)) + self._sinks
-        blocks = self._padded(tables, width).flatten().to(self._device)
-        return _Group(tokens, len(tables), blocks, columns, bias, decode)
+        blocks: list[int] = []
+        for table in tables:
+            blocks.extend(table)
+            blocks.extend((self._kv.zero_block,) * (width - len(table)))
+        blocks_X = torch.tensor(blocks).to(self._device)
+        return _Group(tokens, len(tables), blocks_X, columns, bias, decode)
 
     def store(self, layer: int, kv_TW: Tensor) -> None:
         """Write the step's tokens into a layer's cache, before it is read."""
