@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
 
 from gateway.engine_link import EngineLink
 from gateway.front import Front
@@ -125,6 +127,8 @@ class Rig:
     front: Front
     server: GrpcServer
     registry: CollectorRegistry
+    events: list[Any]
+    """What was logged."""
 
     @property
     def target(self) -> str:
@@ -157,7 +161,9 @@ async def scripted_front(
     """A front behind a real gRPC socket, its engine scripted."""
     config = GatewayConfig(port=0, max_running=max_running, max_waiting=max_waiting)
     registry = CollectorRegistry()
-    async with linked_engine() as (engine, link):
+    async with AsyncExitStack() as stack:
+        events = stack.enter_context(capture_logs())  # and keeps stdout for what is tested
+        engine, link = await stack.enter_async_context(linked_engine())
         front = Front(
             config,
             MODEL,
@@ -169,9 +175,10 @@ async def scripted_front(
             num_workers=lambda: 3,
         )
         services = [(add_InferenceServicer_to_server, front)]
-        async with GrpcServer(config, services, ["expertmesh.v1.Inference"]) as server:
-            if started:
-                engine.start()
-                await link.started
-            yield Rig(engine, link, front, server, registry)
-            front.close()
+        server = GrpcServer(config, services, ["expertmesh.v1.Inference"])
+        await stack.enter_async_context(server)
+        if started:
+            engine.start()
+            await link.started
+        yield Rig(engine, link, front, server, registry, events)
+        front.close()

@@ -435,6 +435,20 @@ async def test_finished_requests_are_counted_and_timed(rig: Rig, client: AsyncCl
         assert value(f"expert_mesh:{name}_count", model) == 1, name
 
 
+async def test_a_finished_request_is_one_event_without_its_text(
+    rig: Rig, client: AsyncClient
+) -> None:
+    whole = asyncio.create_task(client.complete("a secret", request_id="mine", max_tokens=1))
+    submit = await rig.engine.submitted()
+    rig.engine.say(submit, b"x", "length")
+    await whole
+    (event,) = [event for event in rig.events if event["event"] == "request_finished"]
+    assert (event["request_id"], event["engine_id"]) == ("mine", submit.request_id)
+    assert (event["prompt_tokens"], event["completion_tokens"]) == (8, 1)
+    assert (event["finish_reason"], event["error"]) == ("length", "")
+    assert "secret" not in str(event)
+
+
 async def test_an_engine_that_owes_something_is_pinged_and_its_silence_is_known(
     rig: Rig, client: AsyncClient
 ) -> None:
