@@ -36,10 +36,12 @@ class MeshExperts(Experts, Protocol):
     """What the engine needs of :class:`gateway.dispatch.Dispatcher`."""
 
     epoch: int
-    rows_by_expert: Mapping[ExpertId, int]
     refused: int
     replayed_rows: int
     expert_wait_s: float
+
+    @property
+    def rows_by_expert(self) -> Mapping[ExpertId, int]: ...
 
     def begin_step(self, num_micro_batches: int) -> None: ...
 

@@ -56,5 +56,5 @@ def requests_of_rows(
     requests: dict[Request, T] = {}
     for (index, row), value in rows.items():
         ends = list(accumulate(part.num_tokens for part in micro_batches[index]))
-        requests[micro_batches[index][bisect_right(ends, row)].request] = value
+        requests.setdefault(micro_batches[index][bisect_right(ends, row)].request, value)
     return requests

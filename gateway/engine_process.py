@@ -1,0 +1,227 @@
+"""The engine's process: loads the model, then steps while there is work and sleeps while not."""
+
+from __future__ import annotations
+
+import gc
+import math
+import socket
+import time
+from collections.abc import Callable
+
+import structlog
+import torch
+
+from gateway.dispatch import Dispatcher
+from gateway.engine import Engine
+from gateway.ipc import EngineChannel
+from gateway.kv_blocks import BlockAllocator
+from gateway.model.decoder import Decoder
+from gateway.model.kv_cache import KvCache
+from gateway.request import Request
+from gateway.sampler import Sampler
+from gateway.scheduler import Limits, Scheduler
+from mesh.checkpoint import Checkpoint
+from mesh.config import GatewayConfig, resolve_dtype
+from mesh.device import open_device
+from mesh.errors import ConfigError, Unavailable
+from mesh.model_config import ModelConfig
+from mesh.transport.ucx import UcxTransport
+from mesh.transport.waiting import Waiter
+from protos import engine_pb2 as pb
+
+log = structlog.get_logger()
+
+_CPU_KV_BYTES = 256 << 20
+_GPU_KV_FRACTION = 0.85
+"""Of what is free behind the weights; the rest is for activations and dispatch."""
+_STATS_INTERVAL_S = 0.5
+_PROGRESS_INTERVAL_S = 1.0
+_FLUSH_INTERVAL_S = 0.001
+# A GPU that had work lately polls for more; a CPU core has better things to do.
+_SPIN_S = {"cuda": 1.0, "cpu": 0.0}
+
+
+def run_engine(config: GatewayConfig, sock: socket.socket) -> int:
+    """Be the engine at its end of ``sock`` until told to end, or the front is gone; 0 then.
+
+    Raises MeshError when the model cannot be served as configured, EngineDied when step after
+    step fails.
+    """
+    torch.set_num_threads(config.threads)
+    model = ModelConfig.from_hf(config.model)
+    device = open_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dtype_name = resolve_dtype(config.dtype, config.device, model.dtype)
+    dtype: torch.dtype = getattr(torch, dtype_name)
+    with Checkpoint(config.model) as checkpoint:
+        decoder = Decoder.load(model, checkpoint, device, dtype, progress=_log_progress())
+    blocks, max_model_len = size_kv(config, model, device, dtype)
+    kv = KvCache(model, blocks.num_blocks, blocks.block_size, device, dtype)
+    transport = UcxTransport(cuda=device.type == "cuda")
+    spin_s = _SPIN_S[device.type]
+    dispatcher = Dispatcher(
+        transport,
+        model,
+        device=device,
+        dtype=dtype,
+        max_tokens=config.max_batch_tokens,
+        reply_timeout_s=config.reply_timeout_s,
+        spin_s=spin_s,
+    )
+    limits = Limits(
+        config.max_batch_tokens, config.max_running, config.max_waiting, config.expert_patience_s
+    )
+    engine = Engine(
+        Scheduler(blocks, limits),
+        lambda batches, experts: decoder.forward(batches, kv, experts),
+        dispatcher,
+        Sampler(),
+        micro_batches=config.micro_batches,
+    )
+    channel = EngineChannel(sock)
+    waiter = Waiter(transport, spin_s=spin_s, descriptors=[channel.fileno()])
+    started = pb.Started(
+        ucx_address=transport.address,
+        kv_blocks=blocks.num_blocks,
+        kv_block_size=blocks.block_size,
+        max_model_len=max_model_len,
+        dtype=dtype_name,
+    )
+    channel.send(pb.FromEngine(started=started))
+    log.info("engine_started", kv_blocks=blocks.num_blocks, max_model_len=max_model_len)
+    # What is loaded stays: the collector need not look at it again.
+    gc.collect()
+    gc.freeze()
+    try:
+        EngineLoop(engine, dispatcher, channel, waiter, model.eos_token_ids).run()
+    finally:
+        waiter.close()
+        dispatcher.close()
+        transport.close()
+        channel.close()
+    return 0
+
+
+class EngineLoop:
+    """Messages in, steps, messages out."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        dispatcher: Dispatcher,
+        channel: EngineChannel,
+        waiter: Waiter,
+        eos_token_ids: tuple[int, ...],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._engine = engine
+        self._dispatcher = dispatcher
+        self._channel = channel
+        self._waiter = waiter
+        self._eos_token_ids = eos_token_ids
+        self._clock = clock
+        self._ending = False
+        self._stats_due_s = math.inf
+        """When to send statistics; never while nothing has changed."""
+
+    def run(self) -> None:
+        """Until the front closes its end, or a shutdown is complete and said."""
+        while not self._channel.closed:
+            for message in self._channel.recv_all():
+                self._take(message)
+            busy = self._engine.step() or self._dispatcher.poll()
+            self._tell(busy)
+            if self._ending and self._engine.num_requests == 0 and self._channel.flush():
+                return
+            if busy:
+                self._waiter.busy()
+            else:
+                self._waiter.wait(self._wait_s())
+
+    def _take(self, message: pb.ToEngine) -> None:
+        match message.WhichOneof("body"):
+            case "submit":
+                self._engine.submit(Request.from_proto(message.submit, self._eos_token_ids))
+            case "cancel":
+                self._engine.cancel(message.cancel.request_ids)
+            case "routing":
+                self._engine.set_routing(message.routing)
+                log.info("routing_changed", epoch=message.routing.epoch)
+            case "ping":
+                self._send_stats(message.ping.sequence)
+            case "shutdown":
+                self._ending = True
+                if not message.shutdown.drain:
+                    self._engine.fail_all(
+                        Unavailable("the gateway is shutting down; ask another gateway")
+                    )
+
+    def _tell(self, busy: bool) -> None:
+        """Send what there is to say."""
+        outputs = self._engine.take_outputs()
+        if outputs:
+            self._channel.send(pb.FromEngine(outputs=pb.Outputs(outputs=outputs)))
+        for worker_id, reason in self._dispatcher.lost_peers():
+            lost = pb.PeerLost(worker_id=worker_id, reason=reason)
+            self._channel.send(pb.FromEngine(peer_lost=lost))
+        now = self._clock()
+        if now >= self._stats_due_s:
+            self._send_stats()
+            self._stats_due_s = math.inf
+        if (busy or outputs) and self._stats_due_s == math.inf:
+            self._stats_due_s = now + _STATS_INTERVAL_S
+
+    def _send_stats(self, pong: int = 0) -> None:
+        stats = self._engine.stats()
+        stats.pong = pong
+        self._channel.send(pb.FromEngine(stats=stats))
+
+    def _wait_s(self) -> float | None:
+        """How long nothing is to be done, if nobody says anything; None: for ever."""
+        now = self._clock()
+        until_s = min(self._engine.next_event_s(), self._stats_due_s)
+        if not self._channel.flush():
+            until_s = min(until_s, now + _FLUSH_INTERVAL_S)
+        return None if until_s == math.inf else max(0.0, until_s - now)
+
+
+def size_kv(
+    config: GatewayConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[BlockAllocator, int]:
+    """Blocks for the memory that there is, and the longest sequence that is served with them.
+
+    Raises ConfigError when no block fits, or more tokens are asked for than the model has
+    positions.
+    """
+    longest = config.max_model_len or model.max_model_len
+    if longest > model.max_model_len:
+        raise ConfigError(
+            f"max_model_len {longest} is more than the {model.max_model_len} positions that the "
+            "model was made for; ask for fewer"
+        )
+    memory_bytes = config.kv_memory_bytes or _CPU_KV_BYTES
+    if device.type == "cuda" and not config.kv_memory_bytes:
+        memory_bytes = int(torch.cuda.mem_get_info(device)[0] * _GPU_KV_FRACTION)
+    block_bytes = KvCache.bytes_per_block(model, config.kv_block_size, dtype)
+    num_blocks = memory_bytes // block_bytes
+    if num_blocks == 0:
+        raise ConfigError(
+            f"one KV block takes {block_bytes} bytes and there are {memory_bytes} for all; raise "
+            "kv_memory_bytes, or lower kv_block_size"
+        )
+    blocks = BlockAllocator(num_blocks, config.kv_block_size, prefix_cache=config.prefix_cache)
+    return blocks, min(longest, num_blocks * config.kv_block_size)
+
+
+def _log_progress() -> Callable[[int, int], None]:
+    """Says how far loading is, now and then."""
+    said_s = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal said_s
+        if done == total or time.monotonic() - said_s >= _PROGRESS_INTERVAL_S:
+            said_s = time.monotonic()
+            log.info("loading_model", layers=done, of=total)
+
+    return progress

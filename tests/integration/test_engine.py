@@ -1,0 +1,540 @@
+"""The engine with a real decoder: first with its experts at hand, then as a process over UCX."""
+
+from __future__ import annotations
+
+import functools
+import math
+import socket
+import threading
+from array import array
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from expert_worker.data_plane import DataPlane
+from expert_worker.expert_mlp import load_expert
+from expert_worker.expert_store import ExpertStore
+from gateway.engine import MAX_FAILURES, Engine, Forward
+from gateway.engine_process import run_engine
+from gateway.ipc import FrameReader, encode_frame
+from gateway.kv_blocks import BlockAllocator
+from gateway.model.batch import Experts, ForwardBatch, PendingExperts
+from gateway.model.decoder import Decoder
+from gateway.model.kv_cache import KvCache
+from gateway.request import Request, Sampling
+from gateway.sampler import Sampler
+from gateway.scheduler import Limits, Scheduler
+from mesh.checkpoint import Checkpoint
+from mesh.config import GatewayConfig
+from mesh.errors import ConfigError, EngineDied, ExpertUnavailable
+from mesh.model_config import ModelConfig
+from mesh.plan import ExpertId
+from mesh.transport.ucx import UcxTransport
+from protos import engine_pb2 as pb
+from protos import inference_pb2, placement_pb2
+from tests.families import PLAIN, make_checkpoint
+from tests.local_experts import LocalExperts
+from tests.token_is_expert import make_token_is_expert
+
+CPU = torch.device("cpu")
+SIZE = 4
+
+
+class LosableExperts:
+    """The experts of this process as the dispatcher has them; ``lost`` ones answer nothing."""
+
+    def __init__(self, local: LocalExperts) -> None:
+        self._local = local
+        self._void: dict[tuple[int, int], ExpertUnavailable] = {}
+        self._calls: Counter[int] = Counter()
+        self._num_micro_batches = 1
+        self.lost: set[ExpertId] = set()
+        self.epoch = self.refused = self.replayed_rows = 0
+        self.expert_wait_s = 0.0
+        self.rows_by_expert: Counter[ExpertId] = Counter()
+
+    def begin_step(self, num_micro_batches: int) -> None:
+        self._num_micro_batches = num_micro_batches
+        self._void.clear()
+        self._calls.clear()
+
+    def dispatch(
+        self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor
+    ) -> PendingExperts:
+        micro_batch = self._calls[layer] % self._num_micro_batches
+        self._calls[layer] += 1
+        for row, indices in enumerate(expert_ids_TK.tolist()):
+            self.rows_by_expert.update(ExpertId(layer, index) for index in indices)
+            for expert in {ExpertId(layer, index) for index in indices} & self.lost:
+                self._void[micro_batch, row] = ExpertUnavailable(*expert, "it was lost")
+                weights_TK[row] = math.inf  # whatever is made of a void row is garbage
+        return self._local.dispatch(layer, x_TD, expert_ids_TK, weights_TK)
+
+    def void_rows(self) -> dict[tuple[int, int], ExpertUnavailable]:
+        return self._void
+
+    def set_routing(self, routing: pb.Routing) -> None:
+        self.lost.clear()
+        self.epoch = routing.epoch
+
+
+@dataclass
+class Model:
+    """A tiny checkpoint, loaded once."""
+
+    config: ModelConfig
+    decoder: Decoder
+    local: LocalExperts
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    torch.set_num_threads(1)
+    directory = make_checkpoint(PLAIN, tmp_path_factory.mktemp("model") / PLAIN)
+    config = ModelConfig.from_hf(directory)
+    with Checkpoint(directory) as checkpoint:
+        decoder = Decoder.load(config, checkpoint, CPU, torch.float32)
+    return Model(config, decoder, LocalExperts(directory, config))
+
+
+@dataclass
+class Bench:
+    """An engine, its clock, and what it said."""
+
+    engine: Engine
+    experts: LosableExperts
+    blocks: BlockAllocator
+    now: float = 0.0
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    ends: dict[str, pb.Output] = field(default_factory=dict)
+
+    def step(self) -> bool:
+        self.now += 0.03
+        did = self.engine.step()
+        for output in self.engine.take_outputs():
+            assert output.request_id not in self.ends
+            self.tokens.setdefault(output.request_id, []).extend(output.token_ids)
+            if output.finish_reason:
+                self.ends[output.request_id] = output
+        return did
+
+    def run(self) -> dict[str, list[int]]:
+        """Until every request has ended."""
+        while self.engine.num_requests:
+            self.step()
+        return self.tokens
+
+
+def make_bench(
+    model: Model,
+    *,
+    num_blocks: int = 64,
+    max_batch_tokens: int = 64,
+    micro_batches: int = 1,
+    forward: Callable[[Forward], Forward] = lambda forward: forward,
+) -> Bench:
+    blocks = BlockAllocator(num_blocks, SIZE)
+    kv = KvCache(model.config, num_blocks, SIZE, CPU, torch.float32)
+    experts = LosableExperts(model.local)
+
+    def real(batches: Sequence[ForwardBatch], experts: Experts) -> list[Tensor]:
+        return model.decoder.forward(batches, kv, experts)
+
+    engine = Engine(
+        Scheduler(blocks, Limits(max_batch_tokens, 8, 8, 0.4)),
+        forward(real),
+        experts,
+        Sampler(),
+        micro_batches=micro_batches,
+        clock=lambda: bench.now,
+    )
+    bench = Bench(engine, experts, blocks)
+    return bench
+
+
+def request(name: str, prompt: Sequence[int], max_tokens: int = 12, **options: object) -> Request:
+    sampling = Sampling(max_tokens, **{"temperature": 0.0, **options})  # type: ignore[arg-type]
+    return Request(name, array("q", prompt), sampling, arrival_s=0.0)
+
+
+def four_requests() -> list[Request]:
+    return [
+        request("long", range(3, 30)),
+        request("same start", [*range(3, 20), 99]),
+        request("one token", [200]),
+        request("seeded", range(40, 49), temperature=0.7, top_p=0.9, seed=5, frequency_penalty=0.2),
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(model: Model) -> dict[str, list[int]]:
+    """What each of the four gives with an engine to itself."""
+    tokens: dict[str, list[int]] = {}
+    for each in four_requests():
+        bench = make_bench(model)
+        bench.engine.submit(each)
+        tokens |= bench.run()
+    assert all(len(outputs) == 12 for outputs in tokens.values())
+    return tokens
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("max_batch_tokens", [64, 8])
+@pytest.mark.parametrize("num_blocks", [64, 16])
+def test_tokens_do_not_depend_on_what_runs_beside_chunks_or_preemption(
+    model: Model,
+    alone: dict[str, list[int]],
+    micro_batches: int,
+    max_batch_tokens: int,
+    num_blocks: int,
+) -> None:
+    bench = make_bench(
+        model,
+        num_blocks=num_blocks,
+        max_batch_tokens=max_batch_tokens,
+        micro_batches=micro_batches,
+    )
+    for each in four_requests():
+        bench.engine.submit(each)
+    assert bench.run() == alone
+    assert (bench.engine.stats().preemptions > 0) == (num_blocks == 16)
+    assert bench.blocks.num_free == num_blocks
+
+
+def test_a_prefix_that_was_computed_before_gives_the_same_tokens(
+    model: Model, alone: dict[str, list[int]]
+) -> None:
+    bench = make_bench(model)
+    for each in four_requests():
+        bench.engine.submit(each)
+        bench.run()
+    assert bench.tokens == alone
+    assert bench.ends["same start"].cached_tokens == 16
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_requests_wait_for_an_expert_that_comes_back(
+    model: Model, alone: dict[str, list[int]], micro_batches: int
+) -> None:
+    bench = make_bench(model, micro_batches=micro_batches)
+    for each in four_requests():
+        bench.engine.submit(each)
+    layer = model.config.moe_layers[-1]
+    for _ in range(4):
+        bench.step()
+        bench.experts.lost = {ExpertId(layer, index) for index in range(0, 16, 3)}
+        bench.step()
+        bench.engine.set_routing(pb.Routing(epoch=bench.experts.epoch + 1))
+    assert bench.run() == alone
+    assert bench.engine.stats().epoch == 4
+
+
+def test_an_expert_that_stays_away_ends_who_needs_it_and_no_other(
+    model: Model, alone: dict[str, list[int]]
+) -> None:
+    needed: dict[str, set[ExpertId]] = {}
+    for each in four_requests():
+        bench = make_bench(model)
+        bench.engine.submit(each)
+        bench.run()
+        needed[each.request_id] = set(bench.experts.rows_by_expert)
+    lost = next(
+        expert
+        for expert in sorted(needed["long"])
+        if 0 < sum(expert in experts for experts in needed.values()) < len(needed)
+    )
+    bench = make_bench(model)
+    bench.experts.lost = {lost}
+    for each in four_requests():
+        bench.engine.submit(each)
+    bench.run()
+    for name, end in bench.ends.items():
+        if lost in needed[name]:
+            assert end.error_code == "ExpertUnavailable"
+            assert f"expert {lost.index} of layer {lost.layer}" in end.error_message
+        else:
+            assert (end.finish_reason, bench.tokens[name]) == ("length", alone[name])
+    assert 0.4 <= bench.now < 1.0
+
+
+def test_a_step_that_raises_ends_its_requests_and_the_next_goes_well(
+    model: Model, alone: dict[str, list[int]]
+) -> None:
+    failures = iter([None, RuntimeError("out of memory")])
+
+    def flaky(forward: Forward) -> Forward:
+        def call(batches: Sequence[ForwardBatch], experts: Experts) -> list[Tensor]:
+            failure = next(failures, None)
+            if failure is not None:
+                raise failure
+            return forward(batches, experts)
+
+        return call
+
+    bench = make_bench(model, forward=flaky)
+    bench.engine.submit(four_requests()[0])
+    bench.step()
+    bench.step()
+    assert bench.ends["long"].error_code == "MeshError"
+    assert "out of memory" in bench.ends["long"].error_message
+    bench.engine.submit(four_requests()[1])
+    bench.run()
+    assert bench.tokens["same start"] == alone["same start"]
+
+
+def test_an_engine_whose_every_step_fails_gives_up(model: Model) -> None:
+    def broken(batches: Sequence[ForwardBatch], experts: Experts) -> list[Tensor]:
+        raise RuntimeError("no device")
+
+    bench = make_bench(model, forward=lambda _: broken)
+    for number in range(MAX_FAILURES - 1):
+        bench.engine.submit(request(str(number), [1]))
+        bench.step()
+    bench.engine.submit(request("last", [1]))
+    with pytest.raises(EngineDied, match="no device"):
+        bench.step()
+
+
+def test_a_row_that_is_not_a_number_ends_its_request_alone(
+    model: Model, alone: dict[str, list[int]]
+) -> None:
+    def spoil(forward: Forward) -> Forward:
+        def call(batches: Sequence[ForwardBatch], experts: Experts) -> list[Tensor]:
+            (logits_NV,) = forward(batches, experts)
+            if len(logits_NV) > 1:
+                logits_NV[0, 7] = math.nan
+            return [logits_NV]
+
+        return call
+
+    bench = make_bench(model, forward=spoil)
+    first, second = four_requests()[:2]
+    bench.engine.submit(first)
+    bench.engine.submit(second)
+    bench.run()
+    assert "not a number" in bench.ends["long"].error_message
+    assert bench.tokens["same start"] == alone["same start"]
+
+
+def test_cancelling_and_refusing_are_said_once(model: Model) -> None:
+    bench = make_bench(model)
+    bench.engine.submit(request("a", range(9)))
+    bench.engine.submit(request("a", range(9)))
+    bench.engine.submit(request("too long", range(9), max_tokens=999))
+    refused = {output.request_id: output.error_code for output in bench.engine.take_outputs()}
+    assert refused == {"a": "AlreadyExists", "too long": "InvalidInput"}
+    bench.step()
+    bench.engine.cancel(["a", "unknown", "a"])
+    bench.step()
+    assert bench.ends["a"].finish_reason == "cancelled"
+    assert len(bench.tokens["a"]) == 1
+    assert not bench.step()
+
+
+# The engine's process, in a thread, with one real worker behind UCX.
+
+
+class EngineThread:
+    """Talks to :func:`run_engine` as the front does."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        self._sock, theirs = socket.socketpair()
+        self._sock.settimeout(30)
+        self._reader = FrameReader()
+        self._received: list[pb.FromEngine] = []
+        self.exit_code: int | None = None
+        self._thread = threading.Thread(target=self._run, args=(config, theirs))
+        self._thread.start()
+        self.started = self.next("started").started
+
+    def _run(self, config: GatewayConfig, sock: socket.socket) -> None:
+        self.exit_code = run_engine(config, sock)
+
+    def send(self, **body: object) -> None:
+        self._sock.sendall(encode_frame(pb.ToEngine(**body)))  # type: ignore[arg-type]
+
+    def next(self, kind: str) -> pb.FromEngine:
+        """The next message of a kind, dropping those of others before it."""
+        while True:
+            while not self._received:
+                chunk = self._sock.recv(1 << 16)
+                assert chunk, "the engine ended"
+                self._received += map(pb.FromEngine.FromString, self._reader.feed(chunk))
+            message = self._received.pop(0)
+            if message.WhichOneof("body") == kind:
+                return message
+
+    def submit(self, name: str, prompt: list[int], **options: object) -> None:
+        sampling = inference_pb2.SamplingParams(temperature=0, top_p=1, repetition_penalty=1)
+        sampling.MergeFrom(inference_pb2.SamplingParams(**options))  # type: ignore[arg-type]
+        self.send(submit=pb.Submit(request_id=name, prompt_token_ids=prompt, sampling=sampling))
+
+    def finish(self, names: set[str]) -> dict[str, pb.Output]:
+        """Whole outputs of requests, each put together."""
+        whole: dict[str, pb.Output] = {}
+        while not all(name in whole and whole[name].finish_reason for name in names):
+            for output in self.next("outputs").outputs.outputs:
+                whole.setdefault(output.request_id, pb.Output()).MergeFrom(output)
+        return whole
+
+    def hang_up(self) -> int | None:
+        self._sock.close()
+        self._thread.join(timeout=30)
+        return self.exit_code
+
+
+class WorkerThread:
+    """A data plane with all experts of a model."""
+
+    def __init__(self, directory: Path, model: ModelConfig) -> None:
+        self.model = model
+        self._checkpoint = Checkpoint(directory)
+        self.experts = [ExpertId(x, e) for x in model.moe_layers for e in range(model.num_experts)]
+        store = ExpertStore(
+            lambda e: load_expert(self._checkpoint, model, e.layer, e.index, CPU, torch.float32),
+            expert_bytes=1,
+            memory_bytes=1 << 20,
+            worker_id="w",
+        )
+        store.load(self.experts)
+        self.plane = DataPlane(
+            functools.partial(UcxTransport, cuda=False),
+            store,
+            hidden_size=model.hidden_size,
+            dtype=torch.float32,
+            device=CPU,
+            num_experts=model.num_experts,
+            max_rows=64,
+            merge_rows=64,
+            spin_s=0.0,
+        )
+        self.plane.start()
+        self.address = self.plane.wait_started()
+
+    def routing(
+        self, engine: EngineThread, epoch: int, without: Collection[int] = ()
+    ) -> pb.Routing:
+        """Connect the engine; ``without`` are indices of experts that the plan leaves out."""
+        routing = pb.Routing(epoch=epoch)
+        session = self.plane.connect("gateway", engine.started.ucx_address, 7)
+        routing.peers.add(
+            worker_id="w", ucx_address=self.address, session=session, reply_session=7, max_rows=64
+        )
+        for layer, index in self.experts:
+            if index not in without:
+                expert = placement_pb2.ExpertId(layer=layer, index=index)
+                routing.experts.add(expert=expert, worker_ids=["w"])
+        return routing
+
+    def stop(self) -> None:
+        self.plane.stop()
+        self._checkpoint.close()
+
+
+@pytest.fixture
+def token_is_expert(tmp_path: Path) -> Path:
+    return make_token_is_expert(tmp_path / "model")
+
+
+@pytest.fixture
+def worker(token_is_expert: Path) -> Iterator[WorkerThread]:
+    worker = WorkerThread(token_is_expert, ModelConfig.from_hf(token_is_expert))
+    yield worker
+    worker.stop()
+
+
+@pytest.fixture
+def engine(token_is_expert: Path) -> Iterator[EngineThread]:
+    engine = EngineThread(
+        GatewayConfig(model=token_is_expert, kv_memory_bytes=1 << 20, max_model_len=512)
+    )
+    yield engine
+    assert engine.hang_up() == 0
+
+
+def test_it_says_what_it_has(engine: EngineThread) -> None:
+    assert engine.started.max_model_len == 512
+    assert engine.started.kv_blocks * 2 * 16 * 2 * 16 * 4 == 1 << 20
+    assert engine.started.dtype == "float32"
+
+
+def test_requests_go_through_and_statistics_follow(
+    engine: EngineThread, worker: WorkerThread
+) -> None:
+    engine.send(routing=worker.routing(engine, epoch=3))
+    engine.submit("a", [3, 3], max_tokens=5, logprobs=1)
+    engine.submit("b", [1], max_tokens=2)
+    whole = engine.finish({"a", "b"})
+    assert list(whole["a"].token_ids) == [3] * 5
+    assert list(whole["b"].token_ids) == [1] * 2
+    assert [position.top[0].token_id for position in whole["a"].logprobs] == [3] * 5
+    stats = engine.next("stats").stats
+    assert (stats.prompt_tokens, stats.generation_tokens, stats.epoch) == (3, 7, 3)
+    assert {(load.expert.layer, load.expert.index): load.rows for load in stats.load} == {
+        (layer, index): rows for layer in (0, 1) for index, rows in ((3, 6), (1, 2))
+    }
+    engine.send(ping=pb.Ping(sequence=9))
+    assert engine.next("stats").stats.pong == 9
+
+
+def test_an_unserved_expert_ends_its_requests_and_a_new_plan_helps(
+    engine: EngineThread, worker: WorkerThread
+) -> None:
+    engine.send(routing=worker.routing(engine, epoch=1, without={2}))
+    engine.submit("stuck", [2], max_tokens=4)
+    engine.submit("fine", [0], max_tokens=4)
+    whole = engine.finish({"stuck", "fine"})
+    assert whole["stuck"].error_code == "ExpertUnavailable"
+    assert "expert 2 of layer" in whole["stuck"].error_message
+    assert list(whole["fine"].token_ids) == [0] * 4
+    engine.send(routing=worker.routing(engine, epoch=2))
+    engine.submit("again", [2], max_tokens=4)
+    assert list(engine.finish({"again"})["again"].token_ids) == [2] * 4
+
+
+def test_a_worker_that_cannot_be_reached_is_reported(engine: EngineThread) -> None:
+    peer = pb.Peer(worker_id="w", ucx_address=b"no address", max_rows=64)
+    engine.send(routing=pb.Routing(epoch=1, peers=[peer]))
+    lost = engine.next("peer_lost").peer_lost
+    assert lost.worker_id == "w"
+    assert "no worker address" in lost.reason
+
+
+def test_shutdown_ends_what_runs_and_the_process(
+    engine: EngineThread, worker: WorkerThread
+) -> None:
+    engine.send(routing=worker.routing(engine, epoch=1))
+    engine.submit("a", [2], max_tokens=500)
+    engine.next("outputs")
+    engine.send(
+        cancel=pb.CancelRequests(request_ids=["b"]),
+    )
+    engine.send(shutdown=pb.Shutdown(drain=False))
+    assert engine.finish({"a"})["a"].error_code == "Unavailable"
+
+
+def test_draining_finishes_what_runs(engine: EngineThread, worker: WorkerThread) -> None:
+    engine.send(routing=worker.routing(engine, epoch=1))
+    engine.submit("a", [2], max_tokens=50)
+    engine.send(shutdown=pb.Shutdown(drain=True))
+    assert len(engine.finish({"a"})["a"].token_ids) == 50
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_memory_bytes": 9}, "one KV block takes 4096 bytes and there are 9"),
+        ({"max_model_len": 8193}, "max_model_len 8193 is more than the 8192 positions"),
+    ],
+)
+def test_memory_or_lengths_that_cannot_be_are_refused(
+    token_is_expert: Path, options: dict[str, int], message: str
+) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs, pytest.raises(ConfigError, match=message):
+        run_engine(GatewayConfig(model=token_is_expert, **options), theirs)  # type: ignore[arg-type]
