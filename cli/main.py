@@ -7,7 +7,6 @@ load torch.
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -87,8 +86,6 @@ bench.command("serve")(bench_serve)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. What a person did wrong is one line, no traceback."""
-    # What the C core of gRPC prints comes as an error too, in our words.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         app(args=argv, prog_name="expert-mesh")
     except SystemExit as exit:

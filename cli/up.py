@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from cli.options import build, options_of, to_argv
 from mesh.config import GatewayConfig, PlacementConfig, WorkerConfig, option
-from mesh.errors import ConfigError, DeadlineExceeded, MeshError, Unavailable
+from mesh.errors import ConfigError, DeadlineExceeded, MeshError, PlacementError, Unavailable
 
 if TYPE_CHECKING:
     from cli.report import JsonReport, TextReport
@@ -80,7 +80,7 @@ class MeshSpec:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> MeshSpec:
-        """From the command line's values. Raises ConfigError, CheckpointError."""
+        """From the command line's values. Raises ConfigError, CheckpointError, PlacementError."""
         from mesh.model_config import ModelConfig
         from placement.planner import Rules
 
@@ -93,6 +93,13 @@ class MeshSpec:
         worker = build(WorkerConfig, {**values, "port": 0})
         gateway = build(GatewayConfig, {**values, "port": 0})
         num_workers = config.workers or rules.workers_needed
+        if num_workers < rules.workers_needed:
+            raise PlacementError(
+                f"{num_workers} workers cannot hold {model.num_experts} experts a layer under the "
+                f"rule {rules.rule!r} with {rules.experts_per_worker} of a layer on each: give "
+                f"--workers {rules.workers_needed} or more, or --experts-per-worker "
+                f"{-(-model.num_experts // num_workers)}"
+            )
         digits = len(str(num_workers - 1))  # so that sorting them by name is by number
         device_of = _devices(worker.device)
         return cls(

@@ -72,6 +72,14 @@ def test_a_directory_that_is_no_checkpoint_is_one_line(command: str, tmp_path: P
     assert str(tmp_path) in complaint(done)
 
 
+def test_too_few_workers_is_one_line_with_both_remedies() -> None:
+    done = expert_mesh("up", "--model", str(DEMO_MODEL), "--workers", "6")
+    assert done.returncode == 1
+    said = complaint(done)
+    assert "6 workers cannot hold 16 experts" in said
+    assert "--workers 16 or more, or --experts-per-worker 3" in said
+
+
 @pytest.mark.parametrize("flag", ["--port", "--http-port"])
 def test_a_port_in_use_is_one_line(flag: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -73,11 +73,15 @@ def test_a_second_up_gives_the_same_tokens_from_fewer_workers(mesh: RunningMesh)
 
 async def test_a_client_that_leaves_frees_its_request(mesh: RunningMesh) -> None:
     async with AsyncClient(mesh.gateway) as client:
+
+        async def until_running(count: int) -> None:
+            while (await client.server_info()).running != count:
+                pass  # until the test's own time limit
+
         async with aclosing(client.generate(PROMPT, ignore_eos=True)) as chunks:
             await anext(chunks)
-            assert (await client.server_info()).running == 1
-        while (await client.server_info()).running:
-            pass  # until the test's own time limit
+            await until_running(1)
+        await until_running(0)
 
 
 async def test_a_flood_is_answered_to_the_last_request(tmp_path: Path) -> None:
@@ -172,16 +176,15 @@ def test_the_end_of_the_last_gateway_is_the_end_of_up(small: RunningMesh) -> Non
     assert small.survivors() == []
 
 
-def test_a_start_without_enough_workers_says_what_is_missing(tmp_path: Path) -> None:
+def test_a_start_that_takes_too_long_says_what_is_missing(tmp_path: Path) -> None:
     model = make_token_is_expert(tmp_path / "model")
     command = [sys.executable, "-m", "cli.main", "up", "--model", str(model)]
-    flags = ["--workers", "3", "--timeout-s", "10"]
+    flags = ["--min-workers", "5", "--timeout-s", "10"]
     done = subprocess.run([*command, *flags], capture_output=True, text=True)
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "not ready after 10 s" in line
-    assert "4 workers" in line
-    assert "--experts-per-worker" in line
+    assert "not ready after 10 s: 0 of 8 experts loaded" in line
+    assert "4 of 5 workers are registered" in line
 
 
 @pytest.mark.slow
