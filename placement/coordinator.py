@@ -206,6 +206,7 @@ class Coordinator:
         wanted_by_worker = target.experts_by_worker()
         routed = self._routed()
         epoch = self.plan.epoch if self.plan else 0
+        nobody_routes = self.plan is None and self._settled_at_s is None
         told = []
         for worker in self.members.workers.values():
             if worker.lease_id not in listening:
@@ -219,7 +220,8 @@ class Coordinator:
                     expert_to_proto(e) for e in sorted(worker.resident - wanted - here) if staying
                 ],
                 epoch=epoch,
-                leave=worker.draining and not self._stale and here <= set(target.missing),
+                leave=worker.draining
+                and (nobody_routes or (not self._stale and here <= set(target.missing))),
             )
             nothing = pb.WorkerOrder(epoch=epoch)
             last, told_s = self._orders.get(worker.lease_id, (nothing, now))

@@ -53,10 +53,13 @@ async def running(
     ours, theirs = os.pipe()
     stop = asyncio.Event()
     task = asyncio.ensure_future(run(replace(config, ready_fd=theirs), stop))
-    line = await asyncio.to_thread(_read_all, ours)
-    if not line:
+    reading = asyncio.ensure_future(asyncio.to_thread(_read_all, ours))
+    await asyncio.wait([task, reading], return_when=asyncio.FIRST_COMPLETED)
+    if task.done():
+        os.close(theirs)
+        await reading
         await task
-    addresses = json.loads(line)
+    addresses = json.loads(await reading)
     try:
         yield Running(addresses["grpc"], addresses["http"], stop, task)
     finally:

@@ -279,6 +279,13 @@ def test_a_draining_worker_leaves_anyway_when_nobody_can_take_over():
     assert "start 1 more" in mesh.coordinator.plan.note
 
 
+def test_a_worker_may_leave_before_there_is_a_plan():
+    mesh = Mesh()
+    mesh.register("w0")
+    mesh.report("w0", draining=True)
+    assert mesh.turn()["w0"].leave
+
+
 def test_draining_a_stranger_is_an_error():
     with pytest.raises(PlacementError, match="no worker 'w7'"):
         running().coordinator.drain("w7")
