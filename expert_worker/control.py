@@ -226,12 +226,9 @@ class WorkerService(rpc.ExpertWorkerServicer):
         log.info("draining", resident=len(self._store.experts))
         self._draining = True
         self._on_change()
-        if self._link.connected:
-            try:
-                async with asyncio.timeout(_LEAVE_TIMEOUT_S):
-                    await self._may_leave.wait()
-            except TimeoutError:
-                log.warning("leaving_uncalled", waited_s=_LEAVE_TIMEOUT_S)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LEAVE_TIMEOUT_S):
+                await until_first_ends(self._may_leave.wait(), self._link.wait_away())
         await asyncio.to_thread(self._plane.drain, _LEAVE_TIMEOUT_S)
 
     def _checked(self, experts: Iterable[placement_pb2.ExpertId]) -> list[ExpertId]:

@@ -52,8 +52,17 @@ class PlacementLink:
         self._due = asyncio.Event()
         self._epoch = 0
         self._was_accepted = False
-        self.connected = False
+        self._away = asyncio.Event()
+        self._away.set()
+
+    @property
+    def connected(self) -> bool:
         """Placement knows this worker and hears from it."""
+        return not self._away.is_set()
+
+    async def wait_away(self) -> None:
+        """Until placement no longer does."""
+        await self._away.wait()
 
     def report_soon(self) -> None:
         """Send the next heartbeat now."""
@@ -65,22 +74,24 @@ class PlacementLink:
         Raises what placement says when it refuses the worker the first time; later refusals are
         tried again, because a worker that serves must not die of them.
         """
-        pause_s = 0.05
+        pause_s, told = 0.05, ""
         async with open_channel(self._target, self._tls) as channel:
             stub = rpc.PlacementStub(channel)
             while True:
                 try:
                     lease = await self._register(stub)
-                    pause_s = 0.05
+                    pause_s, told = 0.05, ""
                     await self._beat(stub.Heartbeat(), lease)
                     log.warning("placement_left", placement=self._target)
                 except grpc.aio.AioRpcError as error:
                     refusal = _REFUSALS.get(error.code())
                     if refusal and not self._was_accepted:
                         raise refusal(error.details()) from error
-                    log.warning("placement_away", placement=self._target, reason=error.details())
+                    if error.details() != told:
+                        told = error.details()
+                        log.warning("placement_away", placement=self._target, reason=told)
                 finally:
-                    self.connected = False
+                    self._away.set()
                 await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
@@ -92,7 +103,8 @@ class PlacementLink:
         )
         lease: pb.RegisterReply = await stub.Register(request, timeout=_REGISTER_TIMEOUT_S)
         self._epoch = max(self._epoch, lease.epoch)
-        self._was_accepted = self.connected = True
+        self._was_accepted = True
+        self._away.clear()
         log.info("registered", placement=self._target, epoch=lease.epoch)
         return lease
 

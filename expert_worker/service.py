@@ -109,18 +109,17 @@ async def _listen(
         why_not_ready=service.why_not_ready,
         why_not_alive=service.why_not_alive,
     )
-    async with server:
-        with http:
-            info.grpc_address, info.http_address = server.address, http.address
-            log.info("worker_listening", grpc=server.address, http=http.address)
-            telemetry.announce_ready(
-                config,
-                {
-                    "id": info.worker_id,
-                    "grpc": server.address,
-                    "http": http.address,
-                    "pid": info.pid,
-                },
-            )
-            await service.run(server.set_ready)
-            log.info("worker_stopping")
+    async with server, http:
+        info.grpc_address, info.http_address = server.address, http.address
+        log.info("worker_listening", grpc=server.address, http=http.address)
+        telemetry.announce_ready(
+            config,
+            {
+                "id": info.worker_id,
+                "grpc": server.address,
+                "http": http.address,
+                "pid": info.pid,
+            },
+        )
+        await service.run(server.set_ready)
+        log.info("worker_stopping")

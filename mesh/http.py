@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socketserver
 import threading
@@ -72,17 +73,17 @@ class HttpServer:
             self._server.server_close()
             self._server = None
 
-    def __enter__(self) -> HttpServer:
+    async def __aenter__(self) -> HttpServer:
         self.start()
         return self
 
-    def __exit__(
+    async def __aexit__(
         self,
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.stop()
+        await asyncio.to_thread(self.stop)
 
     def _answer(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ["PATH_INFO"]

@@ -300,11 +300,10 @@ async def run(config: PlacementConfig, model: ModelConfig, stop: asyncio.Event) 
     service = PlacementService(config, model, registry)
     server = GrpcServer(config, [(rpc.add_PlacementServicer_to_server, service)], [SERVICE_NAME])
     http = HttpServer(config, registry, why_not_ready=service.why_not_ready)
-    async with server:
-        with http:
-            log.info("placement_listening", grpc=server.address, http=http.address)
-            telemetry.announce_ready(config, {"grpc": server.address, "http": http.address})
-            set_ready = functools.partial(server.set_ready, SERVICE_NAME)
-            await until_first_ends(stop.wait(), service.run(set_ready))
-            log.info("placement_stopping")
-            service.stop()
+    async with server, http:
+        log.info("placement_listening", grpc=server.address, http=http.address)
+        telemetry.announce_ready(config, {"grpc": server.address, "http": http.address})
+        set_ready = functools.partial(server.set_ready, SERVICE_NAME)
+        await until_first_ends(stop.wait(), service.run(set_ready))
+        log.info("placement_stopping")
+        service.stop()

@@ -191,28 +191,31 @@ async def test_the_sync_channel_reaches_it_too():
         assert await asyncio.to_thread(drain, server.address) == 4
 
 
-def get(url: str) -> tuple[int, str]:
-    try:
-        with urllib.request.urlopen(url, timeout=10) as reply:
-            return reply.status, reply.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
+async def get(url: str) -> tuple[int, str]:
+    def fetch() -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(url, timeout=10) as reply:
+                return reply.status, reply.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    return await asyncio.to_thread(fetch)
 
 
-def test_http_tells_alive_from_ready_and_serves_metrics():
+async def test_http_tells_alive_from_ready_and_serves_metrics():
     registry = new_registry()
     Gauge("expert_mesh:plan_epoch", "Epoch of the plan.", registry=registry).set(7)
     trouble: list[str | None] = ["waiting for workers: 3 of 16"]
-    with HttpServer(ServerConfig(), registry, why_not_ready=lambda: trouble[0]) as http:
+    async with HttpServer(ServerConfig(), registry, why_not_ready=lambda: trouble[0]) as http:
         url = f"http://{http.address}"
-        assert get(f"{url}/healthz")[0] == 200
-        status, body = get(f"{url}/readyz")
+        assert (await get(f"{url}/healthz"))[0] == 200
+        status, body = await get(f"{url}/readyz")
         assert status == 503
         assert json.loads(body) == {"ok": False, "reason": "waiting for workers: 3 of 16"}
         trouble[0] = None
-        assert get(f"{url}/readyz")[0] == 200
-        assert "expert_mesh:plan_epoch 7.0" in get(f"{url}/metrics")[1]
-        assert get(f"{url}/other")[0] == 404
+        assert (await get(f"{url}/readyz"))[0] == 200
+        assert "expert_mesh:plan_epoch 7.0" in (await get(f"{url}/metrics"))[1]
+        assert (await get(f"{url}/other"))[0] == 404
 
 
 def test_series_of_experts_are_bounded():
