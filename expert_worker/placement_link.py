@@ -74,13 +74,14 @@ class PlacementLink:
         Raises what placement says when it refuses the worker the first time; later refusals are
         tried again, because a worker that serves must not die of them.
         """
-        pause_s, told = 0.05, ""
+        pause_s = 0.05
+        told: str | None = None
         async with open_channel(self._target, self._tls) as channel:
             stub = rpc.PlacementStub(channel)
             while True:
                 try:
                     lease = await self._register(stub)
-                    pause_s, told = 0.05, ""
+                    pause_s, told = 0.05, None
                     await self._beat(stub.Heartbeat(), lease)
                     log.warning("placement_left", placement=self._target)
                 except grpc.aio.AioRpcError as error:
