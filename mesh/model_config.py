@@ -186,12 +186,14 @@ class ModelConfig:
             )
         values = read_json(path)
         family = values.get("model_type")
-        if family not in _FAMILIES:
+        if not isinstance(family, str) or family not in _FAMILIES:
             raise UnsupportedModel(
                 f"{path}: model_type {family!r} is not supported; supported are "
                 + ", ".join(sorted(_FAMILIES))
             )
         keys = _Keys(values, path)
+        if keys.integer("num_hidden_layers") > MAX_LAYERS:
+            raise keys.unsupported("num_hidden_layers", f"the most are {MAX_LAYERS} layers")
         fields = _FAMILIES[family](keys)
         fields.setdefault("activation", keys.choice("hidden_act", ACTIVATIONS, "silu"))
         fields.setdefault("windows", (None,) * keys.integer("num_hidden_layers"))
@@ -384,7 +386,8 @@ def _rope(
     rope = _Keys(values, keys.path, "rope_parameters.")
     keys.only("partial_rotary_factor", 1, because="heads must turn whole")
     rope.only("partial_rotary_factor", 1, because="heads must turn whole")
-    kind = rope.choice("rope_type", ROPE_KINDS, rope.raw("type") or "default")
+    rope.raw("type")  # the older name of rope_type; some files have both
+    kind = rope.choice("rope_type" if rope.has("rope_type") else "type", ROPE_KINDS, "default")
     max_len = keys.integer("max_position_embeddings")
     fields: dict[str, Any] = {
         "kind": kind,
@@ -604,12 +607,14 @@ def _deepseek_v2(keys: _Keys) -> dict[str, Any]:
     keys.only("scoring_func", "softmax", because="DeepSeek-V2 routes by softmax")
     keys.only("norm_topk_prob", False, because="implementations of DeepSeek-V2 disagree on it")
     keys.only("rope_interleave", True, because="DeepSeek-V2 turns neighbours")
-    grouped = keys.choice("topk_method", ("greedy", "group_limited_greedy"), "greedy") != "greedy"
+    groups, chosen = keys.integer("n_group", 1), keys.integer("topk_group", 1)
+    if keys.choice("topk_method", ("greedy", "group_limited_greedy"), "greedy") == "greedy":
+        groups = chosen = 1
     return _deepseek(keys) | {
         "router": RouterConfig(
             scale=keys.number("routed_scaling_factor", 1.0),
-            num_groups=keys.integer("n_group", None if grouped else 1) if grouped else 1,
-            groups_per_token=keys.integer("topk_group", None if grouped else 1) if grouped else 1,
+            num_groups=groups,
+            groups_per_token=chosen,
         ),
     }
 
@@ -701,7 +706,6 @@ def _check(config: ModelConfig, path: Path) -> None:
         if not condition:
             raise UnsupportedModel(f"{path}: {message}")
 
-    require(config.num_layers <= MAX_LAYERS, f"more than {MAX_LAYERS} layers")
     require(config.num_experts <= MAX_EXPERTS, f"more than {MAX_EXPERTS} experts of a layer")
     require(bool(config.moe_layers), "no layer has routed experts")
     require(config.experts_per_token <= config.num_experts, "more experts per token than experts")

@@ -84,7 +84,6 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "decoder_sparse_step": 2,
         "norm_topk_prob": True,
         "attention_bias": True,
-        "tie_word_embeddings": True,
     },
     "olmoe": {
         "num_key_value_heads": 2,
