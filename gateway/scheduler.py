@@ -151,13 +151,14 @@ class Scheduler:
         budget = self._limits.max_batch_tokens
         num_preemptions = self.counts.preemptions
         ready = [r for r in self._running if r.stall is None or r.stall.retry_at_s <= now]
-        prefills = [request for request in ready if request.num_pending > 1]
+        prefills: list[Request] = []
         for request in ready:
-            # A later one may have been preempted for the sake of an earlier one.
-            decodes = request.num_pending == 1 and request.state is State.RUNNING
-            if budget > 0 and decodes and self._grow(request):
+            if request.num_pending > 1:
+                prefills.append(request)
+            elif budget > 0 and request.state is State.RUNNING and self._grow(request):
                 parts.append(Part(request, 1))
                 budget -= 1
+        # A later one may have been preempted for the sake of an earlier one.
         for request in prefills:
             if budget > 0 and request.state is State.RUNNING:
                 parts.append(Part(request, min(budget, request.num_pending)))
