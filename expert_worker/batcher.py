@@ -28,14 +28,12 @@ class Batcher(Generic[Item]):
         self._queues.setdefault(expert, deque()).append((rows, item))
         self.queued_rows += rows
 
-    def take(self) -> tuple[ExpertId, list[Item]] | None:
-        """The next batch, in order of arrival within its expert; None when nothing waits.
+    def take(self) -> tuple[ExpertId, list[Item]]:
+        """The next batch, in order of arrival within its expert; there must be ``queued_rows``.
 
         An expert with rows left over goes to the end of the line, so that one busy expert
         does not starve the others.
         """
-        if not self._queues:
-            return None
         expert = next(iter(self._queues))
         queue = self._queues.pop(expert)
         items: list[Item] = []

@@ -34,7 +34,10 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 _SCRATCH_BYTES = 64
-_MAX_RECEIVING = 256
+_MAX_IN_HAND = 256
+# Plain integers: an enum's member costs a microsecond to look up, on every message.
+_DISPATCH = int(wire.Kind.DISPATCH)
+_REPLY = int(wire.Kind.REPLY)
 
 
 @dataclass(frozen=True)
@@ -225,21 +228,22 @@ class DataPlane(threading.Thread):
         """Receive, compute at most one batch, send; wait when there was nothing of it."""
         self._transport.progress()
         moved = self._accept()
-        moved |= self._received()
-        batch = self._batcher.take()
-        if batch is not None:
-            self._compute(*batch)
+        if self._receiving:
+            moved |= self._received()
+        if self._batcher.queued_rows:
+            self._compute()
             moved = True
-        moved |= self._sent()
+        if self._sending:
+            moved |= self._sent()
         while not self._commands.empty():
             self._commands.get()()
             moved = True
         if moved:
             self._last_progress_s = time.monotonic()
             self._waiter.busy()
-            return
-        self._forget_dead_gateways()
-        self._waiter.wait()
+        else:
+            self._waiter.wait()
+            self._forget_dead_gateways()
 
     def _busy(self) -> bool:
         return bool(self._receiving or self._sending or self._batcher.queued_rows)
@@ -270,24 +274,29 @@ class DataPlane(threading.Thread):
     def _accept(self) -> bool:
         """Take what arrived; bounded, so that what is in hand is served first."""
         moved = False
-        while len(self._receiving) + len(self._sending) < _MAX_RECEIVING:
+        while len(self._receiving) + len(self._sending) < _MAX_IN_HAND:
             message = self._transport.probe()
             if message is None:
                 break
             moved = True
             frame = wire.decode(message.tag)
             try:
-                self._receiving.append(self._receive(frame, message))
+                work = self._receive(frame, message)
             except _Refused as refused:
                 # A shorter buffer makes the transport throw the rest of the message away.
                 self._dropping = [r for r in self._dropping if not r.completed]
                 self._dropping.append(message.receive(self._scratch))
                 self._refuse(frame, refused.reason)
+            else:
+                if work.request.completed:
+                    self._queue(work)
+                else:
+                    self._receiving.append(work)
         return moved
 
     def _receive(self, frame: wire.Frame, message: Message) -> _Work:
         """Check the header before a byte of the payload is touched, then start to receive."""
-        if frame.kind != wire.Kind.DISPATCH:
+        if frame.kind != _DISPATCH:
             raise _Refused(wire.Refusal.MALFORMED)
         session = self._sessions.get(frame.session)
         if session is None:
@@ -317,7 +326,7 @@ class DataPlane(threading.Thread):
             gateway_id=session.gateway_id if session else None,
             **frame._asdict(),
         )
-        if session is not None and frame.kind == wire.Kind.DISPATCH:
+        if session is not None and frame.kind == _DISPATCH:
             tag = wire.encode(
                 wire.Kind.REFUSE,
                 session.reply_session,
@@ -329,25 +338,28 @@ class DataPlane(threading.Thread):
             self._dropping.append(session.endpoint.send(self._scratch, tag))
 
     def _received(self) -> bool:
-        """Queue the rows of every message that is completely in."""
+        """Queue the rows of every message that has come in since."""
         arrived = [work for work in self._receiving if work.request.completed]
-        if not arrived:
-            return False
-        self._receiving = [work for work in self._receiving if not work.request.completed]
-        for work in arrived:
-            if self._transport.failure(work.request) is not None:
-                self._recycle(work.buffer)
-                continue
-            try:
-                segments = self._segments(work)
-            except _Refused as refused:
-                self._recycle(work.buffer)
-                self._refuse(work.frame, refused.reason)
-                continue
-            work.waiting_segments = len(segments)
-            for expert, segment in segments:
-                self._batcher.put(expert, segment.x_RD.shape[0], segment)
-        return True
+        if arrived:
+            self._receiving = [work for work in self._receiving if not work.request.completed]
+            for work in arrived:
+                self._queue(work)
+        return bool(arrived)
+
+    def _queue(self, work: _Work) -> None:
+        """Hand a message's rows to the batcher."""
+        if self._transport.failure(work.request) is not None:
+            self._recycle(work.buffer)
+            return
+        try:
+            segments = self._segments(work)
+        except _Refused as refused:
+            self._recycle(work.buffer)
+            self._refuse(work.frame, refused.reason)
+            return
+        work.waiting_segments = len(segments)
+        for expert, segment in segments:
+            self._batcher.put(expert, segment.x_RD.shape[0], segment)
 
     def _segments(self, work: _Work) -> list[tuple[ExpertId, _Segment]]:
         """Split a message by expert."""
@@ -370,9 +382,10 @@ class DataPlane(threading.Thread):
             start += count
         return segments
 
-    def _compute(self, expert: ExpertId, segments: list[_Segment]) -> None:
+    def _compute(self) -> None:
         """Run one expert over its rows and reply to every message that is complete."""
         started = time.perf_counter()
+        expert, segments = self._batcher.take()
         mlp = self._store.experts.get(expert)
         if mlp is None:
             for segment in segments:
@@ -411,7 +424,7 @@ class DataPlane(threading.Thread):
             return
         frame = work.frame
         tag = wire.encode(
-            wire.Kind.REPLY,
+            _REPLY,
             work.session.reply_session,
             frame.slot,
             frame.layer,
@@ -420,7 +433,10 @@ class DataPlane(threading.Thread):
         )
         rows = self._wrapped(work.buffer, work.num_header_rows, frame.rows)
         work.request = work.session.endpoint.send(rows, tag)
-        self._sending.append(work)
+        if work.request.completed:
+            self._recycle(work.buffer)
+        else:
+            self._sending.append(work)
 
     def _sent(self) -> bool:
         """Take back the buffers of replies that are out."""

@@ -18,7 +18,7 @@ def test_what_waits_for_one_expert_is_merged_up_to_the_budget() -> None:
     assert batcher.take() == (A, ["a1", "a2"])
     assert batcher.take() == (B, ["b1"])
     assert batcher.take() == (A, ["a3"])
-    assert batcher.take() is None
+    assert batcher.queued_rows == 0
 
 
 def test_a_single_item_above_the_budget_goes_alone() -> None:
@@ -40,8 +40,8 @@ def test_every_item_comes_out_once_in_order_and_nobody_starves(
     taken: dict[ExpertId, list[int]] = {}
     waiting = {ExpertId(0, index) for index, _ in puts}
     turns = 0
-    while (batch := batcher.take()) is not None:
-        expert, items = batch
+    while batcher.queued_rows:
+        expert, items = batcher.take()
         rows = [puts[item][1] for item in items]
         assert sum(rows) <= merge_rows or len(rows) == 1
         taken.setdefault(expert, []).extend(items)
