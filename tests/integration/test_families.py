@@ -161,7 +161,7 @@ def case(request, tmp_path_factory) -> Case:
     family, storage = request.param
     current = storage == "current"
     directory = make_checkpoint(
-        family, tmp_path_factory.mktemp(family), fused=current, sharded=current
+        family, tmp_path_factory.mktemp(family), fused=current, sharded=current, seed=2
     )
     prompts, num_new, answer = make_prompts(), NUM_GREEDY, oracle
     if family == PLAIN:
