@@ -99,7 +99,7 @@ class PlacementConfig(ServerConfig):
     settle_s: float = option(
         2.0, "After a start, how long to wait for workers of an earlier life before planning."
     )
-    lease_s: float = option(3.0, "Silence after which a worker counts as dead.")
+    lease_s: float = option(5.0, "Silence after which a worker counts as dead.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

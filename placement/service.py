@@ -30,7 +30,7 @@ from protos import placement_pb2_grpc as rpc
 log = structlog.get_logger()
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Placement"].full_name
-_HEARTBEAT_INTERVAL_S = 1.0
+_HEARTBEAT_INTERVAL_S = 1.5
 _COALESCE_S = 0.05
 _MAX_NAME_LENGTH = 256
 _MAX_EPOCH = 1 << 62
