@@ -12,7 +12,7 @@ from typing import Protocol
 import structlog
 import torch
 
-from gateway.engine_outputs import output_of, refusal_of
+from gateway.engine_outputs import loads_of, output_of, refusal_of
 from gateway.micro_batches import requests_of_rows, split, to_batch
 from gateway.model.batch import Experts, ForwardBatch
 from gateway.request import Request
@@ -21,7 +21,6 @@ from gateway.scheduler import Part, Scheduler
 from mesh.errors import EngineDied, ExpertUnavailable, MeshError
 from mesh.plan import ExpertId
 from protos import engine_pb2 as pb
-from protos import placement_pb2
 
 log = structlog.get_logger()
 
@@ -173,13 +172,9 @@ class Engine:
 
     def _fail(self, parts: tuple[Part, ...], cause: Exception) -> None:
         log.exception("step_failed", requests=[part.request.request_id for part in parts])
-        error = (
-            cause
-            if isinstance(cause, MeshError)
-            else MeshError(
-                f"the step that computed this request failed: {cause!r}; see the gateway's log"
-            )
-        )
+        error = cause
+        if not isinstance(error, MeshError):
+            error = MeshError(f"the step of this request failed: {cause!r}; see the gateway's log")
         for request, _ in parts:
             self._scheduler.fail(request, error)
             self._outputs.append(output_of(request))
@@ -200,12 +195,7 @@ class Engine:
             preemptions=counts.preemptions,
             prefix_queries=counts.prefix_queries,
             prefix_hits=counts.prefix_hits,
-            load=[
-                placement_pb2.ExpertLoad(
-                    expert=placement_pb2.ExpertId(layer=layer, index=index), rows=rows
-                )
-                for (layer, index), rows in self._experts.rows_by_expert.items()
-            ],
+            load=loads_of(self._experts.rows_by_expert),
             step_s=self._step_s,
             expert_wait_s=self._experts.expert_wait_s,
             epoch=self._experts.epoch,

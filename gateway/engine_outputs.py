@@ -1,12 +1,15 @@
-"""How the engine puts into messages what became of a request."""
+"""How the engine puts into messages what it has to say."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from gateway.request import Request
 from gateway.sampler import Choice, TokenLogprobs
 from mesh.errors import MeshError
+from mesh.plan import ExpertId, expert_to_proto
 from protos import engine_pb2 as pb
-from protos import inference_pb2
+from protos import inference_pb2, placement_pb2
 
 
 def output_of(request: Request, choice: Choice | None = None) -> pb.Output:
@@ -35,6 +38,14 @@ def refusal_of(request_id: str, error: MeshError) -> pb.Output:
         error_code=error.code,
         error_message=str(error),
     )
+
+
+def loads_of(rows_by_expert: Mapping[ExpertId, int]) -> list[placement_pb2.ExpertLoad]:
+    """Rows that were dispatched to each expert since the start."""
+    return [
+        placement_pb2.ExpertLoad(expert=expert_to_proto(expert), rows=rows)
+        for expert, rows in rows_by_expert.items()
+    ]
 
 
 def _logprobs_of(token_id: int, logprobs: TokenLogprobs) -> inference_pb2.PositionLogprobs:

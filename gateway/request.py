@@ -111,7 +111,6 @@ class Request:
     token_ids: TokenIds
     """Prompt, then output."""
     sampling: Sampling
-    arrival_s: float
     deadline_s: float = math.inf
     num_prompt_tokens: int = field(init=False)
     num_computed: int = 0
@@ -136,7 +135,6 @@ class Request:
             request_id=message.request_id,
             token_ids=array("q", message.prompt_token_ids),
             sampling=Sampling.from_proto(message.sampling, eos_token_ids),
-            arrival_s=message.arrival_s,
             deadline_s=message.deadline_s or math.inf,
         )
 

@@ -159,7 +159,7 @@ def make_bench(
 
 def request(name: str, prompt: Sequence[int], max_tokens: int = 12, **options: object) -> Request:
     sampling = Sampling(max_tokens, **{"temperature": 0.0, **options})  # type: ignore[arg-type]
-    return Request(name, array("q", prompt), sampling, arrival_s=0.0)
+    return Request(name, array("q", prompt), sampling)
 
 
 def four_requests() -> list[Request]:

@@ -24,7 +24,7 @@ def make_request(
     prompt: list[int] | None = None, outputs: list[int] | None = None, **options: object
 ) -> Request:
     sampling = Sampling(max_tokens=99, **{"seed": 0, **options})  # type: ignore[arg-type]
-    request = Request("r", array("q", prompt or [1, 2]), sampling, arrival_s=0.0)
+    request = Request("r", array("q", prompt or [1, 2]), sampling)
     request.token_ids.extend(outputs or [])
     return request
 

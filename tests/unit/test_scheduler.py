@@ -43,7 +43,7 @@ def make_request(
     ids = list(range(1, prompt + 1)) if isinstance(prompt, int) else prompt
     deadline_s = options.pop("deadline_s", math.inf)
     sampling = Sampling(max_tokens=max_tokens, **options)  # type: ignore[arg-type]
-    return Request(name, array("q", ids), sampling, arrival_s=0.0, deadline_s=deadline_s)  # type: ignore[arg-type]
+    return Request(name, array("q", ids), sampling, deadline_s=deadline_s)  # type: ignore[arg-type]
 
 
 def shares(parts: tuple[Part, ...]) -> list[tuple[str, int]]:
