@@ -210,42 +210,43 @@ class PagedAttention:
         self, layer: int, q_QHK: Tensor, layout: KvLayout, group: _Group, sinks_H: Tensor | None
     ) -> Tensor:
         num_queries, num_heads, key_dim = q_QHK.shape
-        batch, kv_heads = group.num_sequences, layout.num_kv_heads
+        batch, kv_heads, bias = group.num_sequences, layout.num_kv_heads, group.bias
         pages = self._kv.pages[layer].index_select(0, group.blocks)
-        kv_BLW = pages.view(batch, -1, layout.width)[:, group.columns]
-        keys, values = kv_heads * key_dim, kv_heads * layout.value_dim
-        k_BLX = kv_BLW[..., :keys]
-        k_BJLK = k_BLX.view(batch, -1, kv_heads, key_dim).transpose(1, 2)
-        v_BLX = kv_BLW[..., layout.value_offset : layout.value_offset + values]
-        v_BJLV = v_BLX.view(batch, -1, kv_heads, layout.value_dim).transpose(1, 2)
-        bias = group.bias
+        # Views on what was gathered, each in one call: on a CPU these calls are what costs.
+        length, first = group.columns.stop - group.columns.start, group.columns.start * layout.width
+        strides = pages.numel() // batch, key_dim, layout.width, 1
+        k_BJLK = pages.as_strided((batch, kv_heads, length, key_dim), strides, first)
+        strides = pages.numel() // batch, layout.value_dim, layout.width, 1
+        v_BJLV = pages.as_strided(
+            (batch, kv_heads, length, layout.value_dim), strides, first + layout.value_offset
+        )
         if group.decode:
             # Heads that share keys become the queries of one head: nothing is expanded.
-            q = q_QHK.reshape(batch, kv_heads, num_heads // kv_heads, key_dim)
-            if sinks_H is not None and bias is not None:
-                bias = _add_sinks(bias, sinks_H.view(1, kv_heads, -1, 1), q)
-            out = F.scaled_dot_product_attention(q, k_BJLK, v_BJLV, bias, scale=layout.scale)
-            return out.reshape(num_queries, num_heads, layout.value_dim)
-        q = q_QHK.transpose(0, 1)[None]
+            q = q_QHK.reshape(batch, kv_heads, -1, key_dim)
+        else:
+            q = q_QHK.transpose(0, 1)[None]
         if sinks_H is not None and bias is not None:
-            bias = _add_sinks(bias, sinks_H.view(1, -1, 1, 1), q)
+            bias = _add_sinks(bias, sinks_H, q)
         out = F.scaled_dot_product_attention(
             q,
             k_BJLK,
             v_BJLV,
             bias,
-            is_causal=bias is None,
+            is_causal=bias is None and not group.decode,
             scale=layout.scale,
-            enable_gqa=num_heads > kv_heads,
+            enable_gqa=q.shape[1] > kv_heads,
         )
+        if group.decode:
+            return out.reshape(num_queries, num_heads, layout.value_dim)
         return out[0].transpose(0, 1)
 
 
-def _add_sinks(bias: Tensor, sinks: Tensor, q: Tensor) -> Tensor:
+def _add_sinks(bias: Tensor, sinks_H: Tensor, q: Tensor) -> Tensor:
     """Let the last column, a key and value of zeros, score each head's sink."""
     batch, heads, queries, _ = q.shape
     seen = bias[..., :-1].expand(batch, heads, queries, -1)
-    return torch.cat([seen, sinks.to(bias.dtype).expand(batch, heads, queries, 1)], dim=-1)
+    sinks = sinks_H.to(bias.dtype).view(1, heads, -1, 1).expand(batch, heads, queries, 1)
+    return torch.cat([seen, sinks], dim=-1)
 
 
 class AttentionBlock(Protocol):
