@@ -1,9 +1,7 @@
-"""The placement map that gateways route by."""
+"""Names of experts, here and on the wire."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from protos import placement_pb2 as pb
@@ -17,18 +15,6 @@ class ExpertId(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.layer}.{self.index}"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which workers serve each expert, best first. ``epoch`` orders plans and only grows."""
-
-    epoch: int
-    workers_by_expert: Mapping[ExpertId, tuple[str, ...]] = field(default_factory=dict)
-
-    def experts_of(self, worker_id: str) -> list[ExpertId]:
-        """The experts a worker serves, ascending."""
-        return sorted(e for e, ids in self.workers_by_expert.items() if worker_id in ids)
 
 
 def expert_to_proto(expert: ExpertId) -> pb.ExpertId:

@@ -99,6 +99,10 @@ class Coordinator:
                 self._traffic.observe(expert, load.rows, now)
         return known is None or known.report.epoch != report.epoch
 
+    def gateway_gone(self, gateway_id: str) -> None:
+        """A gateway's stream ended."""
+        self.members.gateways.pop(gateway_id, None)
+
     def drop(self, lease_id: str) -> Worker | None:
         """A worker's stream ended. Returns the worker unless its lease had ended before."""
         worker = self.members.drop(lease_id)
@@ -306,7 +310,7 @@ class Coordinator:
             # Workers of an earlier life: adopt what they serve once all had time to come back.
             resident = frozenset().union(*(w.resident for w in workers))
             return now >= self._settled_at_s or resident == self._experts
-        return len(workers) >= self._workers_needed
+        return sum(not w.draining for w in workers) >= self._workers_needed
 
     def _homes(self, staying: Collection[Worker]) -> Mapping[str, Collection[ExpertId]]:
         """Where each expert counts as living already: where it is planned to be and is; else

@@ -122,7 +122,10 @@ class PlacementService(rpc.PlacementServicer):
         if not 0 < len(info.worker_id) <= _MAX_NAME_LENGTH:
             raise InvalidInput(f"worker_id must have 1 to {_MAX_NAME_LENGTH} characters")
         if info.expert_bytes < 1 or not info.grpc_address or request.last_epoch > _MAX_EPOCH:
-            raise InvalidInput(f"worker {info.worker_id}: expert_bytes, grpc_address or last_epoch")
+            raise InvalidInput(
+                f"worker {info.worker_id} must give a grpc_address, expert_bytes above 0 and a "
+                f"last_epoch below {_MAX_EPOCH}"
+            )
         if info.model_fingerprint != self._fingerprint:
             raise ModelMismatch(
                 f"worker {info.worker_id} has another model than placement, which serves "
@@ -193,7 +196,10 @@ class PlacementService(rpc.PlacementServicer):
         try:
             async for report in request_iterator:
                 if not 0 < len(report.gateway_id) <= _MAX_NAME_LENGTH or report.epoch > _MAX_EPOCH:
-                    raise InvalidInput("a gateway's report needs a gateway_id and a true epoch")
+                    raise InvalidInput(
+                        f"a report needs a gateway_id of 1 to {_MAX_NAME_LENGTH} characters and "
+                        f"an epoch below {_MAX_EPOCH}"
+                    )
                 gateway_id = report.gateway_id
                 if lost := set(report.unreachable_worker_ids) - unreachable:
                     log.warning("workers_unreachable", gateway_id=gateway_id, workers=sorted(lost))
@@ -201,7 +207,7 @@ class PlacementService(rpc.PlacementServicer):
                 if self._coordinator.gateway_report(report, time.monotonic()):
                     self._rethink()
         finally:
-            self._coordinator.members.gateways.pop(gateway_id, None)
+            self._coordinator.gateway_gone(gateway_id)
             self._rethink()
         return pb.ReportLoadReply()
 

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mesh.errors import AlreadyExists, PlacementError
 from mesh.plan import ExpertId, expert_from_proto, expert_to_proto
@@ -277,6 +279,46 @@ def test_a_draining_worker_leaves_anyway_when_nobody_can_take_over():
     assert orders["w0"].leave
     assert not orders["w1"].leave
     assert "start 1 more" in mesh.coordinator.plan.note
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("jkdog"), st.integers(0, 4)), max_size=25))
+def test_whatever_happens_the_plan_is_true_and_in_the_end_complete(
+    events: list[tuple[str, int]],
+):
+    """Workers join, are killed, drain, obey or not, and a gateway follows or lags behind."""
+    mesh = Mesh()
+    for event, number in events:
+        name = f"w{number}"
+        here = name in mesh.coordinator.members.workers
+        if event == "j" and not here:
+            mesh.register(name)
+        elif event == "k":
+            mesh.told.pop(name, None)
+            mesh.coordinator.drop(f"lease-{name}-1")
+        elif event == "d" and here:
+            mesh.coordinator.drain(name)
+        elif event == "o":
+            mesh.obey()
+        elif event == "g":
+            mesh.gateway(epoch=max(mesh.coordinator.current_plan().epoch - number, 0))
+        before = mesh.coordinator.plan
+        for name, order in mesh.turn().items():
+            assert not (order.leave and order.load)
+            routed = {e for e, ids in mesh.served.items() if ids == (name,)}
+            assert not routed & set(map(expert_from_proto, order.unload))
+        after = mesh.coordinator.plan
+        assert after is before or before is None or after.epoch > before.epoch
+        for expert, ids in mesh.served.items():
+            for worker_id in ids:
+                assert expert in mesh.coordinator.members.workers[worker_id].resident
+    mesh.coordinator.gateway_gone("g")
+    for name in ("x", "y"):
+        mesh.register(name)
+    mesh.settle()
+    assert mesh.coordinator.plan.complete
+    draining = {n for n, w in mesh.coordinator.members.workers.items() if w.draining}
+    assert not draining & {w for ids in mesh.served.values() for w in ids}
 
 
 def test_a_worker_may_leave_before_there_is_a_plan():

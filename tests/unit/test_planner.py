@@ -6,7 +6,7 @@ import itertools
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh.errors import PlacementError
@@ -51,6 +51,7 @@ def layer_cost(seating: tuple[int, ...], specs: list[WorkerSpec], weights: list[
     )
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_each_layer_costs_what_brute_force_finds(data: st.DataObject) -> None:
     num_experts = data.draw(st.integers(1, 4))
@@ -91,6 +92,7 @@ def can_be_seated(rules: Rules, room: tuple[int, ...]) -> bool:
     )
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_a_plan_is_found_exactly_when_there_is_one(data: st.DataObject) -> None:
     rules = Rules(
@@ -124,6 +126,7 @@ def test_a_small_worker_is_kept_for_the_layer_that_needs_it():
     assert len(target.experts_by_worker()["a"]) == 2
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 4), st.integers(1, 3), st.integers(1, 2), st.integers(0, 2), st.integers(0, 9)
 )
