@@ -20,7 +20,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-WHEELS = HERE / "build" / "wheels"
+DEPENDENCIES = HERE / "build" / "dependencies"
+PACKAGE = HERE / "build" / "package"
 BASE = os.environ.get("BASE", "expert-mesh-base")
 SUITE = "bookworm"
 NUM_WORKERS = 16
@@ -29,11 +30,11 @@ START_TIMEOUT_S = 240.0
 FOLLOW_TIMEOUT_S = 90.0
 
 
+BEGAN_S = time.monotonic()
+
+
 def say(text: str) -> None:
     print(f"[{time.monotonic() - BEGAN_S:5.1f} s] {text}", flush=True)
-
-
-BEGAN_S = time.monotonic()
 
 
 def run(*command: str | Path, **kwargs: Any) -> str:
@@ -57,18 +58,20 @@ def wait_until(what: str, holds: Callable[[], bool], timeout_s: float) -> None:
 
 
 def make_wheels() -> None:
-    """All that the image installs, downloaded here, where there is a package index."""
-    shutil.rmtree(WHEELS, ignore_errors=True)
+    """All that the image installs, fetched here, where there is a package index."""
+    for folder in (DEPENDENCIES, PACKAGE):
+        shutil.rmtree(folder, ignore_errors=True)
     pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "source"
         # A copy, since setuptools leaves a build folder in the tree that it builds.
         ignored = shutil.ignore_patterns(".*", "build", "models", "tests", "compose", "*.egg-info")
         shutil.copytree(ROOT, source, ignore=ignored)
-        run(*pip, "wheel", "--no-deps", "--wheel-dir", WHEELS, source)
-    (ours,) = WHEELS.glob("expert_mesh-*.whl")
+        run(*pip, "wheel", "--no-deps", "--wheel-dir", PACKAGE, source)
+    (ours,) = PACKAGE.iterdir()
     constraints = ROOT / "constraints.txt"
-    run(*pip, "download", "--only-binary=:all:", "--dest", WHEELS, "-c", constraints, ours)
+    run(*pip, "download", "--only-binary=:all:", "--dest", DEPENDENCIES, "-c", constraints, ours)
+    (DEPENDENCIES / ours.name).unlink()
 
 
 def make_base_image() -> None:
@@ -109,15 +112,16 @@ class Cluster:
     def compose(self, *words: str, timeout: float = 300) -> str:
         return run(*self._compose, *words, env=self._environ, timeout=timeout)
 
-    def ids(self, service: str) -> list[str]:
-        return self.compose("ps", "-q", service).split()
+    def ids(self, service: str = "") -> list[str]:
+        """Containers of a service, or of all; those that have ended too."""
+        filters = ["--filter", f"label=com.docker.compose.project={self.name}"]
+        if service:
+            filters += ["--filter", f"label=com.docker.compose.service={service}"]
+        return run("docker", "ps", "-aq", *filters).split()
 
-    def health(self, container: str) -> str:
-        return run("docker", "inspect", "-f", "{{.State.Health.Status}}", container).strip()
-
-    def all_healthy(self) -> bool:
-        containers = self.compose("ps", "-q").split()
-        return all(self.health(container) == "healthy" for container in containers)
+    def all_are(self, health: str, containers: list[str]) -> bool:
+        found = run("docker", "inspect", "-f", "{{.State.Health.Status}}", *containers)
+        return set(found.split()) == {health}
 
     def status(self) -> dict[str, Any]:
         """From inside: placement's port is not published."""
@@ -140,17 +144,18 @@ class Cluster:
         words = ("--prompt", PROMPT, "--max-tokens", "32", "--temperature", "0", "--json")
         return str(json.loads(run(command, "generate", "--target", target, *words))["text"])
 
-    def leftovers(self) -> str:
+    def leftovers(self) -> list[str]:
         label = f"label=com.docker.compose.project={self.name}"
-        return run("docker", "ps", "-aq", "--filter", label) + run(
-            "docker", "network", "ls", "-q", "--filter", label
-        )
+        return self.ids() + run("docker", "network", "ls", "-q", "--filter", label).split()
 
 
 def use_and_break(cluster: Cluster) -> None:
     gateway, placement = cluster.ids("gateway")[0], cluster.ids("placement")[0]
+    everyone = cluster.ids()
     wait_until(
-        f"all {NUM_WORKERS + 2} containers are healthy", cluster.all_healthy, START_TIMEOUT_S
+        f"all {len(everyone)} containers are healthy",
+        lambda: cluster.all_are("healthy", everyone),
+        START_TIMEOUT_S,
     )
     for container in (gateway, placement):
         user = run("docker", "exec", container, "id", "-u").strip()
@@ -170,13 +175,17 @@ def use_and_break(cluster: Cluster) -> None:
     wait_until("the plan lost the worker's experts", plan_has_a_hole, FOLLOW_TIMEOUT_S)
     wait_until(
         "placement's health says so",
-        lambda: cluster.health(placement) == "unhealthy",
+        lambda: cluster.all_are("unhealthy", [placement]),
         FOLLOW_TIMEOUT_S,
     )
     run("docker", "start", victim)
     say("started it again")
     wait_until("the plan is complete", lambda: bool(cluster.status()["complete"]), FOLLOW_TIMEOUT_S)
-    wait_until("all containers are healthy", cluster.all_healthy, FOLLOW_TIMEOUT_S)
+    wait_until(
+        "all containers are healthy",
+        lambda: cluster.all_are("healthy", everyone),
+        FOLLOW_TIMEOUT_S,
+    )
     again = cluster.generate()
     if again != text:
         raise SystemExit(f"another answer after the restart: {again!r}")
