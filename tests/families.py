@@ -101,7 +101,6 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "sliding_window": 16,
         "num_experts_per_tok": 4,
         "rope_parameters": _YARN | {"truncate": False},
-        "swiglu_limit": 1.5,
     },
     PLAIN: {
         "num_key_value_heads": 4,
