@@ -17,7 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 import structlog
 import torch
@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 _SCRATCH_BYTES = 64
 _MAX_IN_HAND = 256
+_CALL_TIMEOUT_S = 10.0
 # Plain integers: an enum's member costs a microsecond to look up, on every message.
 _DISPATCH = int(wire.Kind.DISPATCH)
 _REPLY = int(wire.Kind.REPLY)
@@ -93,6 +94,20 @@ class _Segment:
     x_RD: torch.Tensor
 
 
+class _Command(Generic[T]):
+    """A call from another thread."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function = function
+        self.result: Future[T] = Future()
+
+    def run(self) -> None:
+        try:
+            self.result.set_result(self._function())
+        except MeshError as error:
+            self.result.set_exception(error)
+
+
 class _Refused(Exception):
     def __init__(self, reason: wire.Refusal) -> None:
         super().__init__(reason.name.lower())
@@ -130,7 +145,8 @@ class DataPlane(threading.Thread):
         self._spin_s = spin_s
         self._row_bytes = hidden_size * dtype.itemsize
         self._header_rows = -(-num_experts * 4 // self._row_bytes)
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[_Command[Any]] = queue.SimpleQueue()
+        self._ended = False
         self._sessions: dict[int, _Session] = {}
         self._next_session = random.randrange(1, wire.MAX_SESSIONS)
         self._free: dict[int, list[_RowBuffer]] = defaultdict(list)
@@ -183,24 +199,24 @@ class DataPlane(threading.Thread):
     def stop(self) -> None:
         """End the thread and free everything it owns."""
         self._stopping = True
-        if self._bound.done() and self.failure is None:
+        if self.is_alive():
             self._waiter.wake()
         self.join()
 
     def _call(self, function: Callable[[], T]) -> T:
-        result: Future[T] = Future()
-
-        def command() -> None:
-            try:
-                result.set_result(function())
-            except MeshError as error:
-                result.set_exception(error)
-
+        command = _Command(function)
         self._commands.put(command)
-        self._waiter.wake()
-        if not self.is_alive():
-            raise Unavailable("the worker's data plane has ended; restart the worker")
-        return result.result(10.0)
+        if self._ended:
+            self._fail_commands()
+        else:
+            self._waiter.wake()
+        return command.result.result(_CALL_TIMEOUT_S)
+
+    def _fail_commands(self) -> None:
+        while not self._commands.empty():
+            self._commands.get().result.set_exception(
+                Unavailable("the worker's data plane has ended; restart the worker")
+            )
 
     # Everything below runs on the thread.
 
@@ -217,12 +233,14 @@ class DataPlane(threading.Thread):
             for session in self._sessions.values():
                 session.endpoint.close()
             transport.close()
-            self._waiter.close()
         except BaseException as error:
             self.failure = error
             log.exception("data_plane_failed")
             if not self._bound.done():
                 self._bound.set_exception(error)
+        finally:
+            self._ended = True
+            self._fail_commands()
 
     def _turn(self) -> None:
         """Receive, compute at most one batch, send; wait when there was nothing of it."""
@@ -236,7 +254,7 @@ class DataPlane(threading.Thread):
         if self._sending:
             moved |= self._sent()
         while not self._commands.empty():
-            self._commands.get()()
+            self._commands.get().run()
             moved = True
         if moved:
             self._last_progress_s = time.monotonic()

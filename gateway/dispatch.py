@@ -207,7 +207,6 @@ class Dispatcher:
         self._peers.clear()
         self._routes.clear()
         self._transport.progress()
-        self._waiter.close()
 
     # In a step.
 

@@ -11,6 +11,7 @@ import os
 import select
 import threading
 import time
+import weakref
 from collections.abc import Iterable
 
 from mesh.transport.base import Transport
@@ -28,6 +29,7 @@ class Waiter:
         self._transport = transport
         self._spin_s = spin_s
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        weakref.finalize(self, os.close, self._event)
         self._woken = threading.Event()
         self._poll = select.poll()
         for descriptor in (transport.fileno(), self._event, *descriptors):
@@ -57,7 +59,3 @@ class Waiter:
             return
         if self._transport.arm():
             self._poll.poll(None if timeout_s is None else timeout_s * 1000)
-
-    def close(self) -> None:
-        """Close the event descriptor; the transport's is not ours."""
-        os.close(self._event)

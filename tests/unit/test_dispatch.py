@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mesh import wire
+from mesh.errors import Unavailable
 from mesh.plan import ExpertId
 from mesh.transport.loopback import LoopbackHub, LoopbackTransport
 from tests.rig import (
@@ -200,6 +201,13 @@ def test_an_expert_that_fails_is_refused_and_the_worker_serves_on(rig: Rig) -> N
         rig.dispatcher.dispatch(LAYER, x_TD, torch.tensor(ids), weights_TK).combine()
         assert len(rig.dispatcher.void_rows()) == void
     assert worker.plane.stats().refused == {"failed": 2}
+
+
+def test_a_call_to_a_data_plane_that_ended_fails_at_once(rig: Rig) -> None:
+    worker = rig.worker("w", 0)
+    worker.plane.stop()
+    with pytest.raises(Unavailable, match="has ended"):
+        worker.plane.connect("gateway", rig.transport.address, 1)
 
 
 def test_a_draining_worker_refuses_what_is_new(rig: Rig) -> None:
