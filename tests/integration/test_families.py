@@ -281,6 +281,8 @@ def test_only_the_asked_rows_get_logits(tmp_path):
         [ForwardBatch(slices, ids, torch.arange(5))], kv, served.experts
     )
     torch.testing.assert_close(rows, all_rows[[2, 4]])
+    none = ForwardBatch(slices, ids, torch.empty(0, dtype=torch.int64))
+    assert served.decoder.forward([none], kv, served.experts)[0].shape == (0, VOCAB_SIZE)
 
 
 def test_a_cached_prefix_is_read_not_made_again(tmp_path):
