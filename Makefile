@@ -21,8 +21,9 @@ help:
 # --without-pip and --python: a Debian Python without ensurepip will do.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Expert Mesh needs Python 3.11 or newer; say which with PYTHON=...")'
+	@echo "installing into $(VENV), which takes a few minutes once"
 	$(PYTHON) -m venv --without-pip $(VENV)
-	$(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check -c constraints.txt pip -e '.[dev]'
+	$(PYTHON) -m pip --python $(BIN)/python install -qq --disable-pip-version-check -c constraints.txt pip -e '.[dev]'
 	@touch $@
 
 install: $(READY)
