@@ -96,7 +96,6 @@ def run_engine(config: GatewayConfig, sock: socket.socket) -> int:
     try:
         EngineLoop(engine, dispatcher, channel, waiter, model.eos_token_ids).run()
     finally:
-        waiter.close()
         dispatcher.close()
         transport.close()
         channel.close()
