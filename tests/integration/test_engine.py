@@ -415,15 +415,21 @@ class WorkerThread:
         )
         self.plane.start()
         self.address = self.plane.wait_started()
+        self.session: int | None = None
 
     def routing(
         self, engine: EngineThread, epoch: int, without: Collection[int] = ()
     ) -> pb.Routing:
-        """Connect the engine; ``without`` are indices of experts that the plan leaves out."""
+        """A plan of all experts ``without`` those of some indices; connects the engine once."""
+        if self.session is None:
+            self.session = self.plane.connect("gateway", engine.started.ucx_address, 7)
         routing = pb.Routing(epoch=epoch)
-        session = self.plane.connect("gateway", engine.started.ucx_address, 7)
         routing.peers.add(
-            worker_id="w", ucx_address=self.address, session=session, reply_session=7, max_rows=64
+            worker_id="w",
+            ucx_address=self.address,
+            session=self.session,
+            reply_session=7,
+            max_rows=64,
         )
         for layer, index in self.experts:
             if index not in without:
