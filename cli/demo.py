@@ -53,7 +53,8 @@ async def _show_answer(console: Console, mesh: Mesh) -> None:
                 )
         info = await client.server_info()
     rows = {ExpertId(e.layer, e.index): e.rows for e in info.expert_rows}
-    for table in expert_tables(rows, lambda e: str(rows[e]), "tokens per expert", console.width):
+    console.print("\n[bold]tokens per expert[/]")
+    for table in expert_tables(rows, lambda e: str(rows[e]), console.width):
         console.print(table)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -151,7 +151,7 @@ def plan_as_dict(plan: pb.Plan) -> dict[str, Any]:
     }
 
 
-def plan_tables(plan: pb.Plan, width: int) -> Iterator[Table]:
+def plan_tables(plan: pb.Plan, width: int) -> Iterator[Table | str]:
     """Layers down, experts across, in each cell the worker, or the replicas, best first."""
     from cli.tables import NOBODY, expert_tables, short_names
     from mesh.plan import expert_from_proto
@@ -159,11 +159,9 @@ def plan_tables(plan: pb.Plan, width: int) -> Iterator[Table]:
     workers = {expert_from_proto(e.expert): tuple(e.worker_ids) for e in plan.experts}
     names = short_names(name for names in workers.values() for name in names)
     whole, short = next(iter(names.items()), ("", ""))
-    title = (
-        f"worker of each expert ({short} is {whole})" if whole != short else "worker of each expert"
-    )
+    yield f"\n[bold]worker of each expert[/] ({short} is {whole})"
     yield from expert_tables(
-        workers, lambda e: "+".join(names[w] for w in workers[e]) or NOBODY, title, width
+        workers, lambda e: "+".join(names[w] for w in workers[e]) or NOBODY, width
     )
 
 
@@ -178,12 +176,13 @@ def _summary(plan: pb.Plan) -> str:
     return " · ".join(parts)
 
 
-def _status_tables(mesh: pb.MeshStatus) -> Iterator[Table]:
-    from rich.table import Table
+def _status_tables(mesh: pb.MeshStatus) -> Iterator[Table | str]:
+    from cli.tables import plain_table
 
-    gateways = Table("gateway", "address", "host", "device", "epoch", title="gateways")
+    yield ""
+    gateways = plain_table("gateway", "address", "host", "device", "epoch")
     for title in ("running", "waiting", "KV in use"):
-        gateways.add_column(title, justify="right")
+        gateways.add_column(title, justify="right", no_wrap=True)
     for g in mesh.gateways:
         gateways.add_row(
             g.gateway.gateway_id,
@@ -196,11 +195,12 @@ def _status_tables(mesh: pb.MeshStatus) -> Iterator[Table]:
             f"{g.gateway.kv_usage:.0%}",
         )
     yield gateways
+    yield ""
 
-    workers = Table("worker", "address", "host", "device", "state", title="workers")
+    workers = plain_table("worker", "address", "host", "device", "state")
     for title in ("rows/s", "queued"):
-        workers.add_column(title, justify="right")
-    workers.add_column("experts (layer.index)")
+        workers.add_column(title, justify="right", no_wrap=True)
+    workers.add_column("layers.expert")
     for w in mesh.workers:
         workers.add_row(
             w.worker.worker_id,
@@ -210,10 +210,22 @@ def _status_tables(mesh: pb.MeshStatus) -> Iterator[Table]:
             f"{w.state}: [red]{w.error}[/]" if w.error else w.state,
             f"{w.rows_per_s:.0f}",
             str(w.queue_rows),
-            _few([f"{e.layer}.{e.index}" for e in w.resident]),
+            _ranges(w.resident),
         )
     yield workers
 
 
-def _few(names: list[str], most: int = 8) -> str:
-    return " ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _ranges(experts: Iterable[pb.ExpertId], most: int = 4) -> str:
+    """``0-3.7 5.8``: expert 7 of layers 0 to 3, and 8 of layer 5."""
+    layers_by_index: dict[int, list[int]] = {}
+    for expert in sorted(experts, key=lambda e: (e.index, e.layer)):
+        layers_by_index.setdefault(expert.index, []).append(expert.layer)
+    runs = []
+    for index, layers in layers_by_index.items():
+        starts = [layer for layer in layers if layer - 1 not in layers]
+        ends = [layer for layer in layers if layer + 1 not in layers]
+        runs += [
+            f"{start}.{index}" if start == end else f"{start}-{end}.{index}"
+            for start, end in zip(starts, ends, strict=True)
+        ]
+    return " ".join(runs[:most]) + (f" and {len(runs) - most} more" if len(runs) > most else "")

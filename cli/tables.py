@@ -11,6 +11,14 @@ from mesh.plan import ExpertId
 NOBODY = "[bold red]-[/]"
 
 
+def plain_table(*columns: str) -> Table:
+    """Without lines, and no narrower than what is in it."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    return table
+
+
 def short_names(worker_ids: Iterable[str]) -> dict[str, str]:
     """The last part of each id, where that tells them apart; else the id."""
     tails = {worker_id: worker_id.rpartition("-")[2] for worker_id in worker_ids}
@@ -18,7 +26,7 @@ def short_names(worker_ids: Iterable[str]) -> dict[str, str]:
 
 
 def expert_tables(
-    experts: Iterable[ExpertId], cell: Callable[[ExpertId], str], title: str, width: int
+    experts: Iterable[ExpertId], cell: Callable[[ExpertId], str], width: int
 ) -> Iterator[Table]:
     """Layers down, experts across, as many tables as ``width`` characters need."""
     known = set(experts)
@@ -28,10 +36,9 @@ def expert_tables(
     widest = max((len(text) for text in cells.values()), default=1)
     columns = max(1, (width - 7) // (max(widest, 2) + 2))
     for start in range(0, len(indices), columns):
-        table = Table(title=title if start == 0 else None, box=None, padding=(0, 2, 0, 0))
-        table.add_column("layer", justify="right", style="bold")
+        table = plain_table("layer")
         for index in indices[start : start + columns]:
-            table.add_column(str(index), justify="right")
+            table.add_column(str(index), justify="right", no_wrap=True)
         for layer in layers:
             row = (ExpertId(layer, index) for index in indices[start : start + columns])
             table.add_row(str(layer), *(cells.get(expert, NOBODY) for expert in row))
