@@ -25,6 +25,7 @@ from expert_worker.metrics import WorkerMetrics
 from mesh import telemetry
 from mesh.checkpoint import Checkpoint
 from mesh.config import WorkerConfig, default_name, resolve_dtype
+from mesh.device import open_device
 from mesh.grpc_server import GrpcServer, stop_signals
 from mesh.http import HttpServer
 from mesh.model_config import ModelConfig
@@ -51,7 +52,7 @@ async def run(config: WorkerConfig, worker_id: str, stop: asyncio.Event) -> None
     Raises MeshError when the worker cannot start, is refused, or loses its data plane.
     """
     model = ModelConfig.from_hf(config.model)
-    device = host.open_device(config.device)
+    device = open_device(config.device)
     dtype = resolve_dtype(config.dtype, config.device, model.dtype)
     torch_dtype: torch.dtype = getattr(torch, dtype)
     torch.set_num_threads(config.threads)

@@ -138,6 +138,7 @@ class Dispatcher:
         self._lost: list[tuple[str, str]] = []
         self._num_micro_batches = 1
         self._calls: Counter[int] = Counter()
+        self._away: list[Pending] = []
         self._void: dict[tuple[int, int], ExpertUnavailable] = {}
         self._frame_rows = self._num_frames = 0
         self._allocate(num_peers=0, max_rows=wire.MAX_ROWS)
@@ -177,7 +178,12 @@ class Dispatcher:
         self.epoch = routing.epoch
 
     def begin_step(self, num_micro_batches: int) -> None:
-        """Forget what the last step left."""
+        """Forget what the last step left; one that failed may have left rows away."""
+        for pending in self._away:
+            while pending.messages:
+                self._wait_once(pending)
+            self._free_frames.extend(pending.frames)
+        self._away.clear()
         self._num_micro_batches = num_micro_batches
         self._calls.clear()
         self._void.clear()
@@ -216,6 +222,7 @@ class Dispatcher:
         """See :class:`gateway.model.batch.Experts`."""
         pending = Pending(self, self._calls[layer] % self._num_micro_batches, weights_TK)
         self._calls[layer] += 1
+        self._away.append(pending)
         expert_ids_R = expert_ids_TK.reshape(-1).cpu().numpy()
         counts_E = np.bincount(expert_ids_R, minlength=self._num_experts).tolist()
         messages = [
@@ -253,6 +260,7 @@ class Dispatcher:
         y_TKD = self._reply_RD.index_select(0, rows_TK.view(-1)).view(*rows_TK.shape, -1)
         y_TD = (y_TKD * pending.weights_TK.unsqueeze(-1)).sum(dim=1).to(self._dtype)
         self._free_frames.extend(pending.frames)
+        self._away.remove(pending)
         return y_TD
 
     def _group_by_worker(
@@ -377,7 +385,7 @@ class Dispatcher:
         error = ExpertUnavailable(*run.expert, reason)
         in_run_TK = (pending.rows_TK >= run.start) & (pending.rows_TK < run.start + run.num_rows)
         for token in in_run_TK.any(dim=1).nonzero().view(-1).tolist():
-            self._void[pending.micro_batch, token] = error
+            self._void.setdefault((pending.micro_batch, token), error)
 
     def _lose(self, peer: _Peer, reason: str) -> None:
         """Route nothing more to a peer; closing its endpoint ends what is posted on it."""

@@ -115,6 +115,16 @@ def test_two_micro_batches_are_away_at_once(rig: Rig) -> None:
         torch.testing.assert_close(away.combine(), expected(LAYER, *step))
 
 
+def test_rows_that_a_failed_step_left_away_do_not_leak(rig: Rig) -> None:
+    rig.worker("all", 0, 1, 2, 3)
+    rig.connect()
+    for seed in range(50):
+        rig.dispatcher.begin_step(2)
+        rig.dispatcher.dispatch(LAYER, *random_step(60, seed=seed))
+    got, want = rig.run(64)
+    torch.testing.assert_close(got, want)
+
+
 def test_rows_of_an_unserved_expert_are_void_and_the_others_are_not(rig: Rig) -> None:
     rig.worker("most", 0, 1, 2)
     rig.connect()
