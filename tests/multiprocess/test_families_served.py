@@ -15,7 +15,7 @@ from tests.running import running_mesh
 
 NUM_TOP = 20
 GREEDY = {"temperature": 0.0, "ignore_eos": True, "logprobs": NUM_TOP}
-# One expert of a layer on each of 16 workers; four on each of 4, with prefill in chunks; all on one.
+# One expert of a layer on each of 16 workers; four on each of 4, prefill in chunks; all on one.
 EP16: tuple[str, ...] = ("--workers", "16")
 EP4 = ("--workers", "4", "--experts-per-worker", "4", "--max-batch-tokens", "24")
 EP4 += ("--max-running", "8")
