@@ -186,7 +186,9 @@ class Router:
         while True:
             self._wake_reconcile.clear()
             await self._reconcile()
-            pauses = [self._retry_at_s[w] - time.monotonic() for w in self._unconnected()]
+            # A worker of a plan that came in the meantime was not tried yet: it has no time.
+            now = time.monotonic()
+            pauses = [self._retry_at_s.get(w, now) - now for w in self._unconnected()]
             try:
                 async with asyncio.timeout(max(min(pauses), 0.0) if pauses else None):
                     await self._wake_reconcile.wait()
