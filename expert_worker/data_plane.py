@@ -17,7 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import structlog
 import torch
@@ -66,12 +66,19 @@ class _Session:
     reply_session: int
 
 
+class _Rows(NamedTuple):
+    """Some rows of a buffer: as a tensor, and as the transport has them."""
+
+    x_RD: torch.Tensor
+    wrapped: Buffer
+
+
 @dataclass
 class _RowBuffer:
-    """``rows_RD`` and its wrapped sub-ranges, each wrapped once and kept."""
+    """``rows_RD`` and those ranges of it that were used, each made once and kept."""
 
     rows_RD: torch.Tensor
-    wrapped: dict[tuple[int, int], Buffer] = field(default_factory=dict)
+    ranges: dict[tuple[int, int], _Rows] = field(default_factory=dict)
 
 
 @dataclass
@@ -331,7 +338,7 @@ class DataPlane(threading.Thread):
         if message.nbytes != num_rows * self._row_bytes:
             raise _Refused(wire.Refusal.WRONG_LENGTH)
         buffer = self._buffer(num_rows)
-        request = message.receive(self._wrapped(buffer, 0, num_rows))
+        request = message.receive(self._range(buffer, 0, num_rows).wrapped)
         return _Work(session, frame, buffer, num_header_rows, request)
 
     def _refuse(self, frame: wire.Frame, reason: wire.Refusal) -> None:
@@ -383,7 +390,8 @@ class DataPlane(threading.Thread):
         """Split a message by expert."""
         frame, rows_RD = work.frame, work.buffer.rows_RD
         if frame.expert != wire.SEVERAL:
-            return [(ExpertId(frame.layer, frame.expert), _Segment(work, rows_RD[: frame.rows]))]
+            x_RD = self._range(work.buffer, 0, frame.rows).x_RD
+            return [(ExpertId(frame.layer, frame.expert), _Segment(work, x_RD))]
         header = rows_RD[: work.num_header_rows].reshape(-1).view(torch.int32)
         counts = header[: self._num_experts].tolist()
         if min(counts) < 0 or sum(counts) != frame.rows:
@@ -420,11 +428,11 @@ class DataPlane(threading.Thread):
             return
         start = 0
         for part in parts:
-            part.copy_(y_RD[start : start + part.shape[0]])
-            start += part.shape[0]
+            part.copy_(y_RD[start : start + len(part)])
+            start += len(part)
         if y_RD.is_cuda:
             torch.cuda.current_stream(self._device).synchronize()
-        self._rows[expert] += start
+        self._rows[expert] += len(y_RD)
         self._compute_s[expert] += time.perf_counter() - started
         for segment in segments:
             self._finish(segment.work, None)
@@ -449,8 +457,8 @@ class DataPlane(threading.Thread):
             frame.expert,
             frame.rows,
         )
-        rows = self._wrapped(work.buffer, work.num_header_rows, frame.rows)
-        work.request = work.session.endpoint.send(rows, tag)
+        rows = self._range(work.buffer, work.num_header_rows, frame.rows)
+        work.request = work.session.endpoint.send(rows.wrapped, tag)
         if work.request.completed:
             self._recycle(work.buffer)
         else:
@@ -476,9 +484,9 @@ class DataPlane(threading.Thread):
     def _recycle(self, buffer: _RowBuffer) -> None:
         self._free[buffer.rows_RD.shape[0]].append(buffer)
 
-    def _wrapped(self, buffer: _RowBuffer, start: int, count: int) -> Buffer:
-        wrapped = buffer.wrapped.get((start, count))
-        if wrapped is None:
-            wrapped = self._transport.wrap(buffer.rows_RD[start : start + count])
-            buffer.wrapped[start, count] = wrapped
-        return wrapped
+    def _range(self, buffer: _RowBuffer, start: int, count: int) -> _Rows:
+        rows = buffer.ranges.get((start, count))
+        if rows is None:
+            x_RD = buffer.rows_RD[start : start + count]
+            rows = buffer.ranges[start, count] = _Rows(x_RD, self._transport.wrap(x_RD))
+        return rows
