@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mesh.grpc_server import TlsFiles
     from protos import placement_pb2 as pb
 
-_MANAGED = ("http_port", "placement", "worker_id", "gateway_id", "ready_fd", "advertise_host")
+_MANAGED = ("http_port", "placement", "worker_id", "gateway_id", "ready_fd")
 _PRELOAD = (
     "torch",
     "ucxx._lib.libucxx",

@@ -161,6 +161,21 @@ async def test_requests_in_flight_are_served_before_it_ends(small: RunningMesh) 
     assert await asyncio.to_thread(small.up.wait) == 0
 
 
+async def test_a_second_ctrl_c_does_not_wait_for_requests(small: RunningMesh) -> None:
+    async with AsyncClient(small.gateway) as client:
+        chunks = client.generate([1], max_tokens=FOREVER, temperature=0, ignore_eos=True)
+        await anext(chunks)
+        small.up.send_signal(signal.SIGINT)
+        while await client.health():
+            pass  # until it drains
+        small.up.send_signal(signal.SIGINT)
+        with pytest.raises(Unavailable):
+            async for _ in chunks:
+                pass
+    assert await asyncio.to_thread(small.up.wait) == 0
+    assert small.survivors() == []
+
+
 def test_nothing_outlives_a_supervisor_that_is_killed(small: RunningMesh) -> None:
     small.up.kill()
     assert small.survivors() == []
