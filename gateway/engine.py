@@ -87,17 +87,20 @@ class Engine:
             self._scheduler.add(request)
         except MeshError as error:
             self._outputs.append(refusal_of(request.request_id, error))
+        else:
+            log.info("request_queued", request_id=request.request_id)
 
     def cancel(self, request_ids: Sequence[str]) -> None:
         """End requests; ids that are not known have ended already."""
         for request_id in request_ids:
             request = self._scheduler.cancel(request_id)
             if request is not None:
-                self._outputs.append(output_of(request))
+                self._tell(request)
 
     def fail_all(self, error: MeshError) -> None:
         """End every request with an error."""
-        self._outputs += map(output_of, self._scheduler.fail_all(error))
+        for request in self._scheduler.fail_all(error):
+            self._tell(request)
 
     def set_routing(self, routing: pb.Routing) -> None:
         """Route by another epoch from the next step on."""
@@ -131,7 +134,8 @@ class Engine:
             self._num_steps += 1
             self._step_s += self._clock() - started_s
         expired = self._scheduler.expire(self._clock())
-        self._outputs += map(output_of, expired)
+        for request in expired:
+            self._tell(request)
         return bool(parts or expired)
 
     @torch.inference_mode()
@@ -161,6 +165,9 @@ class Engine:
         void: Mapping[Request, MeshError],
     ) -> None:
         self._failures = 0
+        for request, error in void.items():
+            if request.stall is None:
+                log.warning("request_stalled", request_id=request.request_id, why=str(error))
         tokens = {}
         for request, choice in choices.items():
             if choice is None:
@@ -168,7 +175,14 @@ class Engine:
             else:
                 tokens[request] = choice.token_id
         self._scheduler.advance(parts, tokens, void, self._clock())
-        self._outputs += (output_of(request, choice) for request, choice in choices.items())
+        for request, choice in choices.items():
+            self._tell(request, choice)
+
+    def _tell(self, request: Request, choice: Choice | None = None) -> None:
+        self._outputs.append(output_of(request, choice))
+        if request.end is not None:
+            reason = request.end.finish_reason
+            log.info("request_ended", request_id=request.request_id, reason=reason)
 
     def _fail(self, parts: tuple[Part, ...], cause: Exception) -> None:
         log.exception("step_failed", requests=[part.request.request_id for part in parts])
@@ -177,7 +191,7 @@ class Engine:
             error = MeshError(f"the step of this request failed: {cause!r}; see the gateway's log")
         for request, _ in parts:
             self._scheduler.fail(request, error)
-            self._outputs.append(output_of(request))
+            self._tell(request)
         self._failures += 1
         if self._failures == MAX_FAILURES:
             raise EngineDied(f"{MAX_FAILURES} steps in a row failed, the last with {cause!r}")
