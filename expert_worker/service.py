@@ -36,6 +36,8 @@ from protos import worker_pb2_grpc as rpc
 log = structlog.get_logger()
 
 # A GPU that had work lately polls for more; a CPU core has better things to do.
+# A gateway that died costs a worker a session and no request: there is no hurry to notice.
+_KEEPALIVE_MS = 3000
 _SPIN_S = {"cuda": 1.0, "cpu": 0.0}
 
 
@@ -75,7 +77,7 @@ async def run(config: WorkerConfig, worker_id: str, stop: asyncio.Event) -> None
             worker_id=worker_id,
         )
         plane = DataPlane(
-            functools.partial(UcxTransport, cuda=device.type == "cuda"),
+            functools.partial(UcxTransport, cuda=device.type == "cuda", keepalive_ms=_KEEPALIVE_MS),
             store,
             hidden_size=model.hidden_size,
             dtype=torch_dtype,

@@ -30,7 +30,7 @@ from protos import placement_pb2_grpc as rpc
 log = structlog.get_logger()
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Placement"].full_name
-_HEARTBEAT_INTERVAL_S = 1.5
+_HEARTBEAT_INTERVAL_S = 2.0
 _COALESCE_S = 0.05
 _MAX_NAME_LENGTH = 256
 _MAX_EPOCH = 1 << 62
@@ -141,7 +141,7 @@ class PlacementService(rpc.PlacementServicer):
         return pb.RegisterReply(
             lease_id=lease_id,
             lease_s=self._lease_s,
-            heartbeat_interval_s=min(_HEARTBEAT_INTERVAL_S, self._lease_s / 3),
+            heartbeat_interval_s=min(_HEARTBEAT_INTERVAL_S, self._lease_s / 2.5),
             epoch=self._coordinator.current_plan().epoch,
         )
 

@@ -34,7 +34,6 @@ from mesh.errors import MessageTruncated, PeerLost, TransportError
 
 _DEFAULTS = {
     "MM_ERROR_HANDLING": "y",
-    "KEEPALIVE_INTERVAL": "300ms",
     # While a rendezvous over shared memory is outstanding, the keepalive does not report the
     # death of its peer. Eager fragments are as fast there, and every death is seen.
     "RNDV_THRESH": "intra:inf,inter:auto",
@@ -116,12 +115,17 @@ class UcxEndpoint:
 
 
 class UcxTransport:
-    """A UCX worker of this process. See :class:`mesh.transport.base.Transport`."""
+    """A UCX worker of this process. See :class:`mesh.transport.base.Transport`.
 
-    def __init__(self, *, cuda: bool = False) -> None:
+    ``keepalive_ms`` is how often peers are looked at that say nothing: each look wakes a
+    sleeping process.
+    """
+
+    def __init__(self, *, cuda: bool = False, keepalive_ms: int = 300) -> None:
         # By the environment, where a user's own word wins: UCXX overwrites some of what its
         # config argument says.
-        for name, value in (_DEFAULTS | (_CUDA_DEFAULTS if cuda else {})).items():
+        settings = _DEFAULTS | (_CUDA_DEFAULTS if cuda else {})
+        for name, value in (settings | {"KEEPALIVE_INTERVAL": f"{keepalive_ms}ms"}).items():
             os.environ.setdefault(f"UCX_{name}", value)
         self._context = UCXContext(feature_flags=(Feature.TAG, Feature.WAKEUP))
         self._worker = UCXWorker(self._context)
