@@ -30,15 +30,14 @@ from mesh.grpc_server import GrpcServer, stop_signals
 from mesh.http import HttpServer
 from mesh.model_config import ModelConfig
 from mesh.transport.ucx import UcxTransport
+from mesh.transport.waiting import SPIN_S
 from protos import placement_pb2
 from protos import worker_pb2_grpc as rpc
 
 log = structlog.get_logger()
 
-# A GPU that had work lately polls for more; a CPU core has better things to do.
 # A gateway that died costs a worker a session and no request: there is no hurry to notice.
 _KEEPALIVE_MS = 3000
-_SPIN_S = {"cuda": 1.0, "cpu": 0.0}
 
 
 async def serve(config: WorkerConfig) -> None:
@@ -85,7 +84,7 @@ async def run(config: WorkerConfig, worker_id: str, stop: asyncio.Event) -> None
             num_experts=model.num_experts,
             max_rows=config.max_rows,
             merge_rows=config.merge_rows,
-            spin_s=_SPIN_S[device.type],
+            spin_s=SPIN_S[device.type],
         )
         registry = telemetry.new_registry()
         registry.register(WorkerMetrics(plane, store))

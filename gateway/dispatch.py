@@ -24,7 +24,7 @@ import torch
 from mesh import wire
 from mesh.errors import ExpertUnavailable, TransportError
 from mesh.model_config import ModelConfig
-from mesh.plan import ExpertId
+from mesh.plan import ExpertId, expert_from_proto
 from mesh.transport.base import Buffer, Endpoint, Request, Transport
 from mesh.transport.waiting import Waiter
 from protos import engine_pb2 as pb
@@ -169,7 +169,7 @@ class Dispatcher:
                 continue
             self._peers[worker_id] = _Peer(worker_id, endpoint, new.session, new.reply_session)
         self._routes = {
-            ExpertId(placed.expert.layer, placed.expert.index): [
+            expert_from_proto(placed.expert): [
                 self._peers[w] for w in placed.worker_ids if w in self._peers
             ]
             for placed in routing.experts

@@ -26,7 +26,7 @@ from mesh.device import open_device
 from mesh.errors import ConfigError, Unavailable
 from mesh.model_config import ModelConfig
 from mesh.transport.ucx import UcxTransport
-from mesh.transport.waiting import Waiter
+from mesh.transport.waiting import SPIN_S, Waiter
 from protos import engine_pb2 as pb
 
 log = structlog.get_logger()
@@ -37,8 +37,6 @@ _GPU_KV_FRACTION = 0.85
 _STATS_INTERVAL_S = 0.5
 _PROGRESS_INTERVAL_S = 1.0
 _FLUSH_INTERVAL_S = 0.001
-# A GPU that had work lately polls for more; a CPU core has better things to do.
-_SPIN_S = {"cuda": 1.0, "cpu": 0.0}
 
 
 def run_engine(config: GatewayConfig, sock: socket.socket) -> int:
@@ -59,7 +57,7 @@ def run_engine(config: GatewayConfig, sock: socket.socket) -> int:
     blocks, max_model_len = size_kv(config, model, device, dtype)
     kv = KvCache(model, blocks.num_blocks, blocks.block_size, device, dtype)
     transport = UcxTransport(cuda=device.type == "cuda")
-    spin_s = _SPIN_S[device.type]
+    spin_s = SPIN_S[device.type]
     dispatcher = Dispatcher(
         transport,
         model,

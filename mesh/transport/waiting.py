@@ -16,6 +16,9 @@ from collections.abc import Iterable
 
 from mesh.transport.base import Transport
 
+SPIN_S = {"cuda": 1.0, "cpu": 0.0}
+"""By device type. A GPU that had work lately polls for more; a CPU core has better to do."""
+
 
 class Waiter:
     """Waits for a transport, for other descriptors, or for :meth:`wake` from any thread.
