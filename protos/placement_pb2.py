@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/placement.proto\x12\rexpertmesh.v1\"(\n\x08\x45xpertId\x12\r\n\x05layer\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\"\xf5\x01\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x14\n\x0cgrpc_address\x18\x02 \x01(\t\x12\x14\n\x0chttp_address\x18\x03 \x01(\t\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x13\n\x0b\x64\x65vice_name\x18\x06 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x07 \x01(\x04\x12\x0b\n\x03pid\x18\x08 \x01(\r\x12\x13\n\x0bucx_address\x18\t \x01(\x0c\x12\x19\n\x11model_fingerprint\x18\n \x01(\t\x12\x0c\n\x04nics\x18\x0b \x03(\t\x12\x14\n\x0c\x65xpert_bytes\x18\x0c \x01(\x04\"{\n\x0fRegisterRequest\x12)\n\x06worker\x18\x01 \x01(\x0b\x32\x19.expertmesh.v1.WorkerInfo\x12)\n\x08resident\x18\x02 \x03(\x0b\x32\x17.expertmesh.v1.ExpertId\x12\x12\n\nlast_epoch\x18\x03 \x01(\x04\"_\n\rRegisterReply\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x0f\n\x07lease_s\x18\x02 \x01(\x01\x12\x1c\n\x14heartbeat_interval_s\x18\x03 \x01(\x01\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\"V\n\nExpertLoad\x12\'\n\x06\x65xpert\x18\x01 \x01(\x0b\x32\x17.expertmesh.v1.ExpertId\x12\x0c\n\x04rows\x18\x02 \x01(\x04\x12\x11\n\tcompute_s\x18\x03 \x01(\x01\"\xa9\x01\n\x0cWorkerReport\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12)\n\x08resident\x18\x02 \x03(\x0b\x32\x17.expertmesh.v1.ExpertId\x12\'\n\x04load\x18\x03 \x03(\x0b\x32\x19.expertmesh.v1.ExpertLoad\x12\x12\n\nqueue_rows\x18\x04 \x01(\r\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\"{\n\x0bWorkerOrder\x12%\n\x04load\x18\x01 \x03(\x0b\x32\x17.expertmesh.v1.ExpertId\x12\'\n\x06unload\x18\x02 \x03(\x0b\x32\x17.expertmesh.v1.ExpertId\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\r\n\x05leave\x18\x04 \x01(\x08\"&\n\x10WatchPlanRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\"\x10\n\x0eGetPlanRequest\"N\n\x0f\x45xpertPlacement\x12\'\n\x06\x65xpert\x18\x01 \x01(\x0b\x32\x17.expertmesh.v1.ExpertId\x12\x12\n\nworker_ids\x18\x02 \x03(\t\"\xc9\x01\n\x04Plan\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12*\n\x07workers\x18\x03 \x03(\x0b\x32\x19.expertmesh.v1.WorkerInfo\x12/\n\x07\x65xperts\x18\x04 \x03(\x0b\x32\x1e.expertmesh.v1.ExpertPlacement\x12\x1a\n\x12\x65xperts_per_worker\x18\x05 \x01(\r\x12\x0c\n\x04note\x18\x06 \x01(\t\x12\x10\n\x08\x63omplete\x18\x07 \x01(\x08\"\x86\x02\n\rGatewayReport\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x14\n\x0cgrpc_address\x18\x02 \x01(\t\x12\x14\n\x0chttp_address\x18\x03 \x01(\t\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12\r\n\x05\x65poch\x18\x07 \x01(\x04\x12\'\n\x04load\x18\x08 \x03(\x0b\x32\x19.expertmesh.v1.ExpertLoad\x12\x0f\n\x07running\x18\t \x01(\r\x12\x0f\n\x07waiting\x18\n \x01(\r\x12\x10\n\x08kv_usage\x18\x0b \x01(\x01\x12\x1e\n\x16unreachable_worker_ids\x18\x0c \x03(\t\"\x11\n\x0fReportLoadReply\"!\n\x0c\x44rainRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\x1b\n\nDrainReply\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x12\n\x10RebalanceRequest\".\n\x0eRebalanceReply\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\r\n\x05moves\x18\x02 \x01(\r\"\x12\n\x10GetStatusRequest\"\xb9\x01\n\x0cWorkerStatus\x12)\n\x06worker\x18\x01 \x01(\x0b\x32\x19.expertmesh.v1.WorkerInfo\x12\r\n\x05state\x18\x02 \x01(\t\x12)\n\x08resident\x18\x03 \x03(\x0b\x32\x17.expertmesh.v1.ExpertId\x12\x12\n\nrows_per_s\x18\x04 \x01(\x01\x12\x12\n\nqueue_rows\x18\x05 \x01(\r\x12\r\n\x05\x61ge_s\x18\x06 \x01(\x01\x12\r\n\x05\x65rror\x18\x07 \x01(\t\"M\n\rGatewayStatus\x12-\n\x07gateway\x18\x01 \x01(\x0b\x32\x1c.expertmesh.v1.GatewayReport\x12\r\n\x05\x61ge_s\x18\x02 \x01(\x01\"\xa3\x01\n\nMeshStatus\x12!\n\x04plan\x18\x01 \x01(\x0b\x32\x13.expertmesh.v1.Plan\x12,\n\x07workers\x18\x02 \x03(\x0b\x32\x1b.expertmesh.v1.WorkerStatus\x12.\n\x08gateways\x18\x03 \x03(\x0b\x32\x1c.expertmesh.v1.GatewayStatus\x12\x14\n\x0c\x62\x61lancedness\x18\x04 \x01(\x01\x32\xc8\x04\n\tPlacement\x12H\n\x08Register\x12\x1e.expertmesh.v1.RegisterRequest\x1a\x1c.expertmesh.v1.RegisterReply\x12H\n\tHeartbeat\x12\x1b.expertmesh.v1.WorkerReport\x1a\x1a.expertmesh.v1.WorkerOrder(\x01\x30\x01\x12\x43\n\tWatchPlan\x12\x1f.expertmesh.v1.WatchPlanRequest\x1a\x13.expertmesh.v1.Plan0\x01\x12=\n\x07GetPlan\x12\x1d.expertmesh.v1.GetPlanRequest\x1a\x13.expertmesh.v1.Plan\x12L\n\nReportLoad\x12\x1c.expertmesh.v1.GatewayReport\x1a\x1e.expertmesh.v1.ReportLoadReply(\x01\x12?\n\x05\x44rain\x12\x1b.expertmesh.v1.DrainRequest\x1a\x19.expertmesh.v1.DrainReply\x12K\n\tRebalance\x12\x1f.expertmesh.v1.RebalanceRequest\x1a\x1d.expertmesh.v1.RebalanceReply\x12G\n\tGetStatus\x12\x1f.expertmesh.v1.GetStatusRequest\x1a\x19.expertmesh.v1.MeshStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/placement.proto\x12\rexpertmesh.v1\"(\n\x08\x45xpertId\x12\r\n\x05layer\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\"\xf5\x01\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x14\n\x0cgrpc_address\x18\x02 \x01(\t\x12\x14\n\x0chttp_address\x18\x03 \x01(\t\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x13\n\x0b\x64\x65vice_name\x18\x06 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x07 \x01(\x04\x12\x0b\n\x03pid\x18\x08 \x01(\r\x12\x13\n\x0bucx_address\x18\t \x01(\x0c\x12\x19\n\x11model_fingerprint\x18\n \x01(\t\x12\x0c\n\x04nics\x18\x0b \x03(\t\x12\x14\n\x0c\x65xpert_bytes\x18\x0c \x01(\x04\"\x92\x01\n\x0fRegisterRequest\x12)\n\x06worker\x18\x01 \x01(\x0b\x32\x19.expertmesh.v1.WorkerInfo\x12)\n\x08resident\x18\x02 \x03(\x0b\x32\x17.expertmesh.v1.ExpertId\x12\x12\n\nlast_epoch\x18\x03 \x01(\x04\x12\x15\n\rexpert_shards\x18\x04 \x01(\r\"_\n\rRegisterReply\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x0f\n\x07lease_s\x18\x02 \x01(\x01\x12\x1c\n\x14heartbeat_interval_s\x18\x03 \x01(\x01\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\"V\n\nExpertLoad\x12\'\n\x06\x65xpert\x18\x01 \x01(\x0b\x32\x17.expertmesh.v1.ExpertId\x12\x0c\n\x04rows\x18\x02 \x01(\x04\x12\x11\n\tcompute_s\x18\x03 \x01(\x01\"\xa9\x01\n\x0cWorkerReport\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12)\n\x08resident\x18\x02 \x03(\x0b\x32\x17.expertmesh.v1.ExpertId\x12\'\n\x04load\x18\x03 \x03(\x0b\x32\x19.expertmesh.v1.ExpertLoad\x12\x12\n\nqueue_rows\x18\x04 \x01(\r\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\"\xc0\x01\n\x0bWorkerOrder\x12%\n\x04load\x18\x01 \x03(\x0b\x32\x17.expertmesh.v1.ExpertId\x12\'\n\x06unload\x18\x02 \x03(\x0b\x32\x17.expertmesh.v1.ExpertId\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\r\n\x05leave\x18\x04 \x01(\x08\x12\x15\n\rexpert_shards\x18\x05 \x01(\r\x12,\n\x07sources\x18\x06 \x03(\x0b\x32\x1b.expertmesh.v1.ExpertSource\"M\n\x0c\x45xpertSource\x12\'\n\x06\x65xpert\x18\x01 \x01(\x0b\x32\x17.expertmesh.v1.ExpertId\x12\x14\n\x0cgrpc_address\x18\x02 \x01(\t\"&\n\x10WatchPlanRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\"\x10\n\x0eGetPlanRequest\"N\n\x0f\x45xpertPlacement\x12\'\n\x06\x65xpert\x18\x01 \x01(\x0b\x32\x17.expertmesh.v1.ExpertId\x12\x12\n\nworker_ids\x18\x02 \x03(\t\"\xe0\x01\n\x04Plan\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12*\n\x07workers\x18\x03 \x03(\x0b\x32\x19.expertmesh.v1.WorkerInfo\x12/\n\x07\x65xperts\x18\x04 \x03(\x0b\x32\x1e.expertmesh.v1.ExpertPlacement\x12\x1a\n\x12\x65xperts_per_worker\x18\x05 \x01(\r\x12\x0c\n\x04note\x18\x06 \x01(\t\x12\x10\n\x08\x63omplete\x18\x07 \x01(\x08\x12\x15\n\rexpert_shards\x18\x08 \x01(\r\"\x86\x02\n\rGatewayReport\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x14\n\x0cgrpc_address\x18\x02 \x01(\t\x12\x14\n\x0chttp_address\x18\x03 \x01(\t\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12\r\n\x05\x65poch\x18\x07 \x01(\x04\x12\'\n\x04load\x18\x08 \x03(\x0b\x32\x19.expertmesh.v1.ExpertLoad\x12\x0f\n\x07running\x18\t \x01(\r\x12\x0f\n\x07waiting\x18\n \x01(\r\x12\x10\n\x08kv_usage\x18\x0b \x01(\x01\x12\x1e\n\x16unreachable_worker_ids\x18\x0c \x03(\t\"\x11\n\x0fReportLoadReply\"!\n\x0c\x44rainRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\x1b\n\nDrainReply\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x12\n\x10RebalanceRequest\".\n\x0eRebalanceReply\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\r\n\x05moves\x18\x02 \x01(\r\"\x12\n\x10GetStatusRequest\"\xb9\x01\n\x0cWorkerStatus\x12)\n\x06worker\x18\x01 \x01(\x0b\x32\x19.expertmesh.v1.WorkerInfo\x12\r\n\x05state\x18\x02 \x01(\t\x12)\n\x08resident\x18\x03 \x03(\x0b\x32\x17.expertmesh.v1.ExpertId\x12\x12\n\nrows_per_s\x18\x04 \x01(\x01\x12\x12\n\nqueue_rows\x18\x05 \x01(\r\x12\r\n\x05\x61ge_s\x18\x06 \x01(\x01\x12\r\n\x05\x65rror\x18\x07 \x01(\t\"M\n\rGatewayStatus\x12-\n\x07gateway\x18\x01 \x01(\x0b\x32\x1c.expertmesh.v1.GatewayReport\x12\r\n\x05\x61ge_s\x18\x02 \x01(\x01\"\xa3\x01\n\nMeshStatus\x12!\n\x04plan\x18\x01 \x01(\x0b\x32\x13.expertmesh.v1.Plan\x12,\n\x07workers\x18\x02 \x03(\x0b\x32\x1b.expertmesh.v1.WorkerStatus\x12.\n\x08gateways\x18\x03 \x03(\x0b\x32\x1c.expertmesh.v1.GatewayStatus\x12\x14\n\x0c\x62\x61lancedness\x18\x04 \x01(\x01\x32\xc8\x04\n\tPlacement\x12H\n\x08Register\x12\x1e.expertmesh.v1.RegisterRequest\x1a\x1c.expertmesh.v1.RegisterReply\x12H\n\tHeartbeat\x12\x1b.expertmesh.v1.WorkerReport\x1a\x1a.expertmesh.v1.WorkerOrder(\x01\x30\x01\x12\x43\n\tWatchPlan\x12\x1f.expertmesh.v1.WatchPlanRequest\x1a\x13.expertmesh.v1.Plan0\x01\x12=\n\x07GetPlan\x12\x1d.expertmesh.v1.GetPlanRequest\x1a\x13.expertmesh.v1.Plan\x12L\n\nReportLoad\x12\x1c.expertmesh.v1.GatewayReport\x1a\x1e.expertmesh.v1.ReportLoadReply(\x01\x12?\n\x05\x44rain\x12\x1b.expertmesh.v1.DrainRequest\x1a\x19.expertmesh.v1.DrainReply\x12K\n\tRebalance\x12\x1f.expertmesh.v1.RebalanceRequest\x1a\x1d.expertmesh.v1.RebalanceReply\x12G\n\tGetStatus\x12\x1f.expertmesh.v1.GetStatusRequest\x1a\x19.expertmesh.v1.MeshStatusb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,44 +35,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXPERTID']._serialized_end=81
   _globals['_WORKERINFO']._serialized_start=84
   _globals['_WORKERINFO']._serialized_end=329
-  _globals['_REGISTERREQUEST']._serialized_start=331
-  _globals['_REGISTERREQUEST']._serialized_end=454
-  _globals['_REGISTERREPLY']._serialized_start=456
-  _globals['_REGISTERREPLY']._serialized_end=551
-  _globals['_EXPERTLOAD']._serialized_start=553
-  _globals['_EXPERTLOAD']._serialized_end=639
-  _globals['_WORKERREPORT']._serialized_start=642
-  _globals['_WORKERREPORT']._serialized_end=811
-  _globals['_WORKERORDER']._serialized_start=813
-  _globals['_WORKERORDER']._serialized_end=936
-  _globals['_WATCHPLANREQUEST']._serialized_start=938
-  _globals['_WATCHPLANREQUEST']._serialized_end=976
-  _globals['_GETPLANREQUEST']._serialized_start=978
-  _globals['_GETPLANREQUEST']._serialized_end=994
-  _globals['_EXPERTPLACEMENT']._serialized_start=996
-  _globals['_EXPERTPLACEMENT']._serialized_end=1074
-  _globals['_PLAN']._serialized_start=1077
-  _globals['_PLAN']._serialized_end=1278
-  _globals['_GATEWAYREPORT']._serialized_start=1281
-  _globals['_GATEWAYREPORT']._serialized_end=1543
-  _globals['_REPORTLOADREPLY']._serialized_start=1545
-  _globals['_REPORTLOADREPLY']._serialized_end=1562
-  _globals['_DRAINREQUEST']._serialized_start=1564
-  _globals['_DRAINREQUEST']._serialized_end=1597
-  _globals['_DRAINREPLY']._serialized_start=1599
-  _globals['_DRAINREPLY']._serialized_end=1626
-  _globals['_REBALANCEREQUEST']._serialized_start=1628
-  _globals['_REBALANCEREQUEST']._serialized_end=1646
-  _globals['_REBALANCEREPLY']._serialized_start=1648
-  _globals['_REBALANCEREPLY']._serialized_end=1694
-  _globals['_GETSTATUSREQUEST']._serialized_start=1696
-  _globals['_GETSTATUSREQUEST']._serialized_end=1714
-  _globals['_WORKERSTATUS']._serialized_start=1717
-  _globals['_WORKERSTATUS']._serialized_end=1902
-  _globals['_GATEWAYSTATUS']._serialized_start=1904
-  _globals['_GATEWAYSTATUS']._serialized_end=1981
-  _globals['_MESHSTATUS']._serialized_start=1984
-  _globals['_MESHSTATUS']._serialized_end=2147
-  _globals['_PLACEMENT']._serialized_start=2150
-  _globals['_PLACEMENT']._serialized_end=2734
+  _globals['_REGISTERREQUEST']._serialized_start=332
+  _globals['_REGISTERREQUEST']._serialized_end=478
+  _globals['_REGISTERREPLY']._serialized_start=480
+  _globals['_REGISTERREPLY']._serialized_end=575
+  _globals['_EXPERTLOAD']._serialized_start=577
+  _globals['_EXPERTLOAD']._serialized_end=663
+  _globals['_WORKERREPORT']._serialized_start=666
+  _globals['_WORKERREPORT']._serialized_end=835
+  _globals['_WORKERORDER']._serialized_start=838
+  _globals['_WORKERORDER']._serialized_end=1030
+  _globals['_EXPERTSOURCE']._serialized_start=1032
+  _globals['_EXPERTSOURCE']._serialized_end=1109
+  _globals['_WATCHPLANREQUEST']._serialized_start=1111
+  _globals['_WATCHPLANREQUEST']._serialized_end=1149
+  _globals['_GETPLANREQUEST']._serialized_start=1151
+  _globals['_GETPLANREQUEST']._serialized_end=1167
+  _globals['_EXPERTPLACEMENT']._serialized_start=1169
+  _globals['_EXPERTPLACEMENT']._serialized_end=1247
+  _globals['_PLAN']._serialized_start=1250
+  _globals['_PLAN']._serialized_end=1474
+  _globals['_GATEWAYREPORT']._serialized_start=1477
+  _globals['_GATEWAYREPORT']._serialized_end=1739
+  _globals['_REPORTLOADREPLY']._serialized_start=1741
+  _globals['_REPORTLOADREPLY']._serialized_end=1758
+  _globals['_DRAINREQUEST']._serialized_start=1760
+  _globals['_DRAINREQUEST']._serialized_end=1793
+  _globals['_DRAINREPLY']._serialized_start=1795
+  _globals['_DRAINREPLY']._serialized_end=1822
+  _globals['_REBALANCEREQUEST']._serialized_start=1824
+  _globals['_REBALANCEREQUEST']._serialized_end=1842
+  _globals['_REBALANCEREPLY']._serialized_start=1844
+  _globals['_REBALANCEREPLY']._serialized_end=1890
+  _globals['_GETSTATUSREQUEST']._serialized_start=1892
+  _globals['_GETSTATUSREQUEST']._serialized_end=1910
+  _globals['_WORKERSTATUS']._serialized_start=1913
+  _globals['_WORKERSTATUS']._serialized_end=2098
+  _globals['_GATEWAYSTATUS']._serialized_start=2100
+  _globals['_GATEWAYSTATUS']._serialized_end=2177
+  _globals['_MESHSTATUS']._serialized_start=2180
+  _globals['_MESHSTATUS']._serialized_end=2343
+  _globals['_PLACEMENT']._serialized_start=2346
+  _globals['_PLACEMENT']._serialized_end=2930
 # @@protoc_insertion_point(module_scope)

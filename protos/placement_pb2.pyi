@@ -43,14 +43,16 @@ class WorkerInfo(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., grpc_address: _Optional[str] = ..., http_address: _Optional[str] = ..., host: _Optional[str] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., pid: _Optional[int] = ..., ucx_address: _Optional[bytes] = ..., model_fingerprint: _Optional[str] = ..., nics: _Optional[_Iterable[str]] = ..., expert_bytes: _Optional[int] = ...) -> None: ...
 
 class RegisterRequest(_message.Message):
-    __slots__ = ("worker", "resident", "last_epoch")
+    __slots__ = ("worker", "resident", "last_epoch", "expert_shards")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_FIELD_NUMBER: _ClassVar[int]
     LAST_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_SHARDS_FIELD_NUMBER: _ClassVar[int]
     worker: WorkerInfo
     resident: _containers.RepeatedCompositeFieldContainer[ExpertId]
     last_epoch: int
-    def __init__(self, worker: _Optional[_Union[WorkerInfo, _Mapping]] = ..., resident: _Optional[_Iterable[_Union[ExpertId, _Mapping]]] = ..., last_epoch: _Optional[int] = ...) -> None: ...
+    expert_shards: int
+    def __init__(self, worker: _Optional[_Union[WorkerInfo, _Mapping]] = ..., resident: _Optional[_Iterable[_Union[ExpertId, _Mapping]]] = ..., last_epoch: _Optional[int] = ..., expert_shards: _Optional[int] = ...) -> None: ...
 
 class RegisterReply(_message.Message):
     __slots__ = ("lease_id", "lease_s", "heartbeat_interval_s", "epoch")
@@ -91,16 +93,28 @@ class WorkerReport(_message.Message):
     def __init__(self, lease_id: _Optional[str] = ..., resident: _Optional[_Iterable[_Union[ExpertId, _Mapping]]] = ..., load: _Optional[_Iterable[_Union[ExpertLoad, _Mapping]]] = ..., queue_rows: _Optional[int] = ..., error: _Optional[str] = ..., draining: _Optional[bool] = ...) -> None: ...
 
 class WorkerOrder(_message.Message):
-    __slots__ = ("load", "unload", "epoch", "leave")
+    __slots__ = ("load", "unload", "epoch", "leave", "expert_shards", "sources")
     LOAD_FIELD_NUMBER: _ClassVar[int]
     UNLOAD_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LEAVE_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_SHARDS_FIELD_NUMBER: _ClassVar[int]
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
     load: _containers.RepeatedCompositeFieldContainer[ExpertId]
     unload: _containers.RepeatedCompositeFieldContainer[ExpertId]
     epoch: int
     leave: bool
-    def __init__(self, load: _Optional[_Iterable[_Union[ExpertId, _Mapping]]] = ..., unload: _Optional[_Iterable[_Union[ExpertId, _Mapping]]] = ..., epoch: _Optional[int] = ..., leave: _Optional[bool] = ...) -> None: ...
+    expert_shards: int
+    sources: _containers.RepeatedCompositeFieldContainer[ExpertSource]
+    def __init__(self, load: _Optional[_Iterable[_Union[ExpertId, _Mapping]]] = ..., unload: _Optional[_Iterable[_Union[ExpertId, _Mapping]]] = ..., epoch: _Optional[int] = ..., leave: _Optional[bool] = ..., expert_shards: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[ExpertSource, _Mapping]]] = ...) -> None: ...
+
+class ExpertSource(_message.Message):
+    __slots__ = ("expert", "grpc_address")
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    GRPC_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    expert: ExpertId
+    grpc_address: str
+    def __init__(self, expert: _Optional[_Union[ExpertId, _Mapping]] = ..., grpc_address: _Optional[str] = ...) -> None: ...
 
 class WatchPlanRequest(_message.Message):
     __slots__ = ("gateway_id",)
@@ -121,7 +135,7 @@ class ExpertPlacement(_message.Message):
     def __init__(self, expert: _Optional[_Union[ExpertId, _Mapping]] = ..., worker_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("epoch", "model_fingerprint", "workers", "experts", "experts_per_worker", "note", "complete")
+    __slots__ = ("epoch", "model_fingerprint", "workers", "experts", "experts_per_worker", "note", "complete", "expert_shards")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
@@ -129,6 +143,7 @@ class Plan(_message.Message):
     EXPERTS_PER_WORKER_FIELD_NUMBER: _ClassVar[int]
     NOTE_FIELD_NUMBER: _ClassVar[int]
     COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_SHARDS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     model_fingerprint: str
     workers: _containers.RepeatedCompositeFieldContainer[WorkerInfo]
@@ -136,7 +151,8 @@ class Plan(_message.Message):
     experts_per_worker: int
     note: str
     complete: bool
-    def __init__(self, epoch: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., experts: _Optional[_Iterable[_Union[ExpertPlacement, _Mapping]]] = ..., experts_per_worker: _Optional[int] = ..., note: _Optional[str] = ..., complete: _Optional[bool] = ...) -> None: ...
+    expert_shards: int
+    def __init__(self, epoch: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., experts: _Optional[_Iterable[_Union[ExpertPlacement, _Mapping]]] = ..., experts_per_worker: _Optional[int] = ..., note: _Optional[str] = ..., complete: _Optional[bool] = ..., expert_shards: _Optional[int] = ...) -> None: ...
 
 class GatewayReport(_message.Message):
     __slots__ = ("gateway_id", "grpc_address", "http_address", "host", "device", "pid", "epoch", "load", "running", "waiting", "kv_usage", "unreachable_worker_ids")
