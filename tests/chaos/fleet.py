@@ -137,8 +137,9 @@ class Fleet:
 
     async def kill_engine(self, name: str) -> None:
         """``kill -9`` of a gateway's engine; the front has to end by itself."""
+        engine_pid = self.engine_pid(name)
         process = self._leaving(name)
-        os.kill(self.engine_pid(name), signal.SIGKILL)
+        os.kill(engine_pid, signal.SIGKILL)
         await self._wait_end(name, process, code=1)
 
     async def end(self, name: str) -> None:
