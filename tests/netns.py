@@ -87,6 +87,7 @@ class Network:
         _ip("netns", "add", namespace)
         undo.callback(_ip, "netns", "del", namespace)
         _ip("link", "add", port, "type", "veth", "peer", "name", _LINK, "netns", namespace)
+        undo.callback(_ip, "link", "del", port)
         _ip("link", "set", port, "master", self._bridge, "up")
         _ip("-n", namespace, "addr", "add", f"{self.address(host)}/24", "dev", _LINK)
         for link in ("lo", _LINK):

@@ -132,6 +132,19 @@ class Load:
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
+    async def keep(self, count: int) -> None:
+        """Keep ``count`` in flight, for ever."""
+        while True:
+            for _ in range(count - self.num_running):
+                self.ask()
+            await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
+
+    def leave(self) -> None:
+        """One client that waits for more goes away."""
+        running = (a for a in self.asked if not a.ended_s and a.leaves_after is None and a.tokens)
+        if (asked := next(running, None)) is not None:
+            asked.leaves_after = 1
+
     async def finish(self) -> None:
         """Wait for the end of every request."""
         await asyncio.gather(*self._running)
