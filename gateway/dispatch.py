@@ -139,6 +139,7 @@ class Dispatcher:
         self._routes: dict[ExpertId, list[_Peer]] = {}
         self._outstanding: dict[tuple[int, int], _Message] = {}
         self._lost: list[tuple[str, str]] = []
+        self._ended_sessions: set[int] = set()
         self._num_micro_batches = 1
         self._calls: Counter[int] = Counter()
         self._away: list[Pending] = []
@@ -160,8 +161,12 @@ class Dispatcher:
             if worker_id not in named or named[worker_id].session != peer.session:
                 del self._peers[worker_id]
                 peer.endpoint.close()
+        # A routing that was on its way when a peer was lost still names its session.
+        self._ended_sessions &= {peer.reply_session for peer in routing.peers}
         for worker_id in named.keys() - self._peers.keys():
             new = named[worker_id]
+            if new.reply_session in self._ended_sessions:
+                continue
             try:
                 endpoint = self._transport.connect(new.ucx_address)
             except TransportError as error:
@@ -395,6 +400,7 @@ class Dispatcher:
         if self._peers.get(peer.worker_id) is peer:
             log.warning("worker_lost", worker_id=peer.worker_id, reason=reason)
             del self._peers[peer.worker_id]
+            self._ended_sessions.add(peer.reply_session)
             self._lost.append((peer.worker_id, reason))
             peer.endpoint.close()
 

@@ -125,6 +125,20 @@ def test_rows_that_a_failed_step_left_away_do_not_leak(rig: Rig) -> None:
     torch.testing.assert_close(got, want)
 
 
+def test_a_routing_that_was_on_its_way_does_not_bring_a_lost_session_back(rig: Rig) -> None:
+    worker = rig.worker("all", 0, 1, 2, 3)
+    stale = connect(rig.dispatcher, rig.transport, rig.workers)
+    rig.dispatcher._lose(rig.dispatcher._peers["all"], "no reply")
+    worker.plane.disconnect("gateway", stale.peers[0].session)
+    rig.dispatcher.set_routing(stale)
+    rig.run(2)
+    assert len(rig.dispatcher.void_rows()) == 2
+    assert worker.plane.stats().refused == {}
+    rig.connect(epoch=2)
+    got, want = rig.run(2)
+    torch.testing.assert_close(got, want)
+
+
 def test_rows_of_an_unserved_expert_are_void_and_the_others_are_not(rig: Rig) -> None:
     rig.worker("most", 0, 1, 2)
     rig.connect()
