@@ -146,6 +146,7 @@ class SlowWorker(WorkerEvent):
     """Runs two fifths of the time only."""
 
     kind = "slow worker"
+    weight = 0.5
     takes_target = False
     needs_placement = False
     least_s, most_s = 2.0, 10.0

@@ -55,6 +55,14 @@ class Outcome:
     def as_json(self) -> str:
         return json.dumps({**vars(self), "ok": not self.violations})
 
+    def __str__(self) -> str:
+        return (
+            f"{self.answered} answered, {self.left} left by their clients, {self.cut_short} cut "
+            f"short by the end of their gateway, {self.tokens} tokens; longest gap "
+            f"{self.longest_gap_s:.2f} s; "
+            + ", ".join(f"{n} x {k}" for k, n in self.events.items())
+        )
+
 
 async def run_chaos(
     seed: int,
