@@ -203,7 +203,7 @@ def _check(row: Row, asked: Sequence[Asked], fleet: Fleet, unexpected: Sequence[
             raise ValueError(f"{row.name}: {wrong}")
         if one.error and not (row.may_fail and isinstance(one.error, Unavailable)):
             raise ValueError(f"{row.name}: {one.error.code}: {one.error}")
-        own = fleet.gateway_ended_between(one.gateway, one.sent_s, one.ended_s)
+        own = fleet.killed_between(one.gateway, one.sent_s, one.ended_s)
         if one.error and row.kind is KillGateway and not own:
             raise ValueError(f"{row.name}: a stream of another gateway: {one.error}")
     if unexpected:

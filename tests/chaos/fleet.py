@@ -64,7 +64,8 @@ class Fleet:
         self._model = model
         self._flags = flags or {}
         self._addresses: dict[str, str] = {}
-        self._gateway_ends: list[tuple[str, float]] = []
+        self._kills: list[tuple[str, float]] = []
+        """Who was killed, and when."""
         self._stopped: set[int] = set()
 
     @property
@@ -131,30 +132,31 @@ class Fleet:
     async def kill(self, name: str) -> None:
         """``kill -9`` of the process and of what it started."""
         process = self._leaving(name)
+        self._kills.append((name, time.monotonic()))
         self._supervisor.signal(process, signal.SIGKILL)
         await process.exited
-        self._gone(name)
 
     async def kill_engine(self, name: str) -> None:
         """``kill -9`` of a gateway's engine; the front has to end by itself."""
         engine_pid = self.engine_pid(name)
         process = self._leaving(name)
+        self._kills.append((name, time.monotonic()))
         os.kill(engine_pid, signal.SIGKILL)
-        await self._wait_end(name, process, code=1)
+        await self._wait_end(process, code=1)
 
     async def end(self, name: str) -> None:
         """SIGTERM; it has to end well."""
         process = self._leaving(name)
         await asyncio.sleep(2 * _POLL_S)  # What clients have sent to it is there.
         self._supervisor.signal(process, signal.SIGTERM)
-        await self._wait_end(name, process, code=0)
+        await self._wait_end(process, code=0)
 
     async def drain(self, worker: str) -> None:
         """Have placement send a worker away; it has to end well."""
         process = self._leaving(worker)
         async with self.placement() as placement:
             await placement.Drain(pb.DrainRequest(worker_id=worker), timeout=_RPC_S)
-        await self._wait_end(worker, process, code=0)
+        await self._wait_end(process, code=0)
 
     async def rebalance(self) -> int:
         """How many experts move."""
@@ -189,19 +191,14 @@ class Fleet:
         self.serving.pop(name, None)
         return self.members.pop(name)
 
-    async def _wait_end(self, name: str, process: Process, code: int) -> None:
+    async def _wait_end(self, process: Process, code: int) -> None:
         try:
             async with asyncio.timeout(_END_S):
                 end = await asyncio.shield(process.exited)
         except TimeoutError as error:
-            raise Violation(f"{name} has not ended within {_END_S:.0f} s") from error
-        self._gone(name)
+            raise Violation(f"{process.name} has not ended within {_END_S:.0f} s") from error
         if end.code != code:
             raise Violation(process.describe_end())
-
-    def _gone(self, name: str) -> None:
-        if name in self.shape.gateway_names:
-            self._gateway_ends.append((name, time.monotonic()))
 
     def ended(self, process: Process) -> str | None:
         """What is wrong with the end of a process; None when it was expected."""
@@ -211,11 +208,9 @@ class Fleet:
 
     # Looking.
 
-    def gateway_ended_between(self, name: str, since_s: float, until_s: float) -> bool:
-        """Whether a gateway ended, or is about to, while a request was there."""
-        if name not in self.members:
-            return True
-        return any(n == name and since_s <= at_s <= until_s + 1.0 for n, at_s in self._gateway_ends)
+    def killed_between(self, name: str, since_s: float, until_s: float) -> bool:
+        """Whether a process was killed in that time."""
+        return any(name == killed and since_s <= at_s <= until_s for killed, at_s in self._kills)
 
     def engine_pid(self, gateway: str) -> int:
         (engine,) = psutil.Process(self.members[gateway].pid).children()

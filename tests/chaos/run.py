@@ -191,7 +191,7 @@ class _Run:
         elif asked.error is None:
             outcome.answered += asked.whole
             outcome.left += not asked.whole
-        elif isinstance(asked.error, Unavailable) and self._fleet.gateway_ended_between(
+        elif isinstance(asked.error, Unavailable) and self._fleet.killed_between(
             asked.gateway, asked.sent_s, asked.ended_s
         ):
             outcome.cut_short += 1
