@@ -139,6 +139,15 @@ def test_a_routing_that_was_on_its_way_does_not_bring_a_lost_session_back(rig: R
     torch.testing.assert_close(got, want)
 
 
+def test_a_gateway_that_connects_again_gives_its_last_session_up(rig: Rig) -> None:
+    worker = rig.worker("all", 0, 1, 2, 3)
+    rig.connect(epoch=1)
+    rig.connect(epoch=2)
+    assert worker.plane.stats().sessions == 1
+    got, want = rig.run(20)
+    torch.testing.assert_close(got, want)
+
+
 def test_rows_of_an_unserved_expert_are_void_and_the_others_are_not(rig: Rig) -> None:
     rig.worker("most", 0, 1, 2)
     rig.connect()
