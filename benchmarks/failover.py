@@ -6,11 +6,12 @@ Each row has a mesh of its own: the demo checkpoint, real processes, ``--concurr
 streams at all times. A quiet mesh is asked first; every answer, also of the streams that a failure
 went through, must equal the quiet one token for token. The same thing happens ``--events`` times:
 
-* *pause*: the longest gap between two messages of tokens, over all streams, that ends within the
-  window after the event;
+* *pause*: the longest gap between two messages of tokens, over all streams, from the event to the
+  end of the window after it is over;
 * *failed*: requests that ended with an error, of all;
-* *throughput*: tokens a second in the window before the event, after it, and the window after
-  that; the ratio is the last by the first, the median over the events.
+* *throughput*: tokens a second in the window before the event, until it is over (what was ended
+  is back), and in the window after that; the ratio is the last by the first, the median over the
+  events.
 
 ``--row NAME`` (repeatable) runs some of the rows; ``--json FILE`` adds their results to a file, and
 ``--plot`` draws every result that is in it.
@@ -19,6 +20,7 @@ went through, must equal the quiet one token for token. The same thing happens `
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import random
 import time
@@ -36,6 +38,7 @@ from rich.table import Table
 
 from expert_worker.expert_mlp import load_expert
 from mesh.checkpoint import Checkpoint
+from mesh.config import PlacementConfig
 from mesh.errors import Unavailable
 from mesh.model_config import ModelConfig
 from tests.chaos.events import (
@@ -60,7 +63,11 @@ SETTLE_S = 4.0
 EXPERTS_PER_WORKER = 4
 _NUM_QUESTIONS = 24
 _ANSWER_TOKENS = (48, 96)
-_PATIENT = {"gateway": ("--expert-patience-s", "30", "--reply-timeout-s", "1")}
+_PATIENT = ("--expert-patience-s", "30", "--reply-timeout-s", "1")
+_IMPATIENT = ("--expert-patience-s", "1", "--reply-timeout-s", "1")
+# Where there are replicas at all, this keeps spares spare.
+_HAS_REPLICAS = any(field.name == "max_replicas" for field in dataclasses.fields(PlacementConfig))
+_NO_REPLICAS = ("--max-replicas", "1") if _HAS_REPLICAS else ()
 _Choose = Callable[[Fleet, random.Random], Any]
 
 
@@ -75,6 +82,20 @@ class LeaveClient(Event):
 
     async def act(self, fleet: Fleet) -> None:
         """The load does it: see :func:`measure`."""
+
+
+class RollWorkers(Event):
+    """Every worker is told to end and started again, one after the other."""
+
+    kind = "roll workers"
+
+    @classmethod
+    def draw(cls, rng: random.Random, at_s: float, shape: Shape) -> Event:
+        return cls(at_s, "workers", 0.0)
+
+    async def act(self, fleet: Fleet) -> None:
+        for worker in fleet.shape.worker_names:
+            await LeaveWorker(0.0, worker, 0.0).act(fleet)
 
 
 async def _holder(fleet: Fleet, rng: random.Random) -> str | None:
@@ -112,11 +133,10 @@ class Row:
     gateways: int = 1
     may_fail: str = ""
     """What the contract lets end with UNAVAILABLE, in words; empty: nothing."""
-    flags: dict[str, Sequence[str]] = field(default_factory=lambda: _PATIENT)
+    patience: Sequence[str] = _PATIENT
 
 
 _NEEDED = 16 // EXPERTS_PER_WORKER
-_IMPATIENT = {"gateway": ("--expert-patience-s", "1", "--reply-timeout-s", "1")}
 ROWS = (
     Row("worker, replica", KillWorker, _replicated, workers=2 * _NEEDED),
     Row("worker, spare", KillWorker, _holder),
@@ -127,7 +147,7 @@ ROWS = (
         for_s=WINDOW_S / 2,
         workers=_NEEDED,
         may_fail="who needs its experts",
-        flags=_IMPATIENT,
+        patience=_IMPATIENT,
     ),
     Row("hung worker, replica", HangWorker, _replicated, workers=2 * _NEEDED),
     Row("hung worker, spare", HangWorker, _holder),
@@ -138,6 +158,7 @@ ROWS = (
     Row("client", LeaveClient, _placement, for_s=0.0),
     Row("move: drain", DrainWorker, _holder),
     Row("leave: SIGTERM", LeaveWorker, _holder),
+    Row("roll: all workers", RollWorkers, _placement, for_s=0.0),
 )
 
 
@@ -170,13 +191,16 @@ async def measure(row: Row, events: int, concurrency: int, seed: int) -> Result:
     shape = Shape(row.workers, row.gateways, EXPERTS_PER_WORKER)
     rng = random.Random(seed)
     unexpected: list[str] = []
-    async with running_fleet(shape, on_unexpected_end=unexpected.append, flags=row.flags) as fleet:
+    replicas = () if row.choose is _replicated else _NO_REPLICAS
+    flags = {"gateway": row.patience, "placement": replicas}
+    async with running_fleet(shape, on_unexpected_end=unexpected.append, flags=flags) as fleet:
         questions = await learn(
             next(iter(fleet.serving.values())), rng, _NUM_QUESTIONS, _ANSWER_TOKENS
         )
         load = Load(questions, fleet.serving, rng, rate=0.0)
         asking = asyncio.create_task(load.keep(concurrency))
         at: list[float] = []
+        over: list[float] = []
         for _ in range(events):
             await asyncio.sleep(SETTLE_S + WINDOW_S)
             victim = await row.choose(fleet, rng)
@@ -187,11 +211,12 @@ async def measure(row: Row, events: int, concurrency: int, seed: int) -> Result:
             if row.kind is LeaveClient:
                 load.leave()
             await row.kind(0.0, victim, row.for_s).act(fleet)
-            await asyncio.sleep(max(at[-1] + 2 * WINDOW_S - time.monotonic(), 0.0))
+            over.append(max(time.monotonic(), at[-1] + WINDOW_S))
+            await asyncio.sleep(max(over[-1] + WINDOW_S - time.monotonic(), 0.0))
         asking.cancel()
         await load.finish()
         _check(row, load.asked, fleet, unexpected)
-        _fill(result, load.asked, at)
+        _fill(result, load.asked, at, over)
         await fleet.close()
     return result
 
@@ -210,7 +235,9 @@ def _check(row: Row, asked: Sequence[Asked], fleet: Fleet, unexpected: Sequence[
         raise ValueError(f"{row.name}: {unexpected}")
 
 
-def _fill(result: Result, asked: Sequence[Asked], at: Sequence[float]) -> None:
+def _fill(
+    result: Result, asked: Sequence[Asked], at: Sequence[float], over: Sequence[float]
+) -> None:
     result.requests = len(asked)
     result.failed = sum(one.error is not None for one in asked)
     arrivals = sorted(arrival for one in asked for arrival in one.arrivals)
@@ -219,13 +246,11 @@ def _fill(result: Result, asked: Sequence[Asked], at: Sequence[float]) -> None:
         tokens = sum(count for at_s, count in arrivals if since_s <= at_s < until_s)
         return tokens / (until_s - since_s)
 
-    for event_s in at:
-        result.pauses_s.append(pause_s(asked, event_s, event_s + 2 * WINDOW_S))
-        starts = (event_s - WINDOW_S, event_s, event_s + WINDOW_S)
-        for rates, start_s in zip(
-            (result.before, result.during, result.after), starts, strict=True
-        ):
-            rates.append(rate(start_s, start_s + WINDOW_S))
+    for event_s, over_s in zip(at, over, strict=True):
+        result.pauses_s.append(pause_s(asked, event_s, over_s + WINDOW_S))
+        result.before.append(rate(event_s - WINDOW_S, event_s))
+        result.during.append(rate(event_s, over_s))
+        result.after.append(rate(over_s, over_s + WINDOW_S))
     num_bins = int(3 * WINDOW_S / BIN_S)
     offsets = [i * BIN_S - WINDOW_S for i in range(num_bins)]
     result.timeline = [
