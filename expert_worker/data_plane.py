@@ -229,6 +229,9 @@ class DataPlane(threading.Thread):
 
     def run(self) -> None:
         """Serve until :meth:`stop`."""
+        # OpenMP counts its threads for each thread that calls it: without this, every product of
+        # two rows or more would start one for each core, in every worker of the host.
+        torch.set_num_threads(torch.get_num_threads())
         try:
             transport = self._transport = self._make_transport()
             self._scratch = transport.wrap(torch.zeros(_SCRATCH_BYTES, dtype=torch.uint8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 
 import pytest
@@ -146,6 +147,25 @@ def test_a_gateway_that_connects_again_gives_its_last_session_up(rig: Rig) -> No
     assert worker.plane.stats().sessions == 1
     got, want = rig.run(20)
     torch.testing.assert_close(got, want)
+
+
+def test_a_data_plane_computes_with_the_threads_that_its_process_was_given(rig: Rig) -> None:
+    (openmp,) = {line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line}
+    seen = set()
+
+    def look(x_RD: torch.Tensor) -> torch.Tensor:
+        seen.add(ctypes.CDLL(openmp).omp_get_max_threads())
+        return x_RD
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        rig.worker("all", 0, 1, 2, 3, load=lambda expert: look)
+        rig.connect()
+        rig.run(2)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {3}
 
 
 def test_rows_of_an_unserved_expert_are_void_and_the_others_are_not(rig: Rig) -> None:
