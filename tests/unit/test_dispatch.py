@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,7 +151,8 @@ def test_a_gateway_that_connects_again_gives_its_last_session_up(rig: Rig) -> No
 
 
 def test_a_data_plane_computes_with_the_threads_that_its_process_was_given(rig: Rig) -> None:
-    (openmp,) = {line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line}
+    mapped = Path("/proc/self/maps").read_text().split()
+    (openmp,) = {path for path in mapped if "libgomp" in path}
     seen = set()
 
     def look(x_RD: torch.Tensor) -> torch.Tensor:
