@@ -292,7 +292,6 @@ class CutHost(Event):
     """The link of a host is down for a while: nobody there is told, nobody there ends."""
 
     kind = "cut host"
-    weight = 4.0
     durations_s: ClassVar[tuple[float, ...]] = (1.0, 10.0, 60.0)
 
     @classmethod

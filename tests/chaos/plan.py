@@ -9,7 +9,8 @@ from tests.chaos.events import ON_ONE_HOST, SETTLE_S, CutHost, Event, KillPlacem
 
 _FIRST_S = 3.0
 _MEAN_GAP_S = 2.5
-_MEAN_PLACEMENT_GAP_S = 45.0
+_LARGE: dict[type[Event], float] = {KillPlacement: 45.0, CutHost: 30.0}
+"""Those that take the most away, and their mean gap in seconds."""
 _TRIES = 20
 
 
@@ -24,11 +25,13 @@ def make_plan(
         kinds = (*ON_ONE_HOST, CutHost) if shape.hosts else ON_ONE_HOST
     rng = random.Random(seed)
     events: list[Event] = []
-    # First what needs the most room: nothing may need placement while it is away.
-    if KillPlacement in kinds:
-        _fill(events, rng, [KillPlacement], _MEAN_PLACEMENT_GAP_S, duration_s, shape)
-    others = [kind for kind in kinds if kind is not KillPlacement]
-    _fill(events, rng, others, _MEAN_GAP_S, duration_s, shape)
+    # First what needs the most room, or it would find none.
+    for kind, mean_gap_s in _LARGE.items():
+        if kind in kinds:
+            _fill(events, rng, [kind], mean_gap_s, duration_s, shape)
+    small = [kind for kind in kinds if kind not in _LARGE]
+    if small:
+        _fill(events, rng, small, _MEAN_GAP_S, duration_s, shape)
     return tuple(sorted(events, key=lambda event: event.at_s))
 
 
