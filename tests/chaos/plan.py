@@ -47,9 +47,10 @@ def _fill(
     weights = [kind.weight for kind in kinds]
     at_s = _FIRST_S + rng.expovariate(1 / mean_gap_s)
     while at_s < duration_s:
+        near = [other for other in events if _may_overlap(other, at_s)]
         for kind in rng.choices(kinds, weights, k=_TRIES):
             event = kind.draw(rng, round(at_s, 1), shape)
-            if event.end_s < duration_s and survivable(event, events, shape):
+            if event.end_s < duration_s and survivable(event, near, shape):
                 events.append(event)
                 break
         at_s += rng.expovariate(1 / mean_gap_s)
@@ -70,6 +71,11 @@ def survivable(event: Event, others: Sequence[Event], shape: Shape) -> bool:
     if away.issuperset(shape.gateway_names):
         return False
     return not any(_unsettled_without_placement(*pair) for b in beside for pair in _both(event, b))
+
+
+def _may_overlap(other: Event, at_s: float) -> bool:
+    """Whether it may overlap an event at that time, which lasts a minute at most."""
+    return at_s - SETTLE_S - 1.0 <= other.end_s and other.at_s <= at_s + 60.0 + SETTLE_S + 1.0
 
 
 def _overlap(event: Event, other: Event) -> bool:
