@@ -31,7 +31,7 @@ def chaos(
             show_default="two thirds of the time none, then 2",
         ),
     ] = None,
-    rate: Annotated[float, typer.Option(min=0.01, help="Requests a second.")] = 1.0,
+    rate: Annotated[float, typer.Option(min=0.01, help="Requests a second.")] = 3.0,
     log_dir: Annotated[Path | None, typer.Option(help="Where processes log.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one object a part.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Only print the plan.")] = False,
