@@ -57,9 +57,9 @@ from tests.chaos.fleet import Fleet, running_fleet
 from tests.chaos.load import Asked, Load, learn
 from tests.running import DEMO_MODEL
 
-WINDOW_S = 4.0
+WINDOW_S = 3.0
 BIN_S = 0.25
-SETTLE_S = 4.0
+SETTLE_S = 2.0
 EXPERTS_PER_WORKER = 4
 _NUM_QUESTIONS = 24
 _ANSWER_TOKENS = (48, 96)
@@ -306,6 +306,8 @@ def print_table(results: Sequence[Result]) -> None:
             result.may_fail or "nothing",
         )
     console = Console()
+    if not console.is_terminal:
+        console.width = 160
     console.print(table)
     console.print(f"loading what one worker holds takes {expert_load_s():.3f} s", highlight=False)
 
