@@ -140,8 +140,10 @@ class DataPlane(threading.Thread):
         max_rows: int,
         merge_rows: int,
         spin_s: float,
+        threads: int,
     ) -> None:
         super().__init__(name="data-plane", daemon=True)
+        self._threads = threads
         self._make_transport = make_transport
         self._store = store
         self._hidden_size = hidden_size
@@ -229,6 +231,9 @@ class DataPlane(threading.Thread):
 
     def run(self) -> None:
         """Serve until :meth:`stop`."""
+        # OpenMP counts threads for each thread that computes: what the process was told does not
+        # hold here, and workers that share cores would wait for each other's helpers at barriers.
+        torch.set_num_threads(self._threads)
         try:
             transport = self._transport = self._make_transport()
             self._scratch = transport.wrap(torch.zeros(_SCRATCH_BYTES, dtype=torch.uint8))
