@@ -367,4 +367,6 @@ def failover(
 
 
 if __name__ == "__main__":
-    typer.run(failover)
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(failover)
+    app()

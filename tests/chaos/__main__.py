@@ -86,4 +86,6 @@ def _complain(text: str) -> int:
 
 
 if __name__ == "__main__":
-    typer.run(chaos)
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(chaos)
+    app()
