@@ -23,6 +23,7 @@ import asyncio
 import dataclasses
 import json
 import random
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -218,6 +219,7 @@ async def measure(row: Row, events: int, concurrency: int, seed: int) -> Result:
         _check(row, load.asked, fleet, unexpected)
         _fill(result, load.asked, at, over)
         await fleet.close()
+    shutil.rmtree(fleet.log_dir)
     return result
 
 

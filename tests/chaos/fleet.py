@@ -310,7 +310,10 @@ async def running_fleet(
     log_dir: Path | None = None,
     flags: dict[str, Sequence[str]] | None = None,
 ) -> AsyncIterator[Fleet]:
-    """A mesh that serves. On every way out no process of it is left."""
+    """A mesh that serves. On every way out no process of it is left.
+
+    Its logs are in ``log_dir``, or in a temporary directory that whoever has read them deletes.
+    """
     log_dir = log_dir or Path(tempfile.mkdtemp(prefix="expert-mesh-chaos-"))
     log_dir.mkdir(parents=True, exist_ok=True)
     fleet: Fleet | None = None

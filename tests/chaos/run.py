@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -97,6 +98,8 @@ async def run_chaos(
             violate(str(violation))
     _look_for_survivors(fleet, violate)
     _look_into_logs(fleet.log_dir, violate)
+    if log_dir is None and not outcome.violations:
+        shutil.rmtree(fleet.log_dir)
     return outcome
 
 
