@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import grpc
 import psutil
 
 from mesh.errors import MeshError, Unavailable
@@ -94,8 +95,8 @@ async def run_chaos(
         try:
             run = _Run(fleet, outcome, violate, say, seed, rate)
             await run.through(events, duration_s, broken)
-        except Violation as violation:
-            violate(str(violation))
+        except (Violation, MeshError, OSError, grpc.aio.AioRpcError) as error:
+            violate(f"{type(error).__name__}: {error}")
     _look_for_survivors(fleet, violate)
     _look_into_logs(fleet.log_dir, violate)
     if log_dir is None and not outcome.violations:
@@ -117,7 +118,7 @@ class _Run:
     ) -> None:
         self._fleet = fleet
         self._outcome = outcome
-        self._violate = violate
+        self._note = violate
         self._say = say
         self._rng = random.Random(f"load {seed}")
         self._rate = rate
@@ -160,6 +161,10 @@ class _Run:
             self._violate(f"the memory of {name} grows by {slope:.1f} MB a minute")
         await self._fleet.close()
 
+    def _violate(self, what: str) -> None:
+        meanwhile = ", ".join(f"{event.kind} {event.target}" for event in self._happening)
+        self._note(f"{what} (meanwhile: {meanwhile or 'nothing'})")
+
     async def _guard(self, part: Any) -> None:
         try:
             await part
@@ -180,10 +185,7 @@ class _Run:
         self._say(f"{event}")
         self._happening.append(event)
         self._outcome.events[event.kind] += 1
-        try:
-            await event.act(self._fleet)
-        except Violation as violation:
-            raise Violation(f"{event.kind} {event.target}: {violation}") from violation
+        await event.act(self._fleet)
         self._happening.remove(event)
 
     def _judge(self, asked: Asked) -> None:
