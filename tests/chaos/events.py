@@ -126,20 +126,25 @@ class KillWorker(WorkerEvent):
 
 
 class HangWorker(WorkerEvent):
-    """Alive, and silent for long: SIGSTOP, and SIGCONT much later."""
+    """Alive, and silent for longer than its lease: SIGSTOP, and SIGCONT much later."""
 
     kind = "hang worker"
-    least_s, most_s = 8.0, 20.0
+    least_s, most_s = 10.0, 20.0
 
     async def act(self, fleet: Fleet) -> None:
+        gone = asyncio.create_task(fleet.expect_unplanned(self.target))
         await fleet.stop_for(self.target, self.for_s)
+        await gone
 
 
-class PauseWorker(HangWorker):
+class PauseWorker(WorkerEvent):
     """Silent for a moment: less than a lease."""
 
     kind = "pause worker"
     least_s, most_s = 0.1, 2.0
+
+    async def act(self, fleet: Fleet) -> None:
+        await fleet.stop_for(self.target, self.for_s)
 
 
 class SlowWorker(WorkerEvent):

@@ -244,12 +244,12 @@ class Fleet:
             await asyncio.sleep(_POLL_S)
 
     async def expect_unplanned(self, worker: str) -> None:
-        """No plan may name a dead worker for long."""
+        """No plan may name a worker for long that is dead or silent."""
 
         def unplanned(status: pb.MeshStatus) -> bool:
             return worker not in {w.worker_id for w in status.plan.workers}
 
-        await self._until(unplanned, SETTLE_S, f"the plan names {worker}, which was killed")
+        await self._until(unplanned, SETTLE_S, f"the plan names {worker}, which is gone,")
 
     async def expect_not_ready(self, name: str, within_s: float) -> None:
         """Health has to turn red."""
