@@ -9,6 +9,7 @@ long as its rows) and sent from there. The buffer returns to the pool when the s
 
 from __future__ import annotations
 
+import os
 import queue
 import random
 import threading
@@ -244,6 +245,9 @@ class DataPlane(threading.Thread):
         # OpenMP counts threads for each thread that computes: what the process was told does not
         # hold here, and workers that share cores would wait for each other's helpers at barriers.
         torch.set_num_threads(self._threads)
+        if self._device.type == "cpu":
+            # Woken by a gateway that has more to send, it must not take the core from it.
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         try:
             transport = self._transport = self._make_transport()
             self._scratch = transport.wrap(torch.zeros(_SCRATCH_BYTES, dtype=torch.uint8))

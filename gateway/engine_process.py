@@ -26,7 +26,7 @@ from mesh.device import open_device
 from mesh.errors import ConfigError, Unavailable
 from mesh.model_config import ModelConfig
 from mesh.transport.ucx import UcxTransport
-from mesh.transport.waiting import SPIN_S, Waiter
+from mesh.transport.waiting import REPLY_SPIN_S, SPIN_S, Waiter
 from protos import engine_pb2 as pb
 
 log = structlog.get_logger()
@@ -57,7 +57,6 @@ def run_engine(config: GatewayConfig, sock: socket.socket) -> int:
     blocks, max_model_len = size_kv(config, model, device, dtype)
     kv = KvCache(model, blocks.num_blocks, blocks.block_size, device, dtype)
     transport = UcxTransport(cuda=device.type == "cuda")
-    spin_s = SPIN_S[device.type]
     dispatcher = Dispatcher(
         transport,
         model,
@@ -65,7 +64,7 @@ def run_engine(config: GatewayConfig, sock: socket.socket) -> int:
         dtype=dtype,
         max_tokens=config.max_batch_tokens,
         reply_timeout_s=config.reply_timeout_s,
-        spin_s=spin_s,
+        spin_s=REPLY_SPIN_S[device.type],
     )
     limits = Limits(
         config.max_batch_tokens, config.max_running, config.max_waiting, config.expert_patience_s
@@ -78,7 +77,7 @@ def run_engine(config: GatewayConfig, sock: socket.socket) -> int:
         micro_batches=config.micro_batches,
     )
     channel = EngineChannel(sock)
-    waiter = Waiter(transport, spin_s=spin_s, descriptors=[channel.fileno()])
+    waiter = Waiter(transport, spin_s=SPIN_S[device.type], descriptors=[channel.fileno()])
     started = pb.Started(
         ucx_address=transport.address,
         kv_blocks=blocks.num_blocks,
