@@ -25,6 +25,8 @@ MIN_PATIENCE_S = 0.25
 _LATE = 8.0
 """A dispatch is late when it has lasted this many times what it should."""
 _UNKNOWN_PATIENCE_S = 1.0
+_GUESS_S = 1e-6
+_LEAST_S = 1e-12
 _CLOSE = 1.5
 """Replicas that would end within this factor of the first are equally good."""
 _KEEP = 0.75
@@ -79,6 +81,14 @@ class Balancer:
         pace = self._paces.get(worker_id)
         return None if pace is None else pace.unit_s * (FIXED_ROWS + num_rows)
 
+    def guess_s(self, worker_id: str, num_rows: int) -> float:
+        """The same, with a guess for a worker of which nothing is known."""
+        expected_s = self.expected_s(worker_id, num_rows)
+        if expected_s is not None:
+            return expected_s
+        fastest_s = min((pace.unit_s for pace in self._paces.values()), default=_GUESS_S)
+        return fastest_s * (FIXED_ROWS + num_rows)
+
     def patience_s(self, worker_id: str, num_rows: int) -> float:
         """After how long a dispatch is late."""
         expected_s = self.expected_s(worker_id, num_rows)
@@ -119,8 +129,8 @@ class Balancer:
 
     def _units_s(self, worker_ids: Sequence[str]) -> dict[str, float]:
         known = {w: self._paces[w].unit_s for w in worker_ids if w in self._paces}
-        fastest = min(known.values(), default=1e-6)
-        return {w: max(known.get(w, fastest), 1e-12) for w in worker_ids}
+        fastest_s = min(known.values(), default=_GUESS_S)
+        return {w: max(known.get(w, fastest_s), _LEAST_S) for w in worker_ids}
 
 
 def level(

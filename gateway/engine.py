@@ -37,7 +37,9 @@ class MeshExperts(Experts, Protocol):
     epoch: int
     refused: int
     replayed_rows: int
+    failovers: int
     expert_wait_s: float
+    pause_s: float
 
     @property
     def rows_by_expert(self) -> Mapping[ExpertId, int]: ...
@@ -47,6 +49,8 @@ class MeshExperts(Experts, Protocol):
     def void_rows(self) -> Mapping[tuple[int, int], ExpertUnavailable]: ...
 
     def set_routing(self, routing: pb.Routing) -> None: ...
+
+    def paces(self) -> Sequence[pb.WorkerPace]: ...
 
 
 class Engine:
@@ -162,7 +166,7 @@ class Engine:
         self,
         parts: tuple[Part, ...],
         choices: Mapping[Request, Choice | None],
-        void: Mapping[Request, MeshError],
+        void: Mapping[Request, ExpertUnavailable],
     ) -> None:
         self._failures = 0
         for request, error in void.items():
@@ -215,6 +219,9 @@ class Engine:
             epoch=self._experts.epoch,
             refused=self._experts.refused,
             replayed_rows=self._experts.replayed_rows,
+            failovers=self._experts.failovers,
+            pause_s=self._experts.pause_s,
+            paces=self._experts.paces(),
         )
 
 

@@ -54,8 +54,8 @@ class LosableExperts:
         self._calls: Counter[int] = Counter()
         self._num_micro_batches = 1
         self.lost: set[ExpertId] = set()
-        self.epoch = self.refused = self.replayed_rows = 0
-        self.expert_wait_s = 0.0
+        self.epoch = self.refused = self.replayed_rows = self.failovers = 0
+        self.expert_wait_s = self.pause_s = 0.0
         self.rows_by_expert: Counter[ExpertId] = Counter()
 
     def begin_step(self, num_micro_batches: int) -> None:
@@ -77,6 +77,9 @@ class LosableExperts:
 
     def void_rows(self) -> dict[tuple[int, int], ExpertUnavailable]:
         return self._void
+
+    def paces(self) -> list[pb.WorkerPace]:
+        return []
 
     def set_routing(self, routing: pb.Routing) -> None:
         self.lost.clear()
@@ -146,7 +149,7 @@ def make_bench(
         return model.decoder.forward(batches, kv, experts)
 
     engine = Engine(
-        Scheduler(blocks, Limits(max_batch_tokens, 8, 8, 0.4)),
+        Scheduler(blocks, Limits(max_batch_tokens, 8, 8, 0.4, 60.0)),
         forward(real),
         experts,
         Sampler(),

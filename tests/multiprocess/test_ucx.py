@@ -132,8 +132,8 @@ def test_a_killed_worker_is_noticed_in_flight_and_its_rows_go_to_the_replica(pai
     pending = pair.dispatcher.dispatch(0, *step)
     first.kill()
     torch.testing.assert_close(pending.combine(), expected(0, *step))
-    assert [worker_id for worker_id, _ in pair.dispatcher.lost_peers()] == ["w0"]
-    assert pair.dispatcher.replayed_rows == 1000
+    assert [lost.worker_id for lost in pair.dispatcher.lost_peers()] == ["w0"]
+    assert 0 < pair.dispatcher.replayed_rows < 1000
     assert second.ask(stats=1)["refused"] == {}
 
 
