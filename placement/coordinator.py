@@ -214,7 +214,7 @@ class Coordinator:
         target = self.target or Target()
         wanted_by_worker = target.experts_by_worker()
         routed = self._routed()
-        epoch = self.plan.epoch if self.plan else 0
+        epoch = self._epoch  # what anybody has heard of, or a worker would not obey
         nobody_routes = self.plan is None and self._settled_at_s is None
         told = []
         for worker in self.members.workers.values():

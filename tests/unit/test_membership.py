@@ -274,6 +274,18 @@ def test_an_epoch_that_somebody_has_seen_is_never_given_again():
     assert mesh.coordinator.plan.epoch == 41
 
 
+def test_orders_are_never_older_than_what_their_worker_has_heard_of():
+    mesh = Mesh()
+    for name in ("w0", "w1"):
+        mesh.register(name, last_epoch=41)  # restarted, and with nothing loaded
+    orders = mesh.turn()
+    assert mesh.coordinator.plan is None
+    assert {name: (order.epoch, len(order.load)) for name, order in orders.items()} == {
+        "w0": (41, 2),
+        "w1": (41, 2),
+    }
+
+
 def test_a_draining_worker_hands_over_before_it_leaves():
     mesh = running(3)
     holder = mesh.served[0, 0][0]
