@@ -31,6 +31,7 @@ from mesh.plan import ExpertId, expert_from_proto, expert_to_proto
 from mesh.transport.base import Buffer, Endpoint, Request, Transport
 from mesh.transport.waiting import Waiter
 from protos import engine_pb2 as pb
+from protos import inference_pb2
 
 log = structlog.get_logger()
 
@@ -272,14 +273,16 @@ class Dispatcher:
         if peer is not None and peer.reply_session == order.reply_session:
             self._lose(peer, order.reason)
 
-    def paces(self) -> list[pb.WorkerPace]:
+    def paces(self) -> list[inference_pb2.WorkerPace]:
         """How fast each connected worker is, where that is known."""
         paces = []
         for worker_id in sorted(self._peers):
             one_s, two_s = (self._balancer.expected_s(worker_id, rows) for rows in (1, 2))
             if one_s is not None and two_s is not None:
                 paces.append(
-                    pb.WorkerPace(worker_id=worker_id, dispatch_s=one_s, row_s=two_s - one_s)
+                    inference_pb2.WorkerPace(
+                        worker_id=worker_id, dispatch_s=one_s, row_s=two_s - one_s
+                    )
                 )
         return paces
 

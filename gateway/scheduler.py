@@ -63,6 +63,8 @@ class Counts:
     preemptions: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    stalled_s: float = 0.0
+    """Summed over requests that went on again."""
 
 
 class Scheduler:
@@ -200,7 +202,9 @@ class Scheduler:
                 request.stall = self._stall(request.stall, void[request], now)
                 self._next_expiry_s = min(self._next_expiry_s, self._expiry_s(request))
                 continue
-            request.stall = None
+            if request.stall is not None:
+                self.counts.stalled_s += now - request.stall.since_s
+                request.stall = None
             request.num_computed += num_tokens
             request.table.publish(self.blocks, request.token_ids, request.num_computed)
             if request in tokens:

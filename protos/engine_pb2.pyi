@@ -135,7 +135,7 @@ class Outputs(_message.Message):
     def __init__(self, outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ...) -> None: ...
 
 class EngineStats(_message.Message):
-    __slots__ = ("running", "waiting", "kv_usage", "steps", "prompt_tokens", "generation_tokens", "preemptions", "prefix_queries", "prefix_hits", "load", "step_s", "expert_wait_s", "pong", "epoch", "refused", "replayed_rows", "failovers", "pause_s", "paces")
+    __slots__ = ("running", "waiting", "kv_usage", "steps", "prompt_tokens", "generation_tokens", "preemptions", "prefix_queries", "prefix_hits", "load", "step_s", "expert_wait_s", "pong", "epoch", "refused", "replayed_rows", "failovers", "pause_s", "paces", "stalled_s")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     KV_USAGE_FIELD_NUMBER: _ClassVar[int]
@@ -155,6 +155,7 @@ class EngineStats(_message.Message):
     FAILOVERS_FIELD_NUMBER: _ClassVar[int]
     PAUSE_S_FIELD_NUMBER: _ClassVar[int]
     PACES_FIELD_NUMBER: _ClassVar[int]
+    STALLED_S_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     kv_usage: float
@@ -173,18 +174,9 @@ class EngineStats(_message.Message):
     replayed_rows: int
     failovers: int
     pause_s: float
-    paces: _containers.RepeatedCompositeFieldContainer[WorkerPace]
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., load: _Optional[_Iterable[_Union[_placement_pb2.ExpertLoad, _Mapping]]] = ..., step_s: _Optional[float] = ..., expert_wait_s: _Optional[float] = ..., pong: _Optional[int] = ..., epoch: _Optional[int] = ..., refused: _Optional[int] = ..., replayed_rows: _Optional[int] = ..., failovers: _Optional[int] = ..., pause_s: _Optional[float] = ..., paces: _Optional[_Iterable[_Union[WorkerPace, _Mapping]]] = ...) -> None: ...
-
-class WorkerPace(_message.Message):
-    __slots__ = ("worker_id", "dispatch_s", "row_s")
-    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
-    DISPATCH_S_FIELD_NUMBER: _ClassVar[int]
-    ROW_S_FIELD_NUMBER: _ClassVar[int]
-    worker_id: str
-    dispatch_s: float
-    row_s: float
-    def __init__(self, worker_id: _Optional[str] = ..., dispatch_s: _Optional[float] = ..., row_s: _Optional[float] = ...) -> None: ...
+    paces: _containers.RepeatedCompositeFieldContainer[_inference_pb2.WorkerPace]
+    stalled_s: float
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., load: _Optional[_Iterable[_Union[_placement_pb2.ExpertLoad, _Mapping]]] = ..., step_s: _Optional[float] = ..., expert_wait_s: _Optional[float] = ..., pong: _Optional[int] = ..., epoch: _Optional[int] = ..., refused: _Optional[int] = ..., replayed_rows: _Optional[int] = ..., failovers: _Optional[int] = ..., pause_s: _Optional[float] = ..., paces: _Optional[_Iterable[_Union[_inference_pb2.WorkerPace, _Mapping]]] = ..., stalled_s: _Optional[float] = ...) -> None: ...
 
 class PeerLost(_message.Message):
     __slots__ = ("worker_id", "reason", "reply_session")

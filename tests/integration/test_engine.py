@@ -78,7 +78,7 @@ class LosableExperts:
     def void_rows(self) -> dict[tuple[int, int], ExpertUnavailable]:
         return self._void
 
-    def paces(self) -> list[pb.WorkerPace]:
+    def paces(self) -> list[inference_pb2.WorkerPace]:
         return []
 
     def set_routing(self, routing: pb.Routing) -> None:
@@ -235,6 +235,7 @@ def test_requests_wait_for_an_expert_that_comes_back(
         bench.engine.set_routing(pb.Routing(epoch=bench.experts.epoch + 1))
     assert bench.run() == alone
     assert bench.engine.stats().epoch == 4
+    assert bench.engine.stats().stalled_s > 0
 
 
 def test_an_expert_that_stays_away_ends_who_needs_it_and_no_other(
