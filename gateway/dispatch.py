@@ -64,6 +64,8 @@ class _Peer:
     next_slot: int = 0
     late_s: float | None = None
     """When it was last asked about; None: it answers."""
+    lost: str | None = None
+    """Why it was given up."""
 
     def take_slot(self) -> int | None:
         """A slot that no outstanding dispatch has; None when all are taken."""
@@ -207,6 +209,7 @@ class Dispatcher:
             now = named.get(worker_id)
             if now is None or now.reply_session != peer.reply_session:
                 del self._peers[worker_id]
+                peer.lost = "it left the plan"
                 peer.endpoint.close()
         for worker_id in named.keys() - self._peers.keys():
             new = named[worker_id]
@@ -531,11 +534,13 @@ class Dispatcher:
             if self._faults:
                 for run in message.runs:
                     self._faults.pop((peer.worker_id, run.expert), None)
-        elif isinstance(failure, MessageTruncated):
-            self._note_fault(message, f"its answer is too long: {failure}")
-        else:
-            self._lose(peer, str(failure))
-        return None if failure is None else str(failure)
+            return None
+        if isinstance(failure, MessageTruncated):
+            reason = f"its answer is too long: {failure}"
+            self._note_fault(message, reason)
+            return reason
+        self._lose(peer, str(failure))
+        return peer.lost
 
     # What is late.
 
@@ -664,6 +669,7 @@ class Dispatcher:
         if self._peers.get(peer.worker_id) is peer:
             log.warning("worker_lost", worker_id=peer.worker_id, reason=reason)
             del self._peers[peer.worker_id]
+            peer.lost = reason
             self._note_lost(peer.worker_id, peer.reply_session, reason)
             peer.endpoint.close()
 
