@@ -102,7 +102,7 @@ class _Message:
     @property
     def num_rows(self) -> int:
         """Rows that it was sent with; ``runs`` may have lost some to another message since."""
-        return wire.decode(self.reply_tag).rows
+        return self.reply_tag & wire.MAX_ROWS
 
     @property
     def ended(self) -> bool:
@@ -177,6 +177,7 @@ class Dispatcher:
         self._balancer = Balancer()
         self._faults: Counter[tuple[str, ExpertId]] = Counter()
         self._lost: list[pb.PeerLost] = []
+        self._ended_sessions: set[int] = set()
         self._late: list[pb.PeerLate] = []
         self._expert_faults: list[pb.ExpertFault] = []
         self._num_micro_batches = 1
@@ -211,8 +212,12 @@ class Dispatcher:
                 del self._peers[worker_id]
                 peer.lost = "it left the plan"
                 peer.endpoint.close()
+        # A routing that was on its way when a peer was lost still names its session.
+        self._ended_sessions &= {peer.reply_session for peer in routing.peers}
         for worker_id in named.keys() - self._peers.keys():
             new = named[worker_id]
+            if new.reply_session in self._ended_sessions:
+                continue
             try:
                 endpoint = self._transport.connect(new.ucx_address)
             except TransportError as error:
@@ -670,6 +675,7 @@ class Dispatcher:
             log.warning("worker_lost", worker_id=peer.worker_id, reason=reason)
             del self._peers[peer.worker_id]
             peer.lost = reason
+            self._ended_sessions.add(peer.reply_session)
             self._note_lost(peer.worker_id, peer.reply_session, reason)
             peer.endpoint.close()
 

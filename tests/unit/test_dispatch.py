@@ -327,6 +327,9 @@ def test_a_worker_can_be_dropped_in_the_middle_of_a_step(rig: Rig) -> None:
     assert "worker hung: it does not answer" in str(error)
     assert [lost.worker_id for lost in rig.dispatcher.lost_peers()] == ["hung"]
     assert orders == []
+    # A plan that was on its way meanwhile names it still: it is not connected again by that.
+    rig.dispatcher.set_routing(routing)
+    assert rig.dispatcher._peers.keys() == {"fine"}
 
 
 @pytest.mark.usefixtures("impatient")
