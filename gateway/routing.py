@@ -265,8 +265,8 @@ class Router:
             self._note_unreachable(worker_id, repr(bug))
 
     def _wanted(self) -> dict[str, placement_pb2.WorkerInfo]:
-        placed = {worker_id for e in self._plan.experts for worker_id in e.worker_ids}
-        return {w.worker_id: w for w in self._plan.workers if w.worker_id in placed}
+        """Everybody that the plan names: placement asks also after those it sends no rows to."""
+        return {worker.worker_id: worker for worker in self._plan.workers}
 
     def _unconnected(self) -> list[str]:
         """Who is wanted and neither connected nor being connected."""

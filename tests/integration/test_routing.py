@@ -93,13 +93,20 @@ class Mesh:
     router: Router
     epoch: int = field(default=0)
 
-    def plan(self, *homes: tuple[str, ...], generation: int = 0, **fields: Any) -> None:
-        """The next plan: the homes of expert 0, of expert 1, ..."""
+    def plan(
+        self,
+        *homes: tuple[str, ...],
+        generation: int = 0,
+        cut_off: tuple[str, ...] = (),
+        **fields: Any,
+    ) -> None:
+        """The next plan: the homes of expert 0, of expert 1, ..., and who has lost its own."""
+        named = {worker_id for home in (*homes, cut_off) for worker_id in home}
         self.epoch += 1
         values: dict[str, Any] = {
             "epoch": self.epoch,
             "model_fingerprint": TWO_EXPERTS.fingerprint,
-            "workers": [worker.info(generation) for worker in self.workers],
+            "workers": [w.info(generation) for w in self.workers if w.worker_id in named],
             "experts": [placed(index, *home) for index, home in enumerate(homes)],
             **fields,
         }
@@ -172,6 +179,21 @@ async def test_a_worker_that_refuses_is_tried_again_and_told_to_placement() -> N
             pass
         mesh.workers[1].refuse = False
         assert await mesh.routed() == {0: ["w0"], 1: ["w1"]}
+        while (await mesh.placement.reports.get()).unreachable_worker_ids:
+            pass
+
+
+async def test_a_worker_that_the_plan_does_without_is_tried_until_it_is_back() -> None:
+    async with running_mesh() as mesh:
+        mesh.workers[1].refuse = True
+        mesh.plan(("w0",), ("w1",))
+        while list((await mesh.placement.reports.get()).unreachable_worker_ids) != ["w1"]:
+            pass
+        mesh.plan(("w0",), ("w0",), cut_off=("w1",))
+        while (await mesh.placement.reports.get()).epoch != 2:
+            pass
+        assert (await mesh.placement.reports.get()).unreachable_worker_ids == ["w1"]
+        mesh.workers[1].refuse = False
         while (await mesh.placement.reports.get()).unreachable_worker_ids:
             pass
 
