@@ -620,7 +620,7 @@ class Dispatcher:
             to = slice(rows.start + shift, rows.stop + shift)
             self._send_RD[to] = self._send_RD[rows]
             in_run_TK = (pending.rows_TK >= rows.start) & (pending.rows_TK < rows.stop)
-            pending.rows_TK = torch.where(in_run_TK, pending.rows_TK + shift, pending.rows_TK)
+            pending.rows_TK.add_(in_run_TK * shift)
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
         pending.failed_over = True
