@@ -420,19 +420,23 @@ class WorkerThread:
         self.plane.start()
         self.address = self.plane.wait_started()
         self.session: int | None = None
+        self.reply_session = 6
 
     def routing(
         self, engine: EngineThread, epoch: int, without: Collection[int] = ()
     ) -> pb.Routing:
         """A plan of all experts ``without`` those of some indices; connects the engine once."""
         if self.session is None:
-            self.session = self.plane.connect("gateway", engine.started.ucx_address, 7)
+            self.reply_session += 1
+            self.session = self.plane.connect(
+                "gateway", engine.started.ucx_address, self.reply_session
+            )
         routing = pb.Routing(epoch=epoch)
         routing.peers.add(
             worker_id="w",
             ucx_address=self.address,
             session=self.session,
-            reply_session=7,
+            reply_session=self.reply_session,
             max_rows=64,
         )
         for layer, index in self.experts:
@@ -505,6 +509,34 @@ def test_an_unserved_expert_ends_its_requests_and_a_new_plan_helps(
     engine.send(routing=worker.routing(engine, epoch=2))
     engine.submit("again", [2], max_tokens=4)
     assert list(engine.finish({"again"})["again"].token_ids) == [2] * 4
+
+
+def test_a_worker_that_hangs_can_be_dropped_amid_a_step_and_its_requests_go_on(
+    engine: EngineThread, worker: WorkerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.send(routing=worker.routing(engine, epoch=1))
+    engine.submit("before", [1], max_tokens=2)
+    engine.finish({"before"})
+    goes_on = threading.Event()
+    compute = worker.plane._compute
+    monkeypatch.setattr(worker.plane, "_compute", lambda: (goes_on.wait(), compute()))
+    engine.submit("a", [3, 3], max_tokens=5)
+    late = engine.next("peer_late").peer_late
+    assert (late.worker_id, late.reply_session) == ("w", 7)
+    engine.send(ping=pb.Ping(sequence=9))  # is answered behind the step
+    engine.send(drop_peer=pb.DropPeer(worker_id="w", reply_session=7, reason="it hangs"))
+    lost = engine.next("peer_lost").peer_lost
+    assert (lost.worker_id, lost.reply_session, lost.reason) == ("w", 7, "it hangs")
+    while engine.next("stats").stats.pong != 9:
+        pass
+    goes_on.set()
+    worker.session = None
+    engine.send(routing=worker.routing(engine, epoch=2))
+    assert list(engine.finish({"a"})["a"].token_ids) == [3] * 5
+    stats = engine.next("stats").stats
+    assert stats.failovers > 0
+    assert stats.pause_s > 0
+    assert stats.stalled_s > 0
 
 
 def test_a_worker_that_cannot_be_reached_is_reported(engine: EngineThread) -> None:
