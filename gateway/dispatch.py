@@ -28,8 +28,7 @@ from mesh import wire
 from mesh.errors import ExpertUnavailable, MessageTruncated, TransportError
 from mesh.model_config import ModelConfig
 from mesh.plan import ExpertId, expert_from_proto, expert_to_proto
-from mesh.transport.base import Buffer, Endpoint, Request, Transport
-from mesh.transport.waiting import Waiter
+from mesh.transport.base import Buffer, Endpoint, Request, RoundTrip, Transport
 from protos import engine_pb2 as pb
 from protos import inference_pb2
 
@@ -42,11 +41,12 @@ _MIN_FRAME_ROWS = 64
 _MAX_MICRO_BATCHES = 2
 _SPARE_FRAMES = 8
 """For rows that are sent again before their first attempt has ended."""
-_HURRY_INTERVAL_S = 0.02
 _ASK_AGAIN_S = 1.0
 """How often to ask about a worker that stays late."""
 _MAX_FAULTS = 3
 """Unusable answers in a row after which a worker gets no more rows for an expert."""
+_LOOK_INTERVAL_S = 0.02
+"""How often to look for what is overdue while replies are awaited."""
 # Plain integers: an enum's member costs a microsecond to look up, on every message.
 _DISPATCH = int(wire.Kind.DISPATCH)
 _REPLY = int(wire.Kind.REPLY)
@@ -93,16 +93,15 @@ class _Message:
     peer: _Peer
     runs: tuple[_Run, ...]
     slot: int
-    reply_tag: int
     sent: Request
     reply: Request
     sent_s: float
     refusal: str | None = None
+    num_rows: int = field(init=False)
+    """As it was sent; ``runs`` may have lost some to another message since."""
 
-    @property
-    def num_rows(self) -> int:
-        """Rows that it was sent with; ``runs`` may have lost some to another message since."""
-        return self.reply_tag & wire.MAX_ROWS
+    def __post_init__(self) -> None:
+        self.num_rows = sum(run.num_rows for run in self.runs)
 
     @property
     def ended(self) -> bool:
@@ -167,7 +166,7 @@ class Dispatcher:
         self._max_routed_rows = max_tokens * config.experts_per_token
         self._header_rows = -(-config.num_experts * 4 // (config.hidden_size * dtype.itemsize))
         self._reply_timeout_s = reply_timeout_s
-        self._waiter = Waiter(transport, spin_s=spin_s)
+        self._spin_s = spin_s
         self._scratch = transport.wrap(torch.zeros(64, dtype=torch.uint8))
         self._peers: dict[str, _Peer] = {}
         self._routes: dict[ExpertId, list[_Peer]] = {}
@@ -187,7 +186,6 @@ class Dispatcher:
         self._frame_rows = self._num_frames = 0
         self._parked_frames: set[int] = set()
         self._num_moves = 0
-        self._hurry_at_s = 0.0
         self._allocate(num_peers=0, max_rows=wire.MAX_ROWS)
         self.on_late: Callable[[], None] = lambda: None
         """Called over and over while a step waits for rows that are late: a chance to pass on
@@ -340,18 +338,16 @@ class Dispatcher:
                 self._write_counts(runs)
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
+        self._post(pending, [(peer, runs) for peer, runs in messages if peer is not None])
         for peer, runs in messages:
-            if peer is not None:
-                self._post(pending, peer, runs)
-                continue
-            for run in runs:
-                self._give_up(pending, run, "no worker of the plan serves it")
+            if peer is None:
+                for run in runs:
+                    self._give_up(pending, run, "no worker of the plan serves it")
         return pending
 
     def combine(self, pending: Pending) -> torch.Tensor:
         """Wait until every row of ``pending`` is back or void, then sum; frees its frames."""
         started = pending.waiting_since_s = time.monotonic()
-        self._waiter.busy()
         while pending.messages:
             self._wait_once(pending)
         waited_s = time.monotonic() - started
@@ -468,38 +464,61 @@ class Dispatcher:
         header_RD = self._send_RD[runs[0].start - self._header_rows : runs[0].start]
         header_RD.view(-1).view(torch.int32)[: self._num_experts] = counts_E.to(self._device)
 
-    def _post(self, pending: Pending, peer: _Peer, runs: tuple[_Run, ...]) -> None:
-        """Post the receive of the reply, then the send."""
-        while (slot := peer.take_slot()) is None:
-            self._wait_once(pending)
-        first, num_rows = runs[0].start, runs[-1].start + runs[-1].num_rows - runs[0].start
-        layer, expert = runs[0].expert
-        header = 0
-        if len(runs) > 1:
-            expert, header = wire.SEVERAL, self._header_rows
-        reply_tag = wire.encode(_REPLY, peer.reply_session, slot, layer, expert, num_rows)
-        send_tag = wire.encode(_DISPATCH, peer.session, slot, layer, expert, num_rows)
-        reply = peer.endpoint.post_receive(self._wrap(self._reply_RD, first, num_rows), reply_tag)
-        sent = peer.endpoint.send(
-            self._wrap(self._send_RD, first - header, num_rows + header), send_tag
-        )
-        message = _Message(peer, runs, slot, reply_tag, sent, reply, time.monotonic())
-        self._outstanding[peer.reply_session, slot] = message
-        pending.messages.append(message)
+    def _post(self, pending: Pending, messages: list[tuple[_Peer, tuple[_Run, ...]]]) -> None:
+        """Post the receives of all replies, then the sends."""
+        slots: list[int] = []
+        trips: list[RoundTrip] = []
+        for number, (peer, runs) in enumerate(messages):
+            slot = peer.take_slot()
+            if slot is None:
+                # What has slots goes out first, so that some come back.
+                self._launch(pending, messages[:number], slots, trips)
+                self._wait_once(pending)
+                self._post(pending, messages[number:])
+                return
+            slots.append(slot)
+            first, num_rows = runs[0].start, runs[-1].start + runs[-1].num_rows - runs[0].start
+            layer, expert = runs[0].expert
+            header = 0
+            if len(runs) > 1:
+                expert, header = wire.SEVERAL, self._header_rows
+            trips.append(
+                RoundTrip(
+                    peer.endpoint,
+                    self._wrap(self._send_RD, first - header, num_rows + header),
+                    wire.encode(_DISPATCH, peer.session, slot, layer, expert, num_rows),
+                    self._wrap(self._reply_RD, first, num_rows),
+                    wire.encode(_REPLY, peer.reply_session, slot, layer, expert, num_rows),
+                )
+            )
+        self._launch(pending, messages, slots, trips)
+
+    def _launch(
+        self,
+        pending: Pending,
+        messages: list[tuple[_Peer, tuple[_Run, ...]]],
+        slots: list[int],
+        trips: list[RoundTrip],
+    ) -> None:
+        now_s = time.monotonic()
+        posted = self._transport.exchange(trips)
+        for (peer, runs), slot, (reply, sent) in zip(messages, slots, posted, strict=True):
+            message = _Message(peer, runs, slot, sent, reply, now_s)
+            self._outstanding[peer.reply_session, slot] = message
+            pending.messages.append(message)
 
     def _wait_once(self, pending: Pending) -> None:
         """One turn of waiting for replies."""
-        self._transport.progress()
+        requests = [r for message in pending.messages for r in (message.reply, message.sent)]
+        self._transport.wait(requests, spin_s=self._spin_s, timeout_s=_LOOK_INTERVAL_S)
         self._drain_unexpected()
         ended = [message for message in pending.messages if message.ended]
         if ended:
-            pending.messages = [m for m in pending.messages if m not in ended]
+            pending.messages = [message for message in pending.messages if not message.ended]
             for message in ended:
                 self._end(pending, message)
-            self._waiter.busy()
             return
         self._hurry(pending)
-        self._waiter.wait(timeout_s=0.05)
 
     def _end(self, pending: Pending, message: _Message) -> None:
         """Close one dispatch; where it failed, send its rows to whoever else serves them."""
@@ -520,7 +539,7 @@ class Dispatcher:
                 self._give_up(pending, run, f"worker {peer.worker_id}: {reason}")
             else:
                 self.replayed_rows += run.num_rows
-                self._post(pending, other, (run,))
+                self._post(pending, [(other, (run,))])
 
     def _close_dispatch(self, message: _Message) -> str | None:
         """Take note of a dispatch that has ended; in words why it failed, if it did."""
@@ -532,16 +551,16 @@ class Dispatcher:
             return message.refusal
         failure = self._transport.failure(message.reply)
         if failure is None:
-            now = time.monotonic()
-            seconds = now - message.sent_s
-            self._balancer.observe(peer.worker_id, message.num_rows, seconds, now)
+            ended_s = message.reply.ended_s
+            seconds = ended_s - message.sent_s
+            self._balancer.observe(peer.worker_id, message.num_rows, seconds, ended_s)
             self._note_answer(peer)
             if self._faults:
                 for run in message.runs:
                     self._faults.pop((peer.worker_id, run.expert), None)
             return None
         if isinstance(failure, MessageTruncated):
-            reason = f"its answer is too long: {failure}"
+            reason = f"its answer has another length: {failure}"
             self._note_fault(message, reason)
             return reason
         self._lose(peer, str(failure))
@@ -552,9 +571,6 @@ class Dispatcher:
     def _hurry(self, pending: Pending) -> None:
         """Do something about the dispatches that take far longer than usual."""
         now = time.monotonic()
-        if now < self._hurry_at_s:
-            return
-        self._hurry_at_s = now + _HURRY_INTERVAL_S
         any_late = False
         for message in tuple(pending.messages):
             if message not in pending.messages:
@@ -625,9 +641,11 @@ class Dispatcher:
             torch.cuda.current_stream(self._device).synchronize()
         pending.failed_over = True
         self.failovers += 1
-        for run, other in moves:
-            self.replayed_rows += run.num_rows
-            self._post(pending, other, (_Run(run.expert, run.start + shift, run.num_rows),))
+        self.replayed_rows += sum(run.num_rows for run, _ in moves)
+        self._post(
+            pending,
+            [(other, (_Run(run.expert, run.start + shift, run.num_rows),)) for run, other in moves],
+        )
 
     def _reap(self) -> None:
         """Take back what abandoned dispatches held, of those that have ended."""
@@ -716,18 +734,17 @@ class Dispatcher:
             self._take_off(peer, message.runs[0].expert)
         else:
             self._note_fault(message, message.refusal)
-        self._transport.abandon(message.reply_tag)
+        self._transport.cancel(message.reply)
 
     def _misanswered(self, message: _Message, frame: wire.Frame) -> None:
         """Take the posted receive back: its answer came, under a header that does not fit."""
-        asked = wire.decode(message.reply_tag)
         message.refusal = (
-            f"answered for {frame.rows} rows of {frame.layer}.{frame.expert} where "
-            f"{asked.rows} of {asked.layer}.{asked.expert} were asked"
+            f"answered for {frame.rows} rows of {frame.layer}.{frame.expert} where it was sent "
+            f"{message.num_rows} of {', '.join(str(run.expert) for run in message.runs)}"
         )
         log.warning("wrong_answer", worker_id=message.peer.worker_id, reason=message.refusal)
         self._note_fault(message, message.refusal)
-        self._transport.abandon(message.reply_tag)
+        self._transport.cancel(message.reply)
 
     def _note_fault(self, message: _Message, reason: str) -> None:
         """Count an answer that cannot be used; after some in a row, ask this worker no more."""

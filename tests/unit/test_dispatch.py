@@ -305,6 +305,19 @@ def test_rows_wait_for_a_slow_worker_that_nobody_can_replace(rig: Rig) -> None:
 
 
 @pytest.mark.usefixtures("impatient")
+def test_each_worker_is_timed_by_its_own_reply(rig: Rig) -> None:
+    prompt, slow = rig.worker("prompt", 0, 1), rig.worker("slow", 2, 3)
+    rig.connect()
+    rig.hold_replies_of(slow)
+    rig.dispatcher.on_late = lambda: rig.transport.release() if prompt.plane.stats().rows else None
+    rig.dispatcher.begin_step(1)
+    step = (random_step(1)[0], torch.tensor([[0, 2]]), torch.ones(1, 2))
+    rig.dispatcher.dispatch(LAYER, *step).combine()
+    pace_s = {pace.worker_id: pace.dispatch_s for pace in rig.dispatcher.paces()}
+    assert pace_s["prompt"] < pace_s["slow"]
+
+
+@pytest.mark.usefixtures("impatient")
 def test_a_worker_can_be_dropped_in_the_middle_of_a_step(rig: Rig) -> None:
     hung = rig.worker("hung", 0, 1)
     rig.worker("fine", 2, 3)
@@ -415,6 +428,10 @@ def test_a_worker_that_answers_with_garbage_is_taken_off_and_reported(rig: Rig) 
         tag = frame._replace(kind=wire.Kind.REPLY, session=rogue.reply_session)
         gateway.deliver(wire.encode(*tag), torch.ones(9999, dtype=torch.uint8))
 
+    def too_short(frame: wire.Frame, payload: torch.Tensor) -> None:
+        tag = frame._replace(kind=wire.Kind.REPLY, session=rogue.reply_session)
+        gateway.deliver(wire.encode(*tag), payload[:-4])
+
     def of_other_rows(frame: wire.Frame, payload: torch.Tensor) -> None:
         tag = frame._replace(kind=wire.Kind.REPLY, session=rogue.reply_session, rows=frame.rows + 1)
         gateway.deliver(wire.encode(*tag), payload)
@@ -430,7 +447,8 @@ def test_a_worker_that_answers_with_garbage_is_taken_off_and_reported(rig: Rig) 
 
     for epoch, (answer, words) in enumerate(
         [
-            (too_long, "too long"),
+            (too_long, "another length"),
+            (too_short, "another length"),
             (of_other_rows, "rows of 3.2 where"),
             (no_memory, "out_of_memory"),
             (unheard_of, "refusal 999"),
