@@ -306,13 +306,20 @@ def test_rows_wait_for_a_slow_worker_that_nobody_can_replace(rig: Rig) -> None:
 
 @pytest.mark.usefixtures("impatient")
 def test_each_worker_is_timed_by_its_own_reply(rig: Rig) -> None:
-    prompt, slow = rig.worker("prompt", 0, 1), rig.worker("slow", 2, 3)
+    rig.worker("prompt", 0, 1)
+    slow = rig.worker("slow", 2, 3)
     rig.connect()
     rig.hold_replies_of(slow)
-    rig.dispatcher.on_late = lambda: rig.transport.release() if prompt.plane.stats().rows else None
     rig.dispatcher.begin_step(1)
     step = (random_step(1)[0], torch.tensor([[0, 2]]), torch.ones(1, 2))
-    rig.dispatcher.dispatch(LAYER, *step).combine()
+    pending = rig.dispatcher.dispatch(LAYER, *step)
+
+    def on_late() -> None:
+        if [message.peer.worker_id for message in pending.messages] == ["slow"]:
+            rig.transport.release()
+
+    rig.dispatcher.on_late = on_late
+    pending.combine()
     pace_s = {pace.worker_id: pace.dispatch_s for pace in rig.dispatcher.paces()}
     assert pace_s["prompt"] < pace_s["slow"]
 
