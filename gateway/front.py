@@ -156,6 +156,11 @@ class Front(pb_grpc.InferenceServicer):
                 pb.ExpertRows(layer=load.expert.layer, index=load.expert.index, rows=load.rows)
                 for load in stats.load
             ],
+            failovers=stats.failovers,
+            replayed_rows=stats.replayed_rows,
+            pause_s=stats.pause_s,
+            stalled_s=stats.stalled_s,
+            workers=stats.paces,
         )
 
     async def drain(self, timeout_s: float) -> bool:
