@@ -9,6 +9,7 @@ long as its rows) and sent from there. The buffer returns to the pool when the s
 
 from __future__ import annotations
 
+import os
 import queue
 import random
 import threading
@@ -55,7 +56,8 @@ class DataPlaneStats:
     last_progress_s: float
     """``time.monotonic()`` of the last turn of the loop that did something."""
     busy: bool
-    """Work is in hand now."""
+    """Rows are here that it has to compute; what waits for a slow gateway does not count."""
+    longest_batch_s: float
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,8 @@ class DataPlane(threading.Thread):
         self._compute_s: defaultdict[ExpertId, float] = defaultdict(float)
         self._refused: Counter[str] = Counter()
         self._last_progress_s = time.monotonic()
+        self._computing = False
+        self._longest_batch_s = 0.0
         self._draining = False
         self._stopping = False
         self._answering: Answering | None = None
@@ -204,7 +208,8 @@ class DataPlane(threading.Thread):
             self._batcher.queued_rows,
             len(self._sessions),
             last_progress_s,
-            self._busy(),
+            self._computing or self._batcher.queued_rows > 0,
+            self._longest_batch_s,
         )
 
     def drain(self, timeout_s: float) -> None:
@@ -244,6 +249,9 @@ class DataPlane(threading.Thread):
         # OpenMP counts threads for each thread that computes: what the process was told does not
         # hold here, and workers that share cores would wait for each other's helpers at barriers.
         torch.set_num_threads(self._threads)
+        if self._device.type == "cpu":
+            # Woken by a gateway that has more to send, it must not take the core from it.
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         try:
             transport = self._transport = self._make_transport()
             self._scratch = transport.wrap(torch.zeros(_SCRATCH_BYTES, dtype=torch.uint8))
@@ -380,7 +388,11 @@ class DataPlane(threading.Thread):
         num_rows = num_header_rows + frame.rows
         if message.nbytes != num_rows * self._row_bytes:
             raise _Refused(wire.Refusal.WRONG_LENGTH)
-        buffer = self._buffer(num_rows)
+        try:
+            buffer = self._buffer(num_rows)
+        except RuntimeError as error:
+            log.exception("no_buffer", rows=num_rows)
+            raise _Refused(_refusal_for(error)) from error
         request = message.receive(self._range(buffer, 0, num_rows).wrapped)
         return _Work(session, frame, buffer, num_header_rows, request)
 
@@ -452,6 +464,14 @@ class DataPlane(threading.Thread):
         return segments
 
     def _compute(self) -> None:
+        """Compute one batch; :meth:`stats` says so meanwhile."""
+        started = time.monotonic()
+        self._computing = True
+        self._compute_batch()
+        self._computing = False
+        self._longest_batch_s = max(self._longest_batch_s, time.monotonic() - started)
+
+    def _compute_batch(self) -> None:
         """Run one expert over its rows and reply to every message that is complete."""
         started = time.perf_counter()
         expert, segments = self._batcher.take()
@@ -463,11 +483,11 @@ class DataPlane(threading.Thread):
         parts = [segment.x_RD for segment in segments]
         try:
             y_RD = mlp(parts[0] if len(parts) == 1 else torch.cat(parts))
-        except RuntimeError:
-            # Out of memory, for one: these rows can go elsewhere, the worker serves on.
+        except RuntimeError as error:
+            # These rows can go elsewhere, the worker serves on.
             log.exception("expert_failed", expert=str(expert))
             for segment in segments:
-                self._finish(segment.work, wire.Refusal.FAILED)
+                self._finish(segment.work, _refusal_for(error))
             return
         start = 0
         for part in parts:
@@ -533,3 +553,10 @@ class DataPlane(threading.Thread):
             x_RD = buffer.rows_RD[start : start + count]
             rows = buffer.ranges[start, count] = _Rows(x_RD, self._transport.wrap(x_RD))
         return rows
+
+
+def _refusal_for(error: RuntimeError) -> wire.Refusal:
+    """By name: torch has a class for a device that is out of memory, and words for a host."""
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return wire.Refusal.OUT_OF_MEMORY
+    return wire.Refusal.FAILED

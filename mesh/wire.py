@@ -48,6 +48,7 @@ class Refusal(IntEnum):
     DRAINING = 6
     FAILED = 7
     MALFORMED = 8
+    OUT_OF_MEMORY = 9
 
 
 class Frame(NamedTuple):

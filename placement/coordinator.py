@@ -197,6 +197,11 @@ class Coordinator:
             experts_per_worker=self._rules.experts_per_worker,
             note=self._note(self.target),
             complete=len(serving) == len(self._experts),
+            # Also what a worker had that died since the target was made: a new one is on its way.
+            pending=[
+                expert_to_proto(e)
+                for e in sorted(self._experts - serving.keys() - set(self.target.missing))
+            ],
         )
         if fresh == self.plan or (self.plan is None and not serving):
             return False
@@ -209,7 +214,7 @@ class Coordinator:
         target = self.target or Target()
         wanted_by_worker = target.experts_by_worker()
         routed = self._routed()
-        epoch = self.plan.epoch if self.plan else 0
+        epoch = self._epoch  # what anybody has heard of, or a worker would not obey
         nobody_routes = self.plan is None and self._settled_at_s is None
         told = []
         for worker in self.members.workers.values():

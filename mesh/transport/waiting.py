@@ -20,6 +20,10 @@ from mesh.transport.base import Transport
 SPIN_S = {"cuda": 1.0, "cpu": 0.0}
 """By device type. A GPU that had work lately polls for more; a CPU core has better to do."""
 
+REPLY_SPIN_S = {"cuda": 1.0, "cpu": 0.002}
+"""How long a gateway polls for the replies of a layer, yielding its core to the workers that
+make them. Asleep, it would be woken by each reply."""
+
 
 class Waiter:
     """Waits for a transport, for other descriptors, or for :meth:`wake` from any thread.
