@@ -64,8 +64,6 @@ SETTLE_S = 2.0
 EXPERTS_PER_WORKER = 4
 _NUM_QUESTIONS = 24
 _ANSWER_TOKENS = (48, 96)
-_PATIENT = ("--expert-patience-s", "30", "--reply-timeout-s", "1")
-_IMPATIENT = ("--expert-patience-s", "1", "--reply-timeout-s", "1")
 # Where there are replicas at all, this keeps spares spare.
 _HAS_REPLICAS = any(field.name == "max_replicas" for field in dataclasses.fields(PlacementConfig))
 _NO_REPLICAS = ("--max-replicas", "1") if _HAS_REPLICAS else ()
@@ -134,7 +132,6 @@ class Row:
     gateways: int = 1
     may_fail: str = ""
     """What the contract lets end with UNAVAILABLE, in words; empty: nothing."""
-    patience: Sequence[str] = _PATIENT
 
 
 _NEEDED = 16 // EXPERTS_PER_WORKER
@@ -148,7 +145,6 @@ ROWS = (
         for_s=WINDOW_S / 2,
         workers=_NEEDED,
         may_fail="who needs its experts",
-        patience=_IMPATIENT,
     ),
     Row("hung worker, replica", HangWorker, _replicated, for_s=10.0, workers=2 * _NEEDED),
     Row("hung worker, spare", HangWorker, _holder, for_s=10.0),
@@ -192,8 +188,7 @@ async def measure(row: Row, events: int, concurrency: int, seed: int) -> Result:
     shape = Shape(row.workers, row.gateways, EXPERTS_PER_WORKER)
     rng = random.Random(seed)
     unexpected: list[str] = []
-    replicas = () if row.choose is _replicated else _NO_REPLICAS
-    flags = {"gateway": row.patience, "placement": replicas}
+    flags = {"placement": () if row.choose is _replicated else _NO_REPLICAS}
     async with running_fleet(shape, on_unexpected_end=unexpected.append, flags=flags) as fleet:
         questions = await learn(
             next(iter(fleet.serving.values())), rng, _NUM_QUESTIONS, _ANSWER_TOKENS

@@ -25,12 +25,8 @@ from tests.chaos.load import Asked, Load, learn
 from tests.chaos.memory import Memory
 
 FLAGS: dict[str, Sequence[str]] = {
-    "gateway": (
-        # Longer than the slowest recovery that a plan may ask for.
-        *("--expert-patience-s", "60", "--reply-timeout-s", "2"),
-        # So few blocks that all are used at once, and some have to be taken back.
-        *("--kv-memory-bytes", f"{16 << 20}"),
-    ),
+    # So few blocks that all are used at once, and some have to be taken back.
+    "gateway": ("--kv-memory-bytes", f"{16 << 20}"),
 }
 _NUM_QUESTIONS = 24
 _ANSWER_TOKENS = (16, 64)
