@@ -10,8 +10,8 @@ went through, must equal the quiet one token for token. The same thing happens `
   end of the window after it is over;
 * *failed*: requests that ended with an error, of all;
 * *throughput*: tokens a second in the window before the event, until it is over (what was ended
-  is back), and in the window after that; the ratio is the last by the first, the median over the
-  events.
+  is back), and in the window after that: the medians over the events; the ratio is the last by
+  the first, over all events together.
 
 ``--row NAME`` (repeatable) runs some of the rows; ``--json FILE`` adds their results to a file, and
 ``--plot`` draws every result that is in it.
@@ -178,8 +178,8 @@ class Result:
 
     @property
     def ratio(self) -> float:
-        """Throughput after by before."""
-        return median(a / b for a, b in zip(self.after, self.before, strict=True))
+        """Throughput after by before, over all events."""
+        return sum(self.after) / sum(self.before)
 
 
 async def measure(row: Row, events: int, concurrency: int, seed: int) -> Result:
