@@ -248,7 +248,7 @@ def _fill(
         result.before.append(rate(event_s - WINDOW_S, event_s))
         result.during.append(rate(event_s, over_s))
         result.after.append(rate(over_s, over_s + WINDOW_S))
-    num_bins = int(3 * WINDOW_S / BIN_S)
+    num_bins = int(4 * WINDOW_S / BIN_S)
     offsets = [i * BIN_S - WINDOW_S for i in range(num_bins)]
     result.timeline = [
         median(rate(event_s + offset, event_s + offset + BIN_S) for event_s in at)
