@@ -6,17 +6,19 @@ Two layers of two experts and workers with one expert of each layer, unless a te
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mesh.config import PlacementConfig
 from mesh.errors import AlreadyExists, PlacementError
 from mesh.plan import ExpertId, expert_from_proto, expert_to_proto
 from placement.coordinator import Coordinator
 from placement.load import LoadAverage, balancedness
-from placement.planner import REBALANCE_MOVE_PRICE, Rules
+from placement.improve import Budget
+from placement.rules import Rules
 from protos import placement_pb2 as pb
 
 RULES = Rules((0, 1), 2)
@@ -27,14 +29,12 @@ class Mesh:
     """A coordinator and the workers that obey it, with time standing still between calls."""
 
     rules: Rules = RULES
-    min_workers: int = 0
+    config: PlacementConfig = PlacementConfig(settle_s=2.0, lease_s=3.0, max_replicas=1)
     now: float = 100.0
     told: dict[str, pb.WorkerOrder] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.coordinator = Coordinator(
-            self.rules, "f" * 16, min_workers=self.min_workers, settle_s=2.0, lease_s=3.0
-        )
+        self.coordinator = Coordinator(self.rules, "f" * 16, self.config, expert_hidden_size=8)
 
     def register(
         self, name: str, resident: Iterable[ExpertId] = (), last_epoch: int = 0, pid: int = 1
@@ -63,15 +63,15 @@ class Mesh:
             report.load.add(expert=expert_to_proto(expert), rows=rows)
         self.coordinator.gateway_report(report, self.now)
 
-    def turn(self, **options: object) -> dict[str, pb.WorkerOrder]:
+    def turn(self, budget: Budget | None = None) -> dict[str, pb.WorkerOrder]:
         """Decide; returns the orders that were given."""
         coordinator = self.coordinator
         coordinator.expire(self.now)
-        coordinator.publish()
-        compute = coordinator.next_target(self.now, **options)
+        coordinator.publish(self.now)
+        compute = coordinator.next_target(self.now, budget=budget)
         if compute:
-            coordinator.adopt(compute())
-            coordinator.publish()
+            coordinator.adopt(compute(), self.now)
+            coordinator.publish(self.now)
         leases = [w.lease_id for w in coordinator.members.workers.values()]
         given = {lease.split("-")[1]: o for lease, o in coordinator.orders(self.now, leases)}
         self.told.update(given)
@@ -100,6 +100,10 @@ class Mesh:
             expert_from_proto(p.expert): tuple(p.worker_ids)
             for p in self.coordinator.current_plan().experts
         }
+
+
+ONE_LAYER = Rules((0,), 2)
+"""With three workers, one has nothing to do."""
 
 
 def running(num_workers: int = 2, **fields: object) -> Mesh:
@@ -138,7 +142,7 @@ def test_the_plan_comes_when_enough_workers_are_there_and_names_only_what_is_res
 
 
 def test_min_workers_are_waited_for():
-    mesh = Mesh(min_workers=3)
+    mesh = Mesh(config=replace(Mesh.config, min_workers=3))
     mesh.register("w0")
     mesh.register("w1")
     assert mesh.turn() == {}
@@ -154,15 +158,15 @@ def test_a_turn_without_news_says_nothing():
 
 
 def test_a_death_leaves_the_plan_at_once_and_a_spare_takes_over():
-    mesh = running(3)
+    mesh = running(3, rules=ONE_LAYER)
     holder = mesh.served[0, 0][0]
     spare = ({"w0", "w1", "w2"} - {ids[0] for ids in mesh.served.values()}).pop()
     lost = {e for e, ids in mesh.served.items() if ids == (holder,)}
     kept = {e: ids for e, ids in mesh.served.items() if e not in lost}
     epoch = mesh.coordinator.plan.epoch
 
-    mesh.coordinator.drop(f"lease-{holder}-1")
-    mesh.coordinator.publish()
+    mesh.coordinator.drop(f"lease-{holder}-1", mesh.now)
+    mesh.coordinator.publish(mesh.now)
     assert mesh.coordinator.plan.epoch == epoch + 1
     assert mesh.served == kept
     orders = mesh.turn()
@@ -173,7 +177,7 @@ def test_a_death_leaves_the_plan_at_once_and_a_spare_takes_over():
 
 def test_without_a_spare_the_rest_is_served_and_the_note_names_what_is_missing():
     mesh = running(2)
-    mesh.coordinator.drop("lease-w1-1")
+    mesh.coordinator.drop("lease-w1-1", mesh.now)
     mesh.settle()
     assert {ids for ids in mesh.served.values()} == {("w0",)}
     plan = mesh.coordinator.plan
@@ -192,12 +196,12 @@ def test_a_silent_worker_is_dead_when_its_lease_is_over_and_not_before():
     mesh = running(2)
     mesh.now += 2.0
     mesh.report("w0")
-    assert mesh.coordinator.next_deadline_s() == pytest.approx(mesh.now + 1.0)
+    assert mesh.coordinator.next_deadline_s(mesh.now) == pytest.approx(mesh.now + 1.0)
     mesh.now += 0.9
     assert mesh.coordinator.expire(mesh.now) == []
     mesh.now += 0.1
     assert [w.worker_id for w in mesh.coordinator.expire(mesh.now)] == ["w1"]
-    assert mesh.coordinator.drop("lease-w1-1") is None
+    assert mesh.coordinator.drop("lease-w1-1", mesh.now) is None
 
 
 def test_a_live_worker_keeps_its_name_to_itself_but_may_come_back():
@@ -205,7 +209,7 @@ def test_a_live_worker_keeps_its_name_to_itself_but_may_come_back():
     with pytest.raises(AlreadyExists, match="--worker-id"):
         mesh.register("w0", pid=2)
     mesh.register("w0", pid=1, resident=[ExpertId(0, 0)])
-    mesh.coordinator.drop("lease-w0-1")
+    mesh.coordinator.drop("lease-w0-1", mesh.now)
     mesh.register("w0", pid=2)
 
 
@@ -217,16 +221,16 @@ def homes(mesh: Mesh) -> dict[str, list[ExpertId]]:
 
 
 def test_a_restarted_placement_adopts_what_is_served_and_moves_nothing():
-    before = running(3)
+    before = running(3, rules=ONE_LAYER)
     spare = ({"w0", "w1", "w2"} - homes(before).keys()).pop()
-    after = Mesh(now=500.0)
+    after = Mesh(now=500.0, rules=ONE_LAYER)
     after.register(spare)
     first, second = homes(before)
     after.register(first, homes(before)[first], last_epoch=7)
     # Two workers would do for a plan, but somebody of the earlier life is still to come.
     assert after.turn() == {}
     assert after.coordinator.plan is None
-    assert after.coordinator.next_deadline_s() == pytest.approx(502.0)
+    assert after.coordinator.next_deadline_s(after.now) == pytest.approx(502.0)
     after.now += 1.0
     after.register(second, homes(before)[second], last_epoch=9)
     orders = after.turn()
@@ -253,13 +257,13 @@ def test_an_epoch_that_somebody_has_seen_is_never_given_again():
 
 
 def test_a_draining_worker_hands_over_before_it_leaves():
-    mesh = running(3)
+    mesh = running(3, rules=ONE_LAYER)
     holder = mesh.served[0, 0][0]
     spare = ({"w0", "w1", "w2"} - homes(mesh).keys()).pop()
     mesh.gateway(epoch=mesh.coordinator.plan.epoch)
-    mesh.coordinator.drain(holder)
+    mesh.coordinator.drain(holder, mesh.now)
     orders = mesh.turn()
-    assert len(orders[spare].load) == 2
+    assert len(orders[spare].load) == 1
     assert not any(order.leave for order in orders.values())
     assert mesh.served[0, 0] == (holder,)
 
@@ -295,9 +299,9 @@ def test_whatever_happens_the_plan_is_true_and_in_the_end_complete(
             mesh.register(name)
         elif event == "k":
             mesh.told.pop(name, None)
-            mesh.coordinator.drop(f"lease-{name}-1")
+            mesh.coordinator.drop(f"lease-{name}-1", mesh.now)
         elif event == "d" and here:
-            mesh.coordinator.drain(name)
+            mesh.coordinator.drain(name, mesh.now)
         elif event == "o":
             mesh.obey()
         elif event == "g":
@@ -330,11 +334,11 @@ def test_a_worker_may_leave_before_there_is_a_plan():
 
 def test_draining_a_stranger_is_an_error():
     with pytest.raises(PlacementError, match="no worker 'w7'"):
-        running().coordinator.drain("w7")
+        running().coordinator.drain("w7", 0.0)
 
 
 def test_an_expert_is_unloaded_when_no_gateway_can_send_to_it_any_more():
-    mesh = running(3)
+    mesh = running(3, rules=ONE_LAYER)
     holder = mesh.served[0, 0][0]
     spare = ({"w0", "w1", "w2"} - homes(mesh).keys()).pop()
     mesh.report(spare, resident=[expert_to_proto(ExpertId(0, 0))])
@@ -356,7 +360,7 @@ def test_a_rebalance_brings_the_hot_expert_to_the_gateways_host():
     mesh.gateway(epoch=mesh.coordinator.plan.epoch, load={hot: 1000})
     mesh.turn()
     assert mesh.served[hot] != (cold_home,)
-    mesh.turn(move_price=REBALANCE_MOVE_PRICE, forced=True)
+    mesh.turn(Budget())
     while mesh.told:
         mesh.obey()
         mesh.turn()
@@ -386,7 +390,7 @@ def test_orders_wait_for_a_worker_that_does_not_listen_yet():
     mesh = Mesh()
     mesh.register("w0")
     mesh.register("w1")
-    mesh.coordinator.adopt(mesh.coordinator.next_target(mesh.now)())
+    mesh.coordinator.adopt(mesh.coordinator.next_target(mesh.now)(), mesh.now)
     assert mesh.coordinator.orders(mesh.now, []) == []
     assert len(mesh.coordinator.orders(mesh.now, ["lease-w0-1"])) == 1
 
