@@ -23,6 +23,7 @@ class RebalancePolicy:
         """Whether a turn is due."""
         if balancedness > self._below + _HYSTERESIS:
             self._since_s, self._pause_s = None, self._after_s
+            self._not_before_s = min(self._not_before_s, now + self._after_s)
         elif balancedness < self._below and self._since_s is None:
             self._since_s = now
         if self._since_s is None:
