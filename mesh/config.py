@@ -114,7 +114,7 @@ class PlacementConfig(ServerConfig):
     )
     rebalance_moves: int = option(16, "Experts that one rebalance may load, unless asked for.")
     rebalance_price: float = option(
-        0.1, "What a move must gain, in units of an average expert's rows."
+        0.05, "What a move must gain, in units of an average expert's rows."
     )
     topology: Path | None = option(
         None, "TOML file of the links between hosts; if absent, what hosts say of themselves."

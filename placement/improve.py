@@ -25,11 +25,11 @@ _MOST_STEPS = 4096
 class Budget:
     """What balance may cost."""
 
-    price: float = 0.1
+    price: float = 0.05
     """A move must gain this, in units of an average expert's rows over a link of cost 1."""
     moves: int = _MOST_STEPS
     """Experts that may be loaded somewhere."""
-    slack: float = 0.1
+    slack: float = 0.05
     """Workers are left in peace where a row costs no more than this above the mean."""
 
 
