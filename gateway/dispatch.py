@@ -1,7 +1,7 @@
 """Dispatch and combine: rows out to experts, rows back, weighted and summed.
 
 Legend: T tokens of a micro-batch, K experts a token, R = T x K routed rows, E experts of a
-layer, D hidden size, F rows of a frame.
+layer, D hidden size, F rows of a frame. Where experts are cut, K and E count slices.
 
 Rows travel in *frames*: equal parts of one send arena and one reply arena. A message to a worker
 is a run of rows inside a frame, and its reply lands in the same rows of the reply arena, so one
@@ -127,11 +127,11 @@ class Dispatcher:
     ) -> None:
         self._transport = transport
         self._num_experts = config.num_experts
+        self._max_choices = max_tokens * config.experts_per_token
+        self._row_bytes = config.hidden_size * dtype.itemsize
         self._hidden_size = config.hidden_size
         self._device = device
         self._dtype = dtype
-        self._max_routed_rows = max_tokens * config.experts_per_token
-        self._header_rows = -(-config.num_experts * 4 // (config.hidden_size * dtype.itemsize))
         self._reply_timeout_s = reply_timeout_s
         self._waiter = Waiter(transport, spin_s=spin_s)
         self._scratch = transport.wrap(torch.zeros(64, dtype=torch.uint8))
@@ -144,6 +144,7 @@ class Dispatcher:
         self._away: list[Pending] = []
         self._void: dict[tuple[int, int], ExpertUnavailable] = {}
         self._frame_rows = self._num_frames = 0
+        self._cut(shards=1)
         self._allocate(num_peers=0, max_rows=wire.MAX_ROWS)
         self.epoch = 0
         self.rows_by_expert: Counter[ExpertId] = Counter()
@@ -174,6 +175,7 @@ class Dispatcher:
             ]
             for placed in routing.experts
         }
+        self._cut(max(1, routing.expert_shards))
         self._allocate(
             num_peers=len(self._peers),
             max_rows=min((peer.max_rows for peer in routing.peers), default=wire.MAX_ROWS),
@@ -223,11 +225,12 @@ class Dispatcher:
         self, layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> Pending:
         """See :class:`gateway.model.batch.Experts`."""
+        expert_ids_TK, weights_TK = self._units(expert_ids_TK, weights_TK)
         pending = Pending(self, self._calls[layer] % self._num_micro_batches, weights_TK)
         self._calls[layer] += 1
         self._away.append(pending)
         expert_ids_R = expert_ids_TK.reshape(-1).cpu().numpy()
-        counts_E = np.bincount(expert_ids_R, minlength=self._num_experts).tolist()
+        counts_E = np.bincount(expert_ids_R, minlength=self._num_units).tolist()
         messages = [
             (peer, runs)
             for peer, counts in self._group_by_worker(layer, counts_E)
@@ -320,11 +323,11 @@ class Dispatcher:
 
     def _write_counts(self, runs: tuple[_Run, ...]) -> None:
         """Put the counts of a message for several experts ahead of its rows."""
-        counts_E = torch.zeros(self._num_experts, dtype=torch.int32)
+        counts_E = torch.zeros(self._num_units, dtype=torch.int32)
         for run in runs:
             counts_E[run.expert.index] = run.num_rows
         header_RD = self._send_RD[runs[0].start - self._header_rows : runs[0].start]
-        header_RD.view(-1).view(torch.int32)[: self._num_experts] = counts_E.to(self._device)
+        header_RD.view(-1).view(torch.int32)[: self._num_units] = counts_E.to(self._device)
 
     def _post(self, pending: Pending, peer: _Peer, runs: tuple[_Run, ...]) -> None:
         """Post the receive of the reply, then the send."""
@@ -385,7 +388,10 @@ class Dispatcher:
     def _give_up(self, pending: Pending, run: _Run, reason: str) -> None:
         """Void the tokens that have a row in ``run``."""
         self._reply_RD[run.start : run.start + run.num_rows] = 0
-        error = ExpertUnavailable(*run.expert, reason)
+        index, part = divmod(run.expert.index, self._shards)
+        if self._shards > 1:
+            reason = f"slice {part} of {self._shards}: {reason}"
+        error = ExpertUnavailable(run.expert.layer, index, reason)
         in_run_TK = (pending.rows_TK >= run.start) & (pending.rows_TK < run.start + run.num_rows)
         for token in in_run_TK.any(dim=1).nonzero().view(-1).tolist():
             self._void.setdefault((pending.micro_batch, token), error)
@@ -428,6 +434,23 @@ class Dispatcher:
         self._transport.abandon(message.reply_tag)
 
     # Frames.
+
+    def _cut(self, shards: int) -> None:
+        """Count in slices from here on, ``shards`` to an expert: all that was experts is units."""
+        self._shards = shards
+        self._num_units = self._num_experts * shards
+        self._max_routed_rows = self._max_choices * shards
+        self._header_rows = -(-self._num_units * 4 // self._row_bytes)
+
+    def _units(
+        self, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a token goes to, with K as many times more: an expert is the sum of its slices."""
+        if self._shards == 1:
+            return expert_ids_TK, weights_TK
+        slices = torch.arange(self._shards, device=expert_ids_TK.device)
+        units_TKS = expert_ids_TK.unsqueeze(-1) * self._shards + slices
+        return units_TKS.flatten(1), weights_TK.repeat_interleave(self._shards, dim=1)
 
     def _allocate(self, num_peers: int, max_rows: int) -> None:
         """Arenas for the worst step, anew only when that has grown.

@@ -43,14 +43,16 @@ class Peer(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., ucx_address: _Optional[bytes] = ..., session: _Optional[int] = ..., reply_session: _Optional[int] = ..., max_rows: _Optional[int] = ...) -> None: ...
 
 class Routing(_message.Message):
-    __slots__ = ("epoch", "peers", "experts")
+    __slots__ = ("epoch", "peers", "experts", "expert_shards")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     PEERS_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_SHARDS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     peers: _containers.RepeatedCompositeFieldContainer[Peer]
     experts: _containers.RepeatedCompositeFieldContainer[_placement_pb2.ExpertPlacement]
-    def __init__(self, epoch: _Optional[int] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., experts: _Optional[_Iterable[_Union[_placement_pb2.ExpertPlacement, _Mapping]]] = ...) -> None: ...
+    expert_shards: int
+    def __init__(self, epoch: _Optional[int] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., experts: _Optional[_Iterable[_Union[_placement_pb2.ExpertPlacement, _Mapping]]] = ..., expert_shards: _Optional[int] = ...) -> None: ...
 
 class Shutdown(_message.Message):
     __slots__ = ("drain",)

@@ -8,20 +8,22 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ConnectRequest(_message.Message):
-    __slots__ = ("gateway_id", "ucx_address", "reply_session", "model_fingerprint", "hidden_size", "dtype")
+    __slots__ = ("gateway_id", "ucx_address", "reply_session", "model_fingerprint", "hidden_size", "dtype", "expert_shards")
     GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
     UCX_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     REPLY_SESSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_SHARDS_FIELD_NUMBER: _ClassVar[int]
     gateway_id: str
     ucx_address: bytes
     reply_session: int
     model_fingerprint: str
     hidden_size: int
     dtype: str
-    def __init__(self, gateway_id: _Optional[str] = ..., ucx_address: _Optional[bytes] = ..., reply_session: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., hidden_size: _Optional[int] = ..., dtype: _Optional[str] = ...) -> None: ...
+    expert_shards: int
+    def __init__(self, gateway_id: _Optional[str] = ..., ucx_address: _Optional[bytes] = ..., reply_session: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., hidden_size: _Optional[int] = ..., dtype: _Optional[str] = ..., expert_shards: _Optional[int] = ...) -> None: ...
 
 class ConnectReply(_message.Message):
     __slots__ = ("session", "ucx_address", "max_rows")
