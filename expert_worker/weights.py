@@ -53,7 +53,7 @@ def chunks_of(tensors: Iterable[torch.Tensor], chunk_bytes: int) -> list[torch.T
 
 @dataclass(eq=False)
 class Giving:
-    """An expert that is being given. ``ended`` may be read from any thread."""
+    """An expert that is being given. ``ended`` is done when it no longer is."""
 
     session: int
     """What the taker's FETCH must carry."""
@@ -62,7 +62,7 @@ class Giving:
     chunks: list[torch.Tensor]
     due: deque[int] = field(default_factory=deque)
     posted: list[tuple[Request, Buffer]] = field(default_factory=list)
-    ended: bool = False
+    ended: Future[None] = field(default_factory=Future)
 
 
 @dataclass(eq=False)
@@ -114,8 +114,8 @@ class WeightTransfers:
 
     def end(self, giving: Giving) -> None:
         """Give nothing more of it."""
-        if not giving.ended:
-            giving.ended = True
+        if not giving.ended.done():
+            giving.ended.set_result(None)
             giving.endpoint.close()
 
     def reserve(self) -> int:
@@ -143,7 +143,7 @@ class WeightTransfers:
         frame = wire.decode_chunk(message.tag)
         if frame.kind == _FETCH:
             giving = self._givings.get(frame.session)
-            if giving is not None and not giving.ended:
+            if giving is not None and not giving.ended.done():
                 self._fetched(giving, frame)
         else:
             # What was asked for has a receive posted, and does not come this way.
@@ -192,7 +192,7 @@ class WeightTransfers:
         giving.posted = [pair for pair in giving.posted if not pair[0].completed]
         if not giving.endpoint.alive:
             self.end(giving)
-        if giving.ended:
+        if giving.ended.done():
             if not giving.posted:
                 del self._givings[giving.session]
             return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -82,7 +84,7 @@ def test_few_chunks_are_under_way_and_one_moves_a_turn() -> None:
         pair.turn()
         assert len(taking.posted) <= 4
         received.append(taking.received_bytes)
-    steps = [later - earlier for earlier, later in zip(received, received[1:], strict=False)]
+    steps = [later - earlier for earlier, later in pairwise(received)]
     assert max(steps) == CHUNK_BYTES
 
 
@@ -106,7 +108,7 @@ def test_a_taker_that_dies_frees_the_giver() -> None:
     pair.taker_transport.die()
     pair.giver_transport.progress()
     pair.giver.turn()
-    assert giving.ended
+    assert giving.ended.done()
     assert not pair.giver.any
 
 
@@ -114,7 +116,7 @@ def test_chunks_of_another_length_end_the_transfer() -> None:
     pair = Pair()
     giving, taking = pair.start(chunks_of(TENSORS.values(), CHUNK_BYTES - 1))
     pair.run()
-    assert giving.ended  # the giver found that what was asked for is not what it has
+    assert giving.ended.done()  # the giver found that what was asked for is not what it has
     assert not taking.result.done()  # what hears of that is the call beside, which hangs up
     pair.taker.abandon(taking, PeerLost("it hung up"))
     pair.run()
@@ -139,11 +141,11 @@ def test_strangers_and_the_greedy_get_nothing() -> None:
     nothing = pair.taker_transport.wrap(torch.zeros(1, dtype=torch.uint8))
     endpoint.send(nothing, wire.encode_chunk(wire.Kind.FETCH, giving.session + 1, 16, 0))
     pair.turn()
-    assert not giving.ended
+    assert not giving.ended.done()
     for _ in range(6):
         endpoint.send(nothing, wire.encode_chunk(wire.Kind.FETCH, giving.session, 16, 0))
     pair.turn()
-    assert giving.ended
+    assert giving.ended.done()
 
     pair = Pair()
     for _ in range(8):
