@@ -191,7 +191,7 @@ class WorkerService(rpc.ExpertWorkerServicer):
         tensors = mlp.tensors()
         device = next(iter(tensors.values())).device
         chunk_bytes = CHUNK_BYTES[device.type]
-        chunks = chunks_of(tensors.values(), chunk_bytes)
+        chunks = chunks_of(tensors, chunk_bytes)
         giving = await asyncio.to_thread(
             self._plane.weights, lambda w: w.give(request.ucx_address, request.session, chunks)
         )
@@ -250,8 +250,8 @@ class WorkerService(rpc.ExpertWorkerServicer):
     def _cut(self, shards: int) -> None:
         """Ids count slices, so many to an expert, from here on. On the thread that loads.
 
-        First nothing is resident, then no gateway is connected that counts otherwise: rows for
-        what an id was meet nothing.
+        First nothing is resident, then rows of gateways that count otherwise are refused: none
+        meets what its id was not.
         """
         log.info("cut", expert_shards=shards)
         self._store.cut(-(-self._info.expert_bytes // shards))

@@ -65,6 +65,8 @@ class _Session:
     gateway_id: str
     endpoint: Endpoint
     reply_session: int
+    num_experts: int
+    """Of a layer, as the gateway counts them."""
 
 
 class _Rows(NamedTuple):
@@ -196,7 +198,8 @@ class DataPlane(threading.Thread):
     def cut(self, num_experts: int) -> None:
         """From here on a layer has so many experts, or slices of them.
 
-        Ends every session: what gateways call an expert so far is not what it is from here on.
+        Rows of sessions from before are refused: what they call an expert is another now. No
+        expert may be in the store until this returns.
         """
         self._call(lambda: self._cut(num_experts))
 
@@ -312,7 +315,9 @@ class DataPlane(threading.Thread):
             self._next_session = (self._next_session + 1) % wire.MAX_SESSIONS
         number = self._next_session
         self._next_session = (number + 1) % wire.MAX_SESSIONS
-        self._sessions[number] = _Session(number, gateway_id, endpoint, reply_session)
+        self._sessions[number] = _Session(
+            number, gateway_id, endpoint, reply_session, self._num_experts
+        )
         return number
 
     def _count(self, num_experts: int) -> None:
@@ -320,8 +325,8 @@ class DataPlane(threading.Thread):
         self._header_rows = -(-num_experts * 4 // self._row_bytes)
 
     def _cut(self, num_experts: int) -> None:
-        for session in list(self._sessions.values()):
-            self._close(session.gateway_id, session.number)
+        while self._batcher.queued_rows:
+            self._compute()
         self._rows.clear()
         self._compute_s.clear()
         self._count(num_experts)
@@ -432,6 +437,8 @@ class DataPlane(threading.Thread):
 
     def _segments(self, work: _Work) -> list[tuple[ExpertId, _Segment]]:
         """Split a message by expert."""
+        if work.session.num_experts != self._num_experts:
+            raise _Refused(wire.Refusal.UNKNOWN_SESSION)
         frame, rows_RD = work.frame, work.buffer.rows_RD
         if frame.expert != wire.SEVERAL:
             x_RD = self._range(work.buffer, 0, frame.rows).x_RD

@@ -184,7 +184,7 @@ class ExpertReader:
                 )
                 if tensor_facts(tensors) != list(offer.tensors):
                     raise ModelMismatch(f"worker {address} has expert {expert} in other shapes")
-                chunks = chunks_of(tensors.values(), offer.chunk_bytes)
+                chunks = chunks_of(tensors, offer.chunk_bytes)
                 taking = await asyncio.to_thread(
                     plane.weights,
                     lambda w: w.take(offer.ucx_address, offer.session, session, chunks),
@@ -236,4 +236,4 @@ class ExpertReader:
 
 def tensor_facts(tensors: Mapping[str, torch.Tensor]) -> list[worker_pb2.TensorFacts]:
     """Names and shapes, in the order in which the bytes go."""
-    return [worker_pb2.TensorFacts(name=n, shape=t.shape) for n, t in tensors.items()]
+    return [worker_pb2.TensorFacts(name=n, shape=t.shape) for n, t in sorted(tensors.items())]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -32,14 +32,14 @@ _FETCH = int(wire.Kind.FETCH)
 _WEIGHTS = int(wire.Kind.WEIGHTS)
 
 
-def chunks_of(tensors: Iterable[torch.Tensor], chunk_bytes: int) -> list[torch.Tensor]:
-    """The bytes of contiguous tensors, in order, cut into views of at most ``chunk_bytes``.
+def chunks_of(tensors: Mapping[str, torch.Tensor], chunk_bytes: int) -> list[torch.Tensor]:
+    """The bytes of contiguous tensors, by name, cut into views of at most ``chunk_bytes``.
 
     Raises Overloaded when the header cannot number them.
     """
     chunks = [
         chunk
-        for tensor in tensors
+        for _, tensor in sorted(tensors.items())
         for chunk in torch.split(tensor.view(-1).view(torch.uint8), chunk_bytes)
         if len(chunk)
     ]

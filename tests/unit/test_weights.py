@@ -34,13 +34,13 @@ class Pair:
         giving = self.giver.give(
             self.taker_transport.address,
             session,
-            chunks_of(TENSORS.values(), CHUNK_BYTES) if chunks is None else chunks,
+            chunks_of(TENSORS, CHUNK_BYTES) if chunks is None else chunks,
         )
         taking = self.taker.take(
             self.giver_transport.address,
             giving.session,
             session,
-            chunks_of(self.taken.values(), CHUNK_BYTES),
+            chunks_of(self.taken, CHUNK_BYTES),
         )
         return giving, taking
 
@@ -114,7 +114,7 @@ def test_a_taker_that_dies_frees_the_giver() -> None:
 
 def test_chunks_of_another_length_end_the_transfer() -> None:
     pair = Pair()
-    giving, taking = pair.start(chunks_of(TENSORS.values(), CHUNK_BYTES - 1))
+    giving, taking = pair.start(chunks_of(TENSORS, CHUNK_BYTES - 1))
     pair.run()
     assert giving.ended.done()  # the giver found that what was asked for is not what it has
     assert not taking.result.done()  # what hears of that is the call beside, which hangs up
@@ -156,4 +156,4 @@ def test_strangers_and_the_greedy_get_nothing() -> None:
 
 def test_what_the_header_cannot_number_is_refused() -> None:
     with pytest.raises(Overloaded, match="65536"):
-        chunks_of([torch.zeros(1 << 16), torch.zeros(1)], 4)
+        chunks_of({"up": torch.zeros(1 << 16), "down": torch.zeros(1)}, 4)
