@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 
 from mesh.transport.base import Transport
 
@@ -41,8 +42,8 @@ class Waiter:
 
     def wake(self) -> None:
         """Make a :meth:`wait` that sleeps return. Callable from any thread."""
-        self._woken.set()
         os.eventfd_write(self._event, 1)
+        self._woken.set()
 
     def busy(self) -> None:
         """Something happened: start counting idleness anew."""
@@ -52,7 +53,8 @@ class Waiter:
         """Give way once: yield while spinning, else sleep until there is work or time is up."""
         if self._woken.is_set():
             self._woken.clear()
-            os.eventfd_read(self._event)
+            with suppress(BlockingIOError):  # read with the wake before, of another thread
+                os.eventfd_read(self._event)
             return
         now = time.monotonic()
         if self._idle_since is None:
