@@ -25,8 +25,9 @@ import torch
 
 from expert_worker.batcher import Batcher
 from expert_worker.expert_store import Expert, ExpertStore
+from expert_worker.weights import WeightTransfers
 from mesh import wire
-from mesh.errors import MeshError, Unavailable
+from mesh.errors import MeshError, ModelMismatch, Unavailable
 from mesh.plan import ExpertId
 from mesh.transport.base import Answering, Buffer, Endpoint, Message, Request, Transport
 from mesh.transport.waiting import Waiter
@@ -66,6 +67,8 @@ class _Session:
     gateway_id: str
     endpoint: Endpoint
     reply_session: int
+    num_experts: int
+    """Of a layer, as the gateway counts them."""
 
 
 class _Rows(NamedTuple):
@@ -151,11 +154,10 @@ class DataPlane(threading.Thread):
         self._hidden_size = hidden_size
         self._dtype = dtype
         self._device = device
-        self._num_experts = num_experts
         self._max_rows = max_rows
         self._spin_s = spin_s
         self._row_bytes = hidden_size * dtype.itemsize
-        self._header_rows = -(-num_experts * 4 // self._row_bytes)
+        self._count(num_experts)
         self._commands: queue.SimpleQueue[_Command[Any]] = queue.SimpleQueue()
         self._ended = False
         self._sessions: dict[int, _Session] = {}
@@ -184,13 +186,34 @@ class DataPlane(threading.Thread):
         """The transport's address, once there is one."""
         return self._bound.result(timeout_s)
 
-    def connect(self, gateway_id: str, address: bytes, reply_session: int) -> int:
-        """Open a session for a gateway and return its number. Raises MeshError."""
-        return self._call(lambda: self._open(gateway_id, address, reply_session))
+    def connect(
+        self,
+        gateway_id: str,
+        address: bytes,
+        reply_session: int,
+        num_experts: int | None = None,
+    ) -> int:
+        """Open a session for a gateway and return its number.
+
+        ``num_experts`` is what the gateway counts in a layer; see :meth:`cut`. Raises MeshError.
+        """
+        return self._call(lambda: self._open(gateway_id, address, reply_session, num_experts))
 
     def disconnect(self, gateway_id: str, session: int) -> None:
         """End a session; one that is not the gateway's, or already gone, is left alone."""
         self._call(lambda: self._close(gateway_id, session))
+
+    def cut(self, num_experts: int) -> None:
+        """From here on a layer has so many experts, or slices of them.
+
+        Rows of sessions from before are refused: what they call an expert is another now. No
+        expert may be in the store until this returns.
+        """
+        self._call(lambda: self._cut(num_experts))
+
+    def weights(self, function: Callable[[WeightTransfers], T]) -> T:
+        """What ``function`` makes of the transfers of weights, on the thread that owns them."""
+        return self._call(lambda: function(self._weights))
 
     def stats(self) -> DataPlaneStats:
         """Counters as of now."""
@@ -255,6 +278,7 @@ class DataPlane(threading.Thread):
         try:
             transport = self._transport = self._make_transport()
             self._scratch = transport.wrap(torch.zeros(_SCRATCH_BYTES, dtype=torch.uint8))
+            self._weights = WeightTransfers(transport)
             self._waiter = Waiter(transport, spin_s=self._spin_s)
             self._answering = transport.answering(
                 row_bytes=self._row_bytes, max_rows=self._max_rows
@@ -265,6 +289,7 @@ class DataPlane(threading.Thread):
                     self._turn()
             for session in list(self._sessions.values()):
                 self._close(session.gateway_id, session.number)
+            self._weights.close()
             transport.close()
         except BaseException as error:
             self.failure = error
@@ -288,13 +313,15 @@ class DataPlane(threading.Thread):
             moved = True
         if self._sending:
             moved |= self._sent()
+        if self._weights.any:
+            moved |= self._weights.turn()
         while not self._commands.empty():
             self._commands.get().run()
             moved = True
         if moved:
             self._last_progress_s = time.monotonic()
             self._waiter.busy()
-        elif self._answering is None or self._draining or self._in_hand():
+        elif self._answering is None or self._draining or self._in_hand() or self._weights.any:
             self._waiter.wait()
             self._forget_dead_gateways()
         else:
@@ -317,9 +344,16 @@ class DataPlane(threading.Thread):
         answering = self._answering is not None and self._answering.in_hand > 0
         return answering or self._in_hand()
 
-    def _open(self, gateway_id: str, address: bytes, reply_session: int) -> int:
+    def _open(
+        self, gateway_id: str, address: bytes, reply_session: int, num_experts: int | None
+    ) -> int:
         if self._draining:
             raise Unavailable("this worker is draining; the next plan names another")
+        if num_experts not in (None, self._num_experts):
+            raise ModelMismatch(
+                f"gateway {gateway_id} counts {num_experts} experts and slices in a layer, this "
+                f"worker {self._num_experts}: one of them follows an old plan and will get the new"
+            )
         endpoint = self._transport.connect(address)
         # A gateway that comes again has given its last session up; that word may have been lost.
         for earlier in [s for s in self._sessions.values() if s.gateway_id == gateway_id]:
@@ -328,10 +362,26 @@ class DataPlane(threading.Thread):
             self._next_session = (self._next_session + 1) % wire.MAX_SESSIONS
         number = self._next_session
         self._next_session = (number + 1) % wire.MAX_SESSIONS
-        self._sessions[number] = _Session(number, gateway_id, endpoint, reply_session)
+        self._sessions[number] = _Session(
+            number, gateway_id, endpoint, reply_session, self._num_experts
+        )
         if self._answering is not None:
             self._answering.open(number, endpoint, reply_session)
         return number
+
+    def _count(self, num_experts: int) -> None:
+        self._num_experts = num_experts
+        self._header_rows = -(-num_experts * 4 // self._row_bytes)
+
+    def _cut(self, num_experts: int) -> None:
+        while self._batcher.queued_rows:
+            self._compute()
+        self._rows.clear()
+        self._compute_s.clear()
+        self._count(num_experts)
+        if self._answering is not None:
+            for session in self._sessions:
+                self._answering.close(session)
 
     def _close(self, gateway_id: str, number: int) -> None:
         session = self._sessions.get(number)
@@ -355,6 +405,8 @@ class DataPlane(threading.Thread):
             if message is None:
                 break
             moved = True
+            if self._weights.accept(message):
+                continue
             frame = wire.decode(message.tag)
             try:
                 work = self._receive(frame, message)
@@ -443,6 +495,8 @@ class DataPlane(threading.Thread):
 
     def _segments(self, work: _Work) -> list[tuple[ExpertId, _Segment]]:
         """Split a message by expert."""
+        if work.session.num_experts != self._num_experts:
+            raise _Refused(wire.Refusal.UNKNOWN_SESSION)
         frame, rows_RD = work.frame, work.buffer.rows_RD
         if frame.expert != wire.SEVERAL:
             x_RD = self._range(work.buffer, 0, frame.rows).x_RD

@@ -1,7 +1,7 @@
 """Dispatch and combine: rows out to experts, rows back, weighted and summed.
 
 Legend: T tokens of a micro-batch, K experts a token, R = T x K routed rows, E experts of a
-layer, D hidden size, F rows of a frame.
+layer, D hidden size, F rows of a frame. Where experts are cut, K and E count slices.
 
 Rows travel in *frames*: equal parts of one send arena and one reply arena. A message to a worker
 is a run of rows inside a frame, and its reply lands in the same rows of the reply arena, so one
@@ -160,11 +160,11 @@ class Dispatcher:
     ) -> None:
         self._transport = transport
         self._num_experts = config.num_experts
+        self._max_choices = max_tokens * config.experts_per_token
+        self._row_bytes = config.hidden_size * dtype.itemsize
         self._hidden_size = config.hidden_size
         self._device = device
         self._dtype = dtype
-        self._max_routed_rows = max_tokens * config.experts_per_token
-        self._header_rows = -(-config.num_experts * 4 // (config.hidden_size * dtype.itemsize))
         self._reply_timeout_s = reply_timeout_s
         self._spin_s = spin_s
         self._scratch = transport.wrap(torch.zeros(64, dtype=torch.uint8))
@@ -186,6 +186,7 @@ class Dispatcher:
         self._frame_rows = self._num_frames = 0
         self._parked_frames: set[int] = set()
         self._num_moves = 0
+        self._cut(shards=1)
         self._allocate(num_peers=0, max_rows=wire.MAX_ROWS)
         self.on_late: Callable[[], None] = lambda: None
         """Called over and over while a step waits for rows that are late: a chance to pass on
@@ -231,6 +232,7 @@ class Dispatcher:
         self._expected = set(self._routes) | set(map(expert_from_proto, routing.pending))
         self._balancer.keep_only(self._peers, self._routes)
         self._faults.clear()
+        self._cut(max(1, routing.expert_shards))
         self._allocate(
             num_peers=len(self._peers),
             max_rows=min((peer.max_rows for peer in routing.peers), default=wire.MAX_ROWS),
@@ -317,11 +319,12 @@ class Dispatcher:
         self, layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> Pending:
         """See :class:`gateway.model.batch.Experts`."""
+        expert_ids_TK, weights_TK = self._units(expert_ids_TK, weights_TK)
         pending = Pending(self, self._calls[layer] % self._num_micro_batches, weights_TK)
         self._calls[layer] += 1
         self._away.append(pending)
         expert_ids_R = expert_ids_TK.reshape(-1).cpu().numpy()
-        counts_E = np.bincount(expert_ids_R, minlength=self._num_experts).tolist()
+        counts_E = np.bincount(expert_ids_R, minlength=self._num_units).tolist()
         messages = [
             (peer, runs)
             for peer, counts in self._group_by_worker(layer, counts_E)
@@ -458,11 +461,11 @@ class Dispatcher:
 
     def _write_counts(self, runs: tuple[_Run, ...]) -> None:
         """Put the counts of a message for several experts ahead of its rows."""
-        counts_E = torch.zeros(self._num_experts, dtype=torch.int32)
+        counts_E = torch.zeros(self._num_units, dtype=torch.int32)
         for run in runs:
             counts_E[run.expert.index] = run.num_rows
         header_RD = self._send_RD[runs[0].start - self._header_rows : runs[0].start]
-        header_RD.view(-1).view(torch.int32)[: self._num_experts] = counts_E.to(self._device)
+        header_RD.view(-1).view(torch.int32)[: self._num_units] = counts_E.to(self._device)
 
     def _post(self, pending: Pending, messages: list[tuple[_Peer, tuple[_Run, ...]]]) -> None:
         """Post the receives of all replies, then the sends."""
@@ -682,7 +685,12 @@ class Dispatcher:
     def _give_up(self, pending: Pending, run: _Run, reason: str) -> None:
         """Void the tokens that have a row in ``run``."""
         self._reply_RD[run.start : run.start + run.num_rows] = 0
-        error = ExpertUnavailable(*run.expert, reason, coming=run.expert in self._expected)
+        index, part = divmod(run.expert.index, self._shards)
+        if self._shards > 1:
+            reason = f"slice {part} of {self._shards}: {reason}"
+        error = ExpertUnavailable(
+            run.expert.layer, index, reason, coming=run.expert in self._expected
+        )
         in_run_TK = (pending.rows_TK >= run.start) & (pending.rows_TK < run.start + run.num_rows)
         for token in in_run_TK.any(dim=1).nonzero().view(-1).tolist():
             self._void.setdefault((pending.micro_batch, token), error)
@@ -765,6 +773,23 @@ class Dispatcher:
         self._routes[expert] = [p for p in self._routes[expert] if p is not peer]
 
     # Frames.
+
+    def _cut(self, shards: int) -> None:
+        """Count in slices from here on, ``shards`` to an expert: all that was experts is units."""
+        self._shards = shards
+        self._num_units = self._num_experts * shards
+        self._max_routed_rows = self._max_choices * shards
+        self._header_rows = -(-self._num_units * 4 // self._row_bytes)
+
+    def _units(
+        self, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a token goes to, with K as many times more: an expert is the sum of its slices."""
+        if self._shards == 1:
+            return expert_ids_TK, weights_TK
+        slices = torch.arange(self._shards, device=expert_ids_TK.device)
+        units_TKS = expert_ids_TK.unsqueeze(-1) * self._shards + slices
+        return units_TKS.flatten(1), weights_TK.repeat_interleave(self._shards, dim=1)
 
     def _allocate(self, num_peers: int, max_rows: int) -> None:
         """Arenas for the worst step, anew only when that has grown.
