@@ -7,6 +7,7 @@ namespace by being forked with this module's :func:`main` as its entry.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import shutil
 import socket
@@ -22,6 +23,7 @@ _MS_REC, _MS_SLAVE, _MNT_DETACH = 0x4000, 0x80000, 2
 _LINK = "eth0"
 
 
+@functools.cache
 def why_not() -> str:
     """Why there can be no namespaces here; empty when there can."""
     if os.geteuid() != 0:
