@@ -13,7 +13,7 @@ import queue
 import random
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -23,6 +23,7 @@ import structlog
 import torch
 
 from expert_worker.batcher import Batcher
+from expert_worker.compute import Compute, CpuCompute, Part, Ticket
 from expert_worker.expert_store import ExpertStore
 from mesh import wire
 from mesh.errors import MeshError, Unavailable
@@ -98,7 +99,15 @@ class _Segment:
     """The rows of one expert within a message."""
 
     work: _Work
-    x_RD: torch.Tensor
+    part: Part
+
+
+class _Batch(NamedTuple):
+    """What is being computed together, of one expert; None: one message of several."""
+
+    expert: ExpertId | None
+    segments: list[_Segment]
+    ticket: Ticket
 
 
 class _Command(Generic[T]):
@@ -160,6 +169,12 @@ class DataPlane(threading.Thread):
         self._receiving: list[_Work] = []
         self._sending: list[_Work] = []
         self._dropping: list[Request] = []
+        self._compute_on: Compute = CpuCompute()
+        if device.type == "cuda":
+            from expert_worker.gpu_compute import GpuCompute
+
+            self._compute_on = GpuCompute(device)
+        self._computing: deque[_Batch] = deque()
         self._batcher: Batcher[_Segment] = Batcher(merge_rows)
         self._rows: Counter[ExpertId] = Counter()
         self._compute_s: defaultdict[ExpertId, float] = defaultdict(float)
@@ -230,10 +245,8 @@ class DataPlane(threading.Thread):
     def run(self) -> None:
         """Serve until :meth:`stop`."""
         try:
-            if self._device.type == "cuda":
-                # The transport must find the GPU's context on this thread.
-                torch.cuda.set_device(self._device)
-                torch.cuda.synchronize()
+            # First: a transport must find the GPU's context on this thread.
+            self._compute_on.open()
             transport = self._transport = self._make_transport()
             self._scratch = transport.wrap(torch.zeros(_SCRATCH_BYTES, dtype=torch.uint8))
             self._waiter = Waiter(transport, spin_s=self._spin_s)
@@ -259,9 +272,11 @@ class DataPlane(threading.Thread):
         moved = self._accept()
         if self._receiving:
             moved |= self._received()
-        if self._batcher.queued_rows:
+        if self._batcher.queued_rows and len(self._computing) < self._compute_on.depth:
             self._compute()
             moved = True
+        if self._computing:
+            moved |= self._computed()
         if self._sending:
             moved |= self._sent()
         while not self._commands.empty():
@@ -270,12 +285,16 @@ class DataPlane(threading.Thread):
         if moved:
             self._last_progress_s = time.monotonic()
             self._waiter.busy()
+        elif self._computing:
+            self._waiter.busy()
         else:
             self._waiter.wait()
             self._forget_dead_gateways()
 
     def _busy(self) -> bool:
-        return bool(self._receiving or self._sending or self._batcher.queued_rows)
+        return bool(
+            self._receiving or self._sending or self._computing or self._batcher.queued_rows
+        )
 
     def _open(self, gateway_id: str, address: bytes, reply_session: int) -> int:
         if self._draining:
@@ -380,6 +399,8 @@ class DataPlane(threading.Thread):
         if self._transport.failure(work.request) is not None:
             self._recycle(work.buffer)
             return
+        if work.num_header_rows and self._start_several(work):
+            return
         try:
             segments = self._segments(work)
         except _Refused as refused:
@@ -388,58 +409,87 @@ class DataPlane(threading.Thread):
             return
         work.waiting_segments = len(segments)
         for expert, segment in segments:
-            self._batcher.put(expert, segment.x_RD.shape[0], segment)
+            self._batcher.put(expert, segment.part.num_rows, segment)
+
+    def _start_several(self, work: _Work) -> bool:
+        """Have the device compute a message of several experts by the counts that are there."""
+        layer, rows = work.frame.layer, work.frame.rows
+        here = {e.index: x for e, x in self._store.experts.items() if e.layer == layer}
+        part = Part(work.buffer.rows_RD, work.num_header_rows, rows)
+        try:
+            ticket = self._compute_on.start_several(here, part, self._num_experts)
+        except RuntimeError:
+            log.exception("experts_failed", layer=layer)
+            return False
+        if ticket is None:
+            return False
+        work.waiting_segments = 1
+        self._computing.append(_Batch(None, [_Segment(work, part)], ticket))
+        return True
 
     def _segments(self, work: _Work) -> list[tuple[ExpertId, _Segment]]:
         """Split a message by expert."""
         frame, rows_RD = work.frame, work.buffer.rows_RD
         if frame.expert != wire.SEVERAL:
-            x_RD = self._range(work.buffer, 0, frame.rows).x_RD
-            return [(ExpertId(frame.layer, frame.expert), _Segment(work, x_RD))]
+            part = Part(rows_RD, 0, frame.rows)
+            return [(ExpertId(frame.layer, frame.expert), _Segment(work, part))]
         header = rows_RD[: work.num_header_rows].reshape(-1).view(torch.int32)
         counts = header[: self._num_experts].tolist()
-        if min(counts) < 0 or sum(counts) != frame.rows:
-            raise _Refused(wire.Refusal.BAD_COUNTS)
         segments = []
         start = work.num_header_rows
-        for index, count in enumerate(counts):
-            if count == 0:
-                continue
-            expert = ExpertId(frame.layer, index)
-            if expert not in self._store.experts:
-                raise _Refused(wire.Refusal.UNKNOWN_EXPERT)
-            segments.append((expert, _Segment(work, rows_RD[start : start + count])))
+        for expert, count in self._counted(frame, counts):
+            segments.append((expert, _Segment(work, Part(rows_RD, start, count))))
             start += count
         return segments
 
+    def _counted(self, frame: wire.Frame, counts: list[int]) -> list[tuple[ExpertId, int]]:
+        """The experts that a message's counts name, and the rows of each."""
+        if min(counts) < 0 or sum(counts) != frame.rows:
+            raise _Refused(wire.Refusal.BAD_COUNTS)
+        named = [(ExpertId(frame.layer, index), n) for index, n in enumerate(counts) if n]
+        if any(expert not in self._store.experts for expert, _ in named):
+            raise _Refused(wire.Refusal.UNKNOWN_EXPERT)
+        return named
+
     def _compute(self) -> None:
-        """Run one expert over its rows and reply to every message that is complete."""
-        started = time.perf_counter()
+        """Start to run one expert over its rows."""
         expert, segments = self._batcher.take()
         mlp = self._store.experts.get(expert)
         if mlp is None:
             for segment in segments:
                 self._finish(segment.work, wire.Refusal.UNKNOWN_EXPERT)
             return
-        parts = [segment.x_RD for segment in segments]
         try:
-            y_RD = mlp(parts[0] if len(parts) == 1 else torch.cat(parts))
+            ticket = self._compute_on.start(mlp, [segment.part for segment in segments])
         except RuntimeError:
             # Out of memory, for one: these rows can go elsewhere, the worker serves on.
             log.exception("expert_failed", expert=str(expert))
             for segment in segments:
                 self._finish(segment.work, wire.Refusal.FAILED)
             return
-        start = 0
-        for part in parts:
-            part.copy_(y_RD[start : start + len(part)])
-            start += len(part)
-        if y_RD.is_cuda:
-            torch.cuda.current_stream(self._device).synchronize()
-        self._rows[expert] += len(y_RD)
-        self._compute_s[expert] += time.perf_counter() - started
-        for segment in segments:
-            self._finish(segment.work, None)
+        self._computing.append(_Batch(expert, segments, ticket))
+
+    def _computed(self) -> bool:
+        """Reply to every message that is complete."""
+        moved = False
+        while self._computing and self._computing[0].ticket.done:
+            moved = True
+            expert, segments, ticket = self._computing.popleft()
+            seconds, refusal = ticket.seconds, None
+            named: list[tuple[ExpertId, int]] = []
+            if expert is not None:
+                named = [(expert, sum(segment.part.num_rows for segment in segments))]
+            else:
+                try:
+                    named = self._counted(segments[0].work.frame, ticket.counts)
+                except _Refused as refused:
+                    refusal = refused.reason
+            for expert, num_rows in named:
+                self._rows[expert] += num_rows
+                self._compute_s[expert] += seconds / len(named)
+            for segment in segments:
+                self._finish(segment.work, refusal)
+        return moved
 
     def _finish(self, work: _Work, refusal: wire.Refusal | None) -> None:
         """One segment of a message is done; the last one sends the reply."""
@@ -483,7 +533,11 @@ class DataPlane(threading.Thread):
         if self._free[capacity]:
             return self._free[capacity].pop()
         shape = (capacity, self._hidden_size)
-        return _RowBuffer(torch.zeros(shape, dtype=self._dtype, device=self._device))
+        buffer = _RowBuffer(torch.zeros(shape, dtype=self._dtype, device=self._device))
+        if self._device.type == "cuda":
+            # The transport writes into it on a stream of its own.
+            torch.cuda.current_stream(self._device).synchronize()
+        return buffer
 
     def _recycle(self, buffer: _RowBuffer) -> None:
         self._free[buffer.rows_RD.shape[0]].append(buffer)

@@ -28,7 +28,9 @@ from mesh.config import WorkerConfig, default_name, resolve_dtype
 from mesh.device import open_device
 from mesh.grpc_server import GrpcServer, stop_signals
 from mesh.http import HttpServer
+from mesh.mlp import Mlp
 from mesh.model_config import ModelConfig
+from mesh.plan import ExpertId
 from mesh.transport.ucx import UcxTransport
 from mesh.transport.waiting import SPIN_S
 from protos import placement_pb2
@@ -70,7 +72,7 @@ async def run(config: WorkerConfig, worker_id: str, stop: asyncio.Event) -> None
     )
     with Checkpoint(config.model) as checkpoint:
         store = ExpertStore(
-            lambda e: load_expert(checkpoint, model, e.layer, e.index, device, torch_dtype),
+            lambda e: _load(checkpoint, model, e, device, torch_dtype),
             expert_bytes=info.expert_bytes,
             memory_bytes=info.memory_bytes,
             worker_id=worker_id,
@@ -95,6 +97,20 @@ async def run(config: WorkerConfig, worker_id: str, stop: asyncio.Event) -> None
             await _listen(config, service, info, registry)
         finally:
             await asyncio.to_thread(plane.stop)
+
+
+def _load(
+    checkpoint: Checkpoint,
+    model: ModelConfig,
+    expert: ExpertId,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Mlp:
+    loaded = load_expert(checkpoint, model, expert.layer, expert.index, device, dtype)
+    if device.type == "cuda":
+        # The stream that computes does not wait for this thread's.
+        torch.cuda.current_stream(device).synchronize()
+    return loaded
 
 
 async def _listen(
