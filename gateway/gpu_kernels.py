@@ -147,3 +147,24 @@ def combine(
         RESIDUAL=residual_TD is not None,
     )
     return out_TD
+
+
+@triton.jit
+def _headers_kernel(headers, words, num_words, words_per_row, WORDS: tl.constexpr):
+    header = headers + tl.program_id(0) * (num_words + 1)
+    to = words + tl.load(header).to(tl.int64) * words_per_row
+    word = tl.arange(0, WORDS)
+    inside = word < num_words
+    tl.store(to + word, tl.load(header + 1 + word, mask=inside), mask=inside)
+
+
+def write_headers(headers_ME: Tensor, send_ND: Tensor) -> None:
+    """Write each header (int32: an arena row, then the words) from the start of its row on."""
+    words = send_ND.view(-1).view(torch.int32)
+    _headers_kernel[(len(headers_ME),)](
+        headers_ME,
+        words,
+        headers_ME.shape[1] - 1,
+        len(words) // len(send_ND),
+        WORDS=triton.next_power_of_2(headers_ME.shape[1]),
+    )
