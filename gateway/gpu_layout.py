@@ -98,11 +98,15 @@ class GpuSorted:
 
 
 class GpuLayout:
-    """See :class:`gateway.layout.Layout`. ``max_rows`` is of one micro-batch."""
+    """See :class:`gateway.layout.Layout`. ``max_rows`` is of one micro-batch.
+
+    Made under the stream that everything but the capture of graphs will run on.
+    """
 
     def __init__(self, max_rows: int, device: torch.device) -> None:
         self._max_rows = max_rows
         self._device = device
+        self._stream = torch.cuda.current_stream(device)
         self._buffers: dict[int, _Buffers] = {}
 
     def sort(self, micro_batch: int, ids_TK: Tensor, num_experts: int) -> GpuSorted:
@@ -115,7 +119,7 @@ class GpuLayout:
             ids_TK.reshape(-1), buffers.positions_R[: ids_TK.numel()], buffers.counts_E
         )
         buffers.counts_on_host_E.copy_(buffers.counts_E, non_blocking=True)
-        return GpuSorted(buffers, ids_TK.shape, torch.cuda.current_stream(self._device))
+        return GpuSorted(buffers, ids_TK.shape, self._stream)
 
     def combine(
         self,
