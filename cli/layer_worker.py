@@ -1,7 +1,8 @@
 """A worker of ``expert-mesh bench layer``: a data plane with random experts of one layer.
 
 It says where it is, is told who asks, and serves until its standard input ends. One JSON object
-a line: ``{"address": hex}`` out, ``{"address": hex, "session": n}`` in, ``{"session": n}`` out.
+a line: ``{"address": hex}`` out, ``{"address": hex, "session": n}`` in, ``{"session": n}`` out;
+``{"served": true}`` in, ``{"served": [stages of each dispatch since]}`` out.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 
 import torch
 
-from expert_worker.data_plane import DataPlane
+from expert_worker.data_plane import DataPlane, Served
 from expert_worker.expert_store import ExpertStore
 from mesh.device import open_device
 from mesh.mlp import GatedMlp, Mlp, PlainMlp
@@ -63,10 +64,16 @@ def main() -> None:
         merge_rows=order["max_rows"],
         spin_s=SPIN_S[device.type],
     )
+    served: list[Served] = []
+    plane.on_served = served.append
     plane.start()
     print(json.dumps({"address": plane.wait_started().hex()}), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
+        if "served" in asked:
+            taken, served[:] = served[:], []
+            print(json.dumps({"served": [one._asdict() for one in taken]}), flush=True)
+            continue
         session = plane.connect("bench", bytes.fromhex(asked["address"]), asked["session"])
         print(json.dumps({"session": session}), flush=True)
     plane.stop()

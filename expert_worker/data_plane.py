@@ -82,6 +82,20 @@ class _RowBuffer:
     ranges: dict[tuple[int, int], _Rows] = field(default_factory=dict)
 
 
+class Served(NamedTuple):
+    """When one dispatch went through its stages, in ``time.perf_counter()`` seconds."""
+
+    layer: int
+    rows: int
+    found_s: float
+    received_s: float
+    started_s: float
+    computed_s: float
+    sent_s: float
+    device_s: float
+    """What the device took for the batch that it was in."""
+
+
 @dataclass
 class _Work:
     """One dispatch that is being served."""
@@ -91,7 +105,12 @@ class _Work:
     buffer: _RowBuffer
     num_header_rows: int
     request: Request
+    found_s: float
     waiting_segments: int = 0
+    received_s: float = 0.0
+    started_s: float = 0.0
+    computed_s: float = 0.0
+    device_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -184,6 +203,8 @@ class DataPlane(threading.Thread):
         self._stopping = False
         self._bound: Future[bytes] = Future()
         self.failure: BaseException | None = None
+        self.on_served: Callable[[Served], None] | None = None
+        """Told of every dispatch on the thread, if anybody wants to know."""
 
     # Called from other threads.
 
@@ -362,7 +383,7 @@ class DataPlane(threading.Thread):
             raise _Refused(wire.Refusal.WRONG_LENGTH)
         buffer = self._buffer(num_rows)
         request = message.receive(self._range(buffer, 0, num_rows).wrapped)
-        return _Work(session, frame, buffer, num_header_rows, request)
+        return _Work(session, frame, buffer, num_header_rows, request, time.perf_counter())
 
     def _refuse(self, frame: wire.Frame, reason: wire.Refusal) -> None:
         """Tell the gateway, where it is known; a stranger gets no answer."""
@@ -396,6 +417,7 @@ class DataPlane(threading.Thread):
 
     def _queue(self, work: _Work) -> None:
         """Hand a message's rows to the batcher."""
+        work.received_s = time.perf_counter()
         if self._transport.failure(work.request) is not None:
             self._recycle(work.buffer)
             return
@@ -424,6 +446,7 @@ class DataPlane(threading.Thread):
         if ticket is None:
             return False
         work.waiting_segments = 1
+        work.started_s = time.perf_counter()
         self._computing.append(_Batch(None, [_Segment(work, part)], ticket))
         return True
 
@@ -467,6 +490,9 @@ class DataPlane(threading.Thread):
             for segment in segments:
                 self._finish(segment.work, wire.Refusal.FAILED)
             return
+        now = time.perf_counter()
+        for segment in segments:
+            segment.work.started_s = now
         self._computing.append(_Batch(expert, segments, ticket))
 
     def _computed(self) -> bool:
@@ -487,7 +513,10 @@ class DataPlane(threading.Thread):
             for expert, num_rows in named:
                 self._rows[expert] += num_rows
                 self._compute_s[expert] += seconds / len(named)
+            now = time.perf_counter()
             for segment in segments:
+                segment.work.computed_s = now
+                segment.work.device_s = seconds
                 self._finish(segment.work, refusal)
         return moved
 
@@ -514,7 +543,7 @@ class DataPlane(threading.Thread):
         rows = self._range(work.buffer, work.num_header_rows, frame.rows)
         work.request = work.session.endpoint.send(rows.wrapped, tag)
         if work.request.completed:
-            self._recycle(work.buffer)
+            self._done(work)
         else:
             self._sending.append(work)
 
@@ -524,8 +553,26 @@ class DataPlane(threading.Thread):
         if done:
             self._sending = [work for work in self._sending if not work.request.completed]
             for work in done:
-                self._recycle(work.buffer)
+                self._done(work)
         return bool(done)
+
+    def _done(self, work: _Work) -> None:
+        """A reply is out."""
+        self._recycle(work.buffer)
+        if self.on_served is not None:
+            frame = work.frame
+            self.on_served(
+                Served(
+                    frame.layer,
+                    frame.rows,
+                    work.found_s,
+                    work.received_s,
+                    work.started_s,
+                    work.computed_s,
+                    time.perf_counter(),
+                    work.device_s,
+                )
+            )
 
     def _buffer(self, num_rows: int) -> _RowBuffer:
         """A free buffer of the next power of two of rows, so that few sizes serve all."""
