@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _MAX_ERROR = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}
 _WARM_UP = 8
+_GRAPH_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -283,7 +284,7 @@ def _measure(
     ours = _times(step.run, device, repeat)
     halves = [slice(0, size // 2), slice(size // 2, size)] if size > 1 else [slice(0, 1)]
     two = Step(dispatcher, [(x_TD[h], ids_TK[h], weights_TK[h]) for h in halves])
-    passing = _times(two.run_on, device, repeat)
+    passing = _times(two.run_on, device, repeat, wait=False)
     two.land()
     return Line(
         rows=size,
@@ -298,7 +299,10 @@ def _measure(
 
 
 class Step:
-    """One layer, over and over, with the rows of each micro-batch fixed."""
+    """One layer, over and over, with the rows of each micro-batch fixed.
+
+    As in the engine: what the device does for itself runs from graphs where batches are small.
+    """
 
     def __init__(
         self,
@@ -308,26 +312,77 @@ class Step:
         self._dispatcher = dispatcher
         self._micro_batches = micro_batches
         self._away: list[Any] = []
+        self._graphs = [self._captured(n) for n in range(len(micro_batches))]
+
+    def _captured(self, micro_batch: int) -> Any:
+        """The sort, what it makes, and the sum; None where they are launched one by one."""
+        import torch
+
+        x_TD, ids_TK, weights_TK = self._micro_batches[micro_batch]
+        if not x_TD.is_cuda or len(x_TD) > _GRAPH_ROWS:
+            return None
+        from expert_worker.gpu_compute import capture
+
+        dispatcher = self._dispatcher
+        made: dict[str, Any] = {}
+
+        def prepare() -> None:
+            made["prepared"] = dispatcher.prepare(micro_batch, ids_TK, weights_TK)
+
+        def scatter() -> None:
+            made["prepared"].laid.launch(x_TD, dispatcher.arenas[0])
+
+        def combine() -> None:
+            laid = made["prepared"].laid
+            made["y"] = dispatcher.layout.combine(dispatcher.arenas[1], laid.rows_TK, weights_TK)
+
+        stream = torch.cuda.Stream(x_TD.device)
+        torch.cuda.synchronize(x_TD.device)
+        with torch.cuda.stream(stream):
+            for run in (prepare, scatter, combine):
+                run()
+            stream.synchronize()
+            sort = capture(prepare)
+            made["prepared"].laid.scatter_graph = capture(scatter)
+            return sort, made["prepared"], capture(combine), made["y"]
+
+    def _leave(self, micro_batch: int) -> Any:
+        graphs = self._graphs[micro_batch]
+        batch = self._micro_batches[micro_batch]
+        if graphs is None:
+            return self._dispatcher.dispatch(0, *batch)
+        graphs[0].replay()
+        return self._dispatcher.send(0, batch[0], graphs[1])
+
+    def _return(self, micro_batch: int, pending: Any) -> torch.Tensor:
+        graphs = self._graphs[micro_batch]
+        if graphs is None:
+            y_TD: torch.Tensor = pending.combine()
+            return y_TD
+        self._dispatcher.wait(pending)
+        graphs[2].replay()
+        y_TD = graphs[3]
+        return y_TD
 
     def run(self) -> list[torch.Tensor]:
         """All away, all back."""
         self._dispatcher.begin_step(len(self._micro_batches))
-        away = [self._dispatcher.dispatch(0, *batch) for batch in self._micro_batches]
-        return [pending.combine() for pending in away]
+        away = [self._leave(n) for n in range(len(self._micro_batches))]
+        return [self._return(n, pending) for n, pending in enumerate(away)]
 
     def run_on(self) -> None:
         """Each micro-batch comes back and leaves again, while the others are under way."""
         if not self._away:
             self._dispatcher.begin_step(len(self._micro_batches))
-            self._away = [self._dispatcher.dispatch(0, *batch) for batch in self._micro_batches]
-        for n, batch in enumerate(self._micro_batches):
-            self._away[n].combine()
-            self._away[n] = self._dispatcher.dispatch(0, *batch)
+            self._away = [self._leave(n) for n in range(len(self._micro_batches))]
+        for n in range(len(self._micro_batches)):
+            self._return(n, self._away[n])
+            self._away[n] = self._leave(n)
 
     def land(self) -> None:
         """Bring back what is away."""
-        for pending in self._away:
-            pending.combine()
+        for n, pending in enumerate(self._away):
+            self._return(n, pending)
         self._away = []
 
 
@@ -370,7 +425,9 @@ def _alone(expert: Any, rows: int, shape: Shape, device: torch.device, dtype: to
     return median(times[5:])
 
 
-def _times(run: Callable[[], object], device: torch.device, repeat: int) -> list[float]:
+def _times(
+    run: Callable[[], object], device: torch.device, repeat: int, *, wait: bool = True
+) -> list[float]:
     """Microseconds of each run, its device's work included."""
     import torch
 
@@ -378,7 +435,7 @@ def _times(run: Callable[[], object], device: torch.device, repeat: int) -> list
     for _ in range(_WARM_UP + repeat):
         began_s = time.perf_counter()
         run()
-        if device.type == "cuda":
+        if device.type == "cuda" and wait:
             torch.cuda.current_stream(device).synchronize()
         times.append((time.perf_counter() - began_s) * 1e6)
     return times[_WARM_UP:]

@@ -63,6 +63,7 @@ def main() -> None:
         max_rows=order["max_rows"],
         merge_rows=order["max_rows"],
         spin_s=SPIN_S[device.type],
+        threads=order["threads"],
     )
     served: list[Served] = []
     plane.on_served = served.append

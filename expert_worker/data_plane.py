@@ -14,7 +14,7 @@ import random
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -24,11 +24,11 @@ import torch
 
 from expert_worker.batcher import Batcher
 from expert_worker.compute import Compute, CpuCompute, Part, Ticket
-from expert_worker.expert_store import ExpertStore
+from expert_worker.expert_store import Expert, ExpertStore
 from mesh import wire
 from mesh.errors import MeshError, Unavailable
 from mesh.plan import ExpertId
-from mesh.transport.base import Buffer, Endpoint, Message, Request, Transport
+from mesh.transport.base import Answering, Buffer, Endpoint, Message, Request, Transport
 from mesh.transport.waiting import Waiter
 
 log = structlog.get_logger()
@@ -168,8 +168,10 @@ class DataPlane(threading.Thread):
         max_rows: int,
         merge_rows: int,
         spin_s: float,
+        threads: int,
     ) -> None:
         super().__init__(name="data-plane", daemon=True)
+        self._threads = threads
         self._make_transport = make_transport
         self._store = store
         self._hidden_size = hidden_size
@@ -201,6 +203,8 @@ class DataPlane(threading.Thread):
         self._last_progress_s = time.monotonic()
         self._draining = False
         self._stopping = False
+        self._answering: Answering | None = None
+        self._served: Mapping[ExpertId, Expert] = {}
         self._bound: Future[bytes] = Future()
         self.failure: BaseException | None = None
         self.on_served: Callable[[Served], None] | None = None
@@ -222,19 +226,27 @@ class DataPlane(threading.Thread):
 
     def stats(self) -> DataPlaneStats:
         """Counters as of now."""
+        rows, compute_s = Counter(self._rows), defaultdict(float, self._compute_s)
+        last_progress_s = self._last_progress_s
+        if self._answering is not None:
+            for expert, count, seconds in self._answering.counts():
+                rows[expert] += count
+                compute_s[expert] += seconds
+            last_progress_s = max(last_progress_s, self._answering.last_progress_s)
         return DataPlaneStats(
-            dict(self._rows),
-            dict(self._compute_s),
+            dict(rows),
+            dict(compute_s),
             dict(self._refused),
             self._batcher.queued_rows,
             len(self._sessions),
-            self._last_progress_s,
+            last_progress_s,
             self._busy(),
         )
 
     def drain(self, timeout_s: float) -> None:
         """Refuse what comes from now on and wait until what is in hand is served."""
         self._draining = True
+        self._waiter.wake()
         until = time.monotonic() + timeout_s
         while self._busy() and self.is_alive() and time.monotonic() < until:
             time.sleep(0.01)
@@ -265,18 +277,24 @@ class DataPlane(threading.Thread):
 
     def run(self) -> None:
         """Serve until :meth:`stop`."""
+        # OpenMP counts threads for each thread that computes: what the process was told does not
+        # hold here, and workers that share cores would wait for each other's helpers at barriers.
+        torch.set_num_threads(self._threads)
         try:
             # First: a transport must find the GPU's context on this thread.
             self._compute_on.open()
             transport = self._transport = self._make_transport()
             self._scratch = transport.wrap(torch.zeros(_SCRATCH_BYTES, dtype=torch.uint8))
             self._waiter = Waiter(transport, spin_s=self._spin_s)
+            self._answering = transport.answering(
+                row_bytes=self._row_bytes, max_rows=self._max_rows
+            )
             self._bound.set_result(transport.address)
             with torch.inference_mode():
                 while not self._stopping:
                     self._turn()
-            for session in self._sessions.values():
-                session.endpoint.close()
+            for session in list(self._sessions.values()):
+                self._close(session.gateway_id, session.number)
             transport.close()
         except BaseException as error:
             self.failure = error
@@ -290,6 +308,8 @@ class DataPlane(threading.Thread):
     def _turn(self) -> None:
         """Receive, compute at most one batch, send; wait when there was nothing of it."""
         self._transport.progress()
+        if self._answering is not None and self._answering.in_hand:
+            self._answering.look()
         moved = self._accept()
         if self._receiving:
             moved |= self._received()
@@ -308,14 +328,30 @@ class DataPlane(threading.Thread):
             self._waiter.busy()
         elif self._computing:
             self._waiter.busy()
-        else:
+        elif self._answering is None or self._draining or self._in_hand():
             self._waiter.wait()
             self._forget_dead_gateways()
+        else:
+            self._answer(self._answering)
+            self._forget_dead_gateways()
 
-    def _busy(self) -> bool:
+    def _answer(self, answering: Answering) -> None:
+        """Let what is regular be answered without us, until we are needed."""
+        if self._served is not self._store.experts:
+            self._served = self._store.experts
+            native = ((e, getattr(mlp, "native", None)) for e, mlp in self._served.items())
+            answering.serve({expert: mlp for expert, mlp in native if mlp is not None})
+        answering.run(spin_s=self._spin_s, wake_fd=self._waiter.descriptor)
+        self._waiter.settle()
+
+    def _in_hand(self) -> bool:
         return bool(
             self._receiving or self._sending or self._computing or self._batcher.queued_rows
         )
+
+    def _busy(self) -> bool:
+        answering = self._answering is not None and self._answering.in_hand > 0
+        return answering or self._in_hand()
 
     def _open(self, gateway_id: str, address: bytes, reply_session: int) -> int:
         if self._draining:
@@ -326,12 +362,16 @@ class DataPlane(threading.Thread):
         number = self._next_session
         self._next_session = (number + 1) % wire.MAX_SESSIONS
         self._sessions[number] = _Session(number, gateway_id, endpoint, reply_session)
+        if self._answering is not None:
+            self._answering.open(number, endpoint, reply_session)
         return number
 
     def _close(self, gateway_id: str, number: int) -> None:
         session = self._sessions.get(number)
         if session is not None and session.gateway_id == gateway_id:
             del self._sessions[number]
+            if self._answering is not None:
+                self._answering.close(number)
             session.endpoint.close()
 
     def _forget_dead_gateways(self) -> None:

@@ -26,8 +26,7 @@ from mesh import wire
 from mesh.errors import ExpertUnavailable, TransportError
 from mesh.model_config import ModelConfig
 from mesh.plan import ExpertId, expert_from_proto
-from mesh.transport.base import Buffer, Endpoint, Request, Transport
-from mesh.transport.waiting import Waiter
+from mesh.transport.base import Buffer, Endpoint, Request, RoundTrip, Transport
 from protos import engine_pb2 as pb
 
 log = structlog.get_logger()
@@ -37,6 +36,8 @@ log = structlog.get_logger()
 _UNEVENNESS = 4
 _MIN_FRAME_ROWS = 64
 _MAX_MICRO_BATCHES = 2
+_LOOK_INTERVAL_S = 0.05
+"""How often to look for what is overdue while replies are awaited."""
 # Plain integers: an enum's member costs a microsecond to look up, on every message.
 _DISPATCH = int(wire.Kind.DISPATCH)
 _REPLY = int(wire.Kind.REPLY)
@@ -79,7 +80,6 @@ class _Message:
     peer: _Peer
     runs: tuple[_Run, ...]
     slot: int
-    reply_tag: int
     sent: Request
     reply: Request
     sent_s: float
@@ -143,7 +143,7 @@ class Dispatcher:
         self._max_routed_rows = max_tokens * config.experts_per_token
         self._header_rows = -(-config.num_experts * 4 // (config.hidden_size * dtype.itemsize))
         self._reply_timeout_s = reply_timeout_s
-        self._waiter = Waiter(transport, spin_s=spin_s)
+        self._spin_s = spin_s
         self._scratch = transport.wrap(torch.zeros(64, dtype=torch.uint8))
         self._peers: dict[str, _Peer] = {}
         self._routes: dict[ExpertId, list[_Peer]] = {}
@@ -159,7 +159,7 @@ class Dispatcher:
 
             self.layout = GpuLayout(self._max_routed_rows, device)
         self.arena_version = 0
-        """Counts the times that :attr:`reply_RD` was replaced."""
+        """Counts the times that :attr:`arenas` were replaced."""
         self._frame_rows = self._num_frames = 0
         self._allocate(num_peers=0, max_rows=wire.MAX_ROWS)
         self.epoch = 0
@@ -237,9 +237,9 @@ class Dispatcher:
     # In a step.
 
     @property
-    def reply_RD(self) -> torch.Tensor:
-        """The arena that replies come back to: what ``rows_TK`` counts in."""
-        return self._reply_RD
+    def arenas(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where rows leave from and come back to."""
+        return self._send_RD, self._reply_RD
 
     def dispatch(
         self, layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
@@ -271,12 +271,11 @@ class Dispatcher:
         pending.rows_TK = prepared.laid.scatter(
             x_TD, _rows_in_order(messages), headers, self._send_RD
         )
+        self._post(pending, [(peer, runs) for peer, runs in messages if peer is not None])
         for peer, runs in messages:
-            if peer is not None:
-                self._post(pending, peer, runs)
-                continue
-            for run in runs:
-                self._give_up(pending, run, "no worker of the plan serves it")
+            if peer is None:
+                for run in runs:
+                    self._give_up(pending, run, "no worker of the plan serves it")
         return pending
 
     def _micro_batch(self, layer: int) -> int:
@@ -290,7 +289,6 @@ class Dispatcher:
     def wait(self, pending: Pending) -> None:
         """Until every row of ``pending`` is back or void; frees its frames."""
         started = time.perf_counter()
-        self._waiter.busy()
         while pending.messages:
             self._wait_once(pending)
         self.expert_wait_s += time.perf_counter() - started
@@ -345,41 +343,64 @@ class Dispatcher:
             counts_E[run.expert.index] = run.num_rows
         return counts_E
 
-    def _post(self, pending: Pending, peer: _Peer, runs: tuple[_Run, ...]) -> None:
-        """Post the receive of the reply, then the send."""
-        while (slot := peer.take_slot()) is None:
-            self._wait_once(pending)
-        first, num_rows = runs[0].start, runs[-1].start + runs[-1].num_rows - runs[0].start
-        layer, expert = runs[0].expert
-        header = 0
-        if len(runs) > 1:
-            expert, header = wire.SEVERAL, self._header_rows
-        reply_tag = wire.encode(_REPLY, peer.reply_session, slot, layer, expert, num_rows)
-        send_tag = wire.encode(_DISPATCH, peer.session, slot, layer, expert, num_rows)
-        reply = peer.endpoint.post_receive(self._wrap(self._reply_RD, first, num_rows), reply_tag)
-        sent = peer.endpoint.send(
-            self._wrap(self._send_RD, first - header, num_rows + header), send_tag
-        )
-        message = _Message(peer, runs, slot, reply_tag, sent, reply, time.monotonic())
-        self._outstanding[peer.reply_session, slot] = message
-        pending.messages.append(message)
+    def _post(self, pending: Pending, messages: list[tuple[_Peer, tuple[_Run, ...]]]) -> None:
+        """Post the receives of all replies, then the sends."""
+        slots: list[int] = []
+        trips: list[RoundTrip] = []
+        for number, (peer, runs) in enumerate(messages):
+            slot = peer.take_slot()
+            if slot is None:
+                # What has slots goes out first, so that some come back.
+                self._launch(pending, messages[:number], slots, trips)
+                self._wait_once(pending)
+                self._post(pending, messages[number:])
+                return
+            slots.append(slot)
+            first, num_rows = runs[0].start, runs[-1].start + runs[-1].num_rows - runs[0].start
+            layer, expert = runs[0].expert
+            header = 0
+            if len(runs) > 1:
+                expert, header = wire.SEVERAL, self._header_rows
+            trips.append(
+                RoundTrip(
+                    peer.endpoint,
+                    self._wrap(self._send_RD, first - header, num_rows + header),
+                    wire.encode(_DISPATCH, peer.session, slot, layer, expert, num_rows),
+                    self._wrap(self._reply_RD, first, num_rows),
+                    wire.encode(_REPLY, peer.reply_session, slot, layer, expert, num_rows),
+                )
+            )
+        self._launch(pending, messages, slots, trips)
+
+    def _launch(
+        self,
+        pending: Pending,
+        messages: list[tuple[_Peer, tuple[_Run, ...]]],
+        slots: list[int],
+        trips: list[RoundTrip],
+    ) -> None:
+        now_s = time.monotonic()
+        posted = self._transport.exchange(trips)
+        for (peer, runs), slot, (reply, sent) in zip(messages, slots, posted, strict=True):
+            message = _Message(peer, runs, slot, sent, reply, now_s)
+            self._outstanding[peer.reply_session, slot] = message
+            pending.messages.append(message)
 
     def _wait_once(self, pending: Pending) -> None:
         """One turn of waiting for replies."""
-        self._transport.progress()
+        requests = [r for message in pending.messages for r in (message.reply, message.sent)]
+        self._transport.wait(requests, spin_s=self._spin_s, timeout_s=_LOOK_INTERVAL_S)
         self._drain_unexpected()
         ended = [message for message in pending.messages if message.ended]
         if ended:
-            pending.messages = [m for m in pending.messages if m not in ended]
+            pending.messages = [message for message in pending.messages if not message.ended]
             for message in ended:
                 self._end(pending, message)
-            self._waiter.busy()
             return
         overdue_s = time.monotonic() - self._reply_timeout_s
         for message in pending.messages:
             if message.sent_s < overdue_s:
                 self._lose(message.peer, f"no reply within {self._reply_timeout_s:g} s")
-        self._waiter.wait(timeout_s=0.05)
 
     def _end(self, pending: Pending, message: _Message) -> None:
         """Close one dispatch; where it failed, send its rows to whoever else serves them."""
@@ -399,7 +420,7 @@ class Dispatcher:
                 self._give_up(pending, run, f"worker {peer.worker_id}: {reason}")
             else:
                 self.replayed_rows += run.num_rows
-                self._post(pending, other, (run,))
+                self._post(pending, [(other, (run,))])
 
     def _give_up(self, pending: Pending, run: _Run, reason: str) -> None:
         """Void the tokens that have a row in ``run``."""
@@ -444,7 +465,7 @@ class Dispatcher:
         if len(message.runs) == 1:
             expert = message.runs[0].expert
             self._routes[expert] = [p for p in self._routes[expert] if p is not message.peer]
-        self._transport.abandon(message.reply_tag)
+        self._transport.cancel(message.reply)
 
     # Frames.
 

@@ -50,13 +50,20 @@ class _Buffers:
             pass
 
 
-@dataclass(frozen=True)
+@dataclass
 class GpuSorted:
     """See :class:`gateway.layout.Sorted`. ``ids_TK`` past the experts are rows of nobody."""
 
     buffers: _Buffers
     shape: torch.Size
     stream: torch.cuda.Stream
+    scatter_graph: torch.cuda.CUDAGraph | None = None
+    """What :meth:`launch` launches, where tokens and arena are where they were when captured."""
+
+    @property
+    def rows_TK(self) -> Tensor:
+        """What :meth:`scatter` returns: it is always this one."""
+        return self.buffers.rows_R[: self.shape.numel()].view(self.shape)
 
     def counts(self) -> list[int]:
         """See :class:`gateway.layout.Sorted`."""
@@ -68,18 +75,23 @@ class GpuSorted:
         self, x_TD: Tensor, rows: IntArray, headers: Mapping[int, IntArray], send_ND: Tensor
     ) -> Tensor:
         """See :class:`gateway.layout.Sorted`. Rows of nobody go nowhere: -1."""
-        buffers = self.buffers
-        num_rows = self.shape.numel()
-        on_host = buffers.row_of_position_on_host_R[:num_rows]
-        there = buffers.row_of_position_R[:num_rows]
-        on_host.numpy()[: len(rows)] = rows
-        on_host.numpy()[len(rows) :] = -1
-        there.copy_(on_host, non_blocking=True)
-        rows_TK = buffers.rows_R[:num_rows].view(self.shape)
-        gpu_kernels.scatter(x_TD, buffers.positions_R, there, rows_TK, send_ND)
+        on_host = self.buffers.row_of_position_on_host_R[: self.shape.numel()].numpy()
+        on_host[: len(rows)] = rows
+        on_host[len(rows) :] = -1
+        if self.scatter_graph is not None:
+            self.scatter_graph.replay()
+        else:
+            self.launch(x_TD, send_ND)
         self._write(headers, send_ND)
-        buffers.wait(self.stream)
-        return rows_TK
+        self.buffers.wait(self.stream)
+        return self.rows_TK
+
+    def launch(self, x_TD: Tensor, send_ND: Tensor) -> None:
+        """The device's part of :meth:`scatter`."""
+        buffers, num_rows = self.buffers, self.shape.numel()
+        there = buffers.row_of_position_R[:num_rows]
+        there.copy_(buffers.row_of_position_on_host_R[:num_rows], non_blocking=True)
+        gpu_kernels.scatter(x_TD, buffers.positions_R, there, self.rows_TK, send_ND)
 
     def _write(self, headers: Mapping[int, IntArray], send_ND: Tensor) -> None:
         buffers = self.buffers

@@ -76,3 +76,8 @@ def decode(tag: int) -> Frame:
         tag >> 16 & 0x3FF,
         tag & 0xFFFF,
     )
+
+
+def expert_key(layer: int, index: int) -> int:
+    """The layer and expert fields of a tag as one number."""
+    return layer << 10 | index

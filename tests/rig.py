@@ -63,6 +63,7 @@ class Worker:
             max_rows=max_rows,
             merge_rows=4 * max_rows,
             spin_s=0.0,
+            threads=1,
         )
         self.plane.start()
         self.address = self.plane.wait_started()

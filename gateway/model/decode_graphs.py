@@ -42,7 +42,7 @@ class DeviceExperts(Protocol):
     arena_version: int
 
     @property
-    def reply_RD(self) -> Tensor: ...
+    def arenas(self) -> tuple[Tensor, Tensor]: ...
 
     @property
     def layout(self) -> Any: ...
@@ -256,6 +256,11 @@ class _Capturing:
             made["x"] = x_TD
 
         graph = self._capture(attend)
+        if routed:
+            laid = made["prepared"].laid
+            laid.scatter_graph = self._capture(
+                lambda: laid.launch(made["normed"], self._experts.arenas[0])
+            )
         shared_graph = None
         if last is not None and routed and last.shared is not None:
             shared = last.shared
@@ -281,10 +286,11 @@ class _Capturing:
 
     def _come_back(self, before: _Segment) -> Tensor:
         """The residual with what the experts of the segment before made."""
-        laid = before.prepared.laid
-        rows_TK = laid.buffers.rows_R[: laid.shape.numel()].view(laid.shape)
         summed: Tensor = self._experts.layout.combine(
-            self._experts.reply_RD, rows_TK, before.prepared.weights_TK, before.x_TD
+            self._experts.arenas[1],
+            before.prepared.laid.rows_TK,
+            before.prepared.weights_TK,
+            before.x_TD,
         )
         return summed
 
@@ -327,7 +333,6 @@ class GraphedBatch:
             return
         pending, self._pending = self._pending, None
         self._experts.wait(pending)
-        laid = self._batch.segments[self._next - 1].prepared.laid
-        known = laid.buffers.rows_R[: laid.shape.numel()].view(laid.shape)
+        known = self._batch.segments[self._next - 1].prepared.laid.rows_TK
         if pending.rows_TK.data_ptr() != known.data_ptr():
             known.copy_(pending.rows_TK)  # rows that were sent again came back elsewhere

@@ -412,6 +412,7 @@ class WorkerThread:
             max_rows=64,
             merge_rows=64,
             spin_s=0.0,
+            threads=1,
         )
         self.plane.start()
         self.address = self.plane.wait_started()

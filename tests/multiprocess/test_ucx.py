@@ -206,7 +206,7 @@ def test_a_receive_that_nobody_answers_can_be_taken_back(pair: Mesh) -> None:
     buffer = pair.transport.wrap(torch.zeros(4))
     request = endpoint.post_receive(buffer, 12345)
     assert not request.completed
-    pair.transport.abandon(12345)
+    pair.transport.cancel(request)
     while not request.completed:
         pair.transport.progress()
 
