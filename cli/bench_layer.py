@@ -31,6 +31,9 @@ _MAX_ERROR = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}
 _WARM_UP = 8
 _GRAPH_ROWS = 256
 
+WORKERS: list[subprocess.Popen[str]] = []
+"""Those of the mesh that is there now."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -161,7 +164,8 @@ def _mesh(
 
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     max_rows = min(65535, max_tokens)
-    processes: list[subprocess.Popen[str]] = []
+    processes = WORKERS
+    processes.clear()
     routing = pb.Routing(epoch=1)
     transport = UcxTransport(cuda=device.type == "cuda")
     try:
