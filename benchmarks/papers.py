@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import random
 import time
 import traceback
@@ -26,24 +27,25 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
+import structlog
 import torch
 import typer
 
-from benchmarks.baselines.monolith import ExpertsHere, WholeStep
 from benchmarks.random_model import checkpoint_on, config_of, mesh_of
 from cli import mps
 from gateway.engine import Engine, MeshExperts
 from gateway.kv_blocks import BlockAllocator
-from gateway.model.decode_graphs import DecodeGraphs
 from gateway.model.decoder import Decoder
 from gateway.model.kv_cache import KvCache
 from gateway.request import Request, Sampling
 from gateway.sampler import Sampler
 from gateway.scheduler import Limits, Scheduler
+from mesh.device import open_device
 from mesh.model_config import ModelConfig
 
 _BLOCK = 16
@@ -201,19 +203,26 @@ def decoder_of(
     torch.cuda.empty_cache()
 
 
-def ours(settings: dict[str, Any], workers: int, work: Work, micro_batches: int) -> dict[str, Any]:
+def ours(
+    settings: dict[str, Any], workers: int, work: Work, micro_batches: int, where: str
+) -> dict[str, Any]:
     """The mesh."""
-    device, config = torch.device("cuda", 0), config_of(settings)
+    device, config = open_device(where), config_of(settings)
     with (
         decoder_of(config, device, work) as (decoder, kv),
         mesh_of(settings, workers, device, "bfloat16", work.max_batch_tokens) as dispatcher,
     ):
-        decoder.use_graphs(DecodeGraphs(decoder, kv, dispatcher, work.max_len))
+        if device.type == "cuda":
+            from gateway.model.decode_graphs import DecodeGraphs
+
+            decoder.use_graphs(DecodeGraphs(decoder, kv, dispatcher, work.max_len))
         return Side(config, decoder, kv, dispatcher, work, micro_batches).measure()
 
 
 def monolith(settings: dict[str, Any], work: Work) -> dict[str, Any]:
     """The baseline."""
+    from benchmarks.baselines.monolith import ExpertsHere, WholeStep
+
     device, config = torch.device("cuda", 0), config_of(settings)
     with decoder_of(config, device, work) as (decoder, kv):
         experts = ExpertsHere(config, checkpoint_on(device), device)
@@ -282,15 +291,14 @@ def transformers(settings: dict[str, Any], work: Work) -> dict[str, Any]:
             del outs
             tokens, times = [int(token[0])], []
             for _ in range(min(16, work.num_new - 1)):
-                seconds_of, out = timed(
-                    lambda token=token: model(token, past_key_values=cache, use_cache=True)
-                )
+                step = partial(model, token, past_key_values=cache, use_cache=True)
+                seconds_of, out = timed(step)
                 token = out.logits[:, -1].argmax(-1, keepdim=True)
                 times.append(seconds_of)
                 tokens.append(int(token[0]))
             found["tpot_ms"][batch] = median(times[2:]) * 1e3
             found["tokens"] = found.get("tokens", tokens)
-            del cache, out
+            del cache, out, step
             torch.cuda.empty_cache()
     return found
 
@@ -352,31 +360,36 @@ def main(
         "transformers",
     ],
     out: Annotated[Path | None, typer.Option(help="Where the JSON goes too.")] = None,
+    device: Annotated[str, typer.Option(help="cpu: ours alone, to see that it runs.")] = "cuda",
     quick: Annotated[bool, typer.Option(help="Small, to see that it runs.")] = False,
 ) -> None:
     """Compare, and print a line for each side."""
     work = Work(8, 10_000, 1_000, 34, (1, 32, 128), 20_480)
     if quick:
         work = Work(2, 200, 50, 10, (1, 4), 512)
+    quiet = structlog.make_filtering_bound_logger(logging.WARNING)
+    structlog.configure(wrapper_class=quiet)
     results: dict[str, Any] = {}
     # Before this process has a context: it must be a client of the service like its workers.
     with mps.sharing(), torch.inference_mode():
-        results["gpu"] = torch.cuda.get_device_name()
+        results["device"] = device if device == "cpu" else torch.cuda.get_device_name()
         for name in model:
             results[name] = {}
-            for one in ("floor", *side):
-                found = results[name][one] = _measured(one, *MODELS[name], work)
+            for one in (*(["floor"] if device != "cpu" else []), *side):
+                found = results[name][one] = _measured(one, *MODELS[name], work, device)
                 print(f"{name:10} {one:13}", json.dumps(found)[:600], flush=True)
                 if out is not None:
                     out.write_text(json.dumps(results, indent=1))
 
 
-def _measured(side: str, settings: dict[str, Any], workers: int, work: Work) -> dict[str, Any]:
+def _measured(
+    side: str, settings: dict[str, Any], workers: int, work: Work, device: str
+) -> dict[str, Any]:
     try:
         if side == "floor":
             return floors(settings, work)
         if side in ("ours", "two"):
-            return ours(settings, workers, work, 1 if side == "ours" else 2)
+            return ours(settings, workers, work, 1 if side == "ours" else 2, device)
         return (monolith if side == "monolith" else transformers)(settings, work)
     except Exception as error:  # the other sides are still worth having
         traceback.print_exc()

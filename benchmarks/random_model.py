@@ -23,7 +23,7 @@ from expert_worker.data_plane import DataPlane
 from expert_worker.expert_mlp import load_expert
 from expert_worker.expert_store import ExpertStore
 from gateway.dispatch import Dispatcher
-from mesh.checkpoint import Checkpoint
+from mesh.checkpoint import INDEX_FILE, Checkpoint
 from mesh.device import open_device
 from mesh.model_config import ModelConfig
 from mesh.plan import ExpertId
@@ -73,6 +73,7 @@ def config_of(settings: dict[str, Any]) -> ModelConfig:
     """The model that a config.json of these settings describes."""
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_text(json.dumps(settings))
+        (Path(directory) / INDEX_FILE).write_text(json.dumps({"weight_map": {}}))
         return ModelConfig.from_hf(Path(directory))
 
 

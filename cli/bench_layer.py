@@ -147,7 +147,11 @@ def run(shape: Shape, sizes: Sequence[int], repeat: int) -> list[Line]:
 
 @contextmanager
 def _mesh(
-    shape: Shape, device: torch.device, dtype: torch.dtype, max_tokens: int
+    shape: Shape,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_tokens: int,
+    reply_timeout_s: float = 20.0,
 ) -> Iterator[Dispatcher]:
     """Workers with their experts, and a dispatcher that is connected to them."""
     from types import SimpleNamespace
@@ -217,7 +221,7 @@ def _mesh(
             device=device,
             dtype=dtype,
             max_tokens=max_tokens,
-            reply_timeout_s=20.0,
+            reply_timeout_s=reply_timeout_s,
             spin_s=SPIN_S[device.type],
         )
         dispatcher.set_routing(routing)

@@ -88,7 +88,7 @@ def test_a_worker_killed_with_rows_in_hand_voids_those_and_no_others() -> None:
     layer = Layer(_shape("bfloat16"))
     with (
         torch.inference_mode(),
-        bench_layer._mesh(layer.shape, layer.device, layer.dtype, 300) as dispatcher,
+        bench_layer._mesh(layer.shape, layer.device, layer.dtype, 300, 4.0) as dispatcher,
     ):
         x_TD, _, weights = layer.batch(64, 0)
         ids = torch.tensor([[0, 2], [1, 3]], device=layer.device).repeat(32, 1)
