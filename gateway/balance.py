@@ -67,7 +67,8 @@ class Balancer:
         if pace is None:
             self._paces[worker_id] = _Pace(unit_s, now)
             return
-        keep = min(_KEEP, math.exp((pace.at_s - now) / _FADE_S))
+        age_s = now - pace.at_s
+        keep = _KEEP if age_s < _FADE_S / 4 else min(_KEEP, math.exp(-age_s / _FADE_S))
         pace.unit_s = keep * pace.unit_s + (1 - keep) * unit_s
         pace.at_s = now
 

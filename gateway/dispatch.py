@@ -101,7 +101,8 @@ class _Message:
     """As it was sent; ``runs`` may have lost some to another message since."""
 
     def __post_init__(self) -> None:
-        self.num_rows = sum(run.num_rows for run in self.runs)
+        first, last = self.runs[0], self.runs[-1]
+        self.num_rows = last.start + last.num_rows - first.start
 
     @property
     def ended(self) -> bool:
@@ -547,14 +548,16 @@ class Dispatcher:
         peer.busy_slots.discard(message.slot)
         del self._outstanding[peer.reply_session, message.slot]
         if message.refusal is not None:
-            self._note_answer(peer)
+            if peer.late_s is not None:
+                self._note_answer(peer)
             return message.refusal
         failure = self._transport.failure(message.reply)
         if failure is None:
             ended_s = message.reply.ended_s
             seconds = ended_s - message.sent_s
             self._balancer.observe(peer.worker_id, message.num_rows, seconds, ended_s)
-            self._note_answer(peer)
+            if peer.late_s is not None:
+                self._note_answer(peer)
             if self._faults:
                 for run in message.runs:
                     self._faults.pop((peer.worker_id, run.expert), None)
@@ -602,9 +605,8 @@ class Dispatcher:
         )
 
     def _note_answer(self, peer: _Peer) -> None:
-        if peer.late_s is not None:
-            peer.late_s = None
-            log.info("worker_answers_again", worker_id=peer.worker_id)
+        peer.late_s = None
+        log.info("worker_answers_again", worker_id=peer.worker_id)
 
     def _move(self, pending: Pending, message: _Message) -> None:
         """Send late rows again, each run to a worker that is not late itself, if there is one.
