@@ -172,6 +172,7 @@ class Dispatcher:
         self._peers: dict[str, _Peer] = {}
         self._routes: dict[ExpertId, list[_Peer]] = {}
         self._expected: set[ExpertId] = set()
+        """Experts that are served, or may soon be."""
         self._outstanding: dict[tuple[int, int], _Message] = {}
         self._abandoned: list[_Abandoned] = []
         self._balancer = Balancer()
@@ -758,6 +759,8 @@ class Dispatcher:
             return
         log.error("expert_faulty", worker_id=peer.worker_id, expert=str(expert), reason=reason)
         self._take_off(peer, expert)
+        if not self._routes[expert]:
+            self._expected.discard(expert)
         self._expert_faults.append(
             pb.ExpertFault(worker_id=peer.worker_id, expert=expert_to_proto(expert), reason=reason)
         )
