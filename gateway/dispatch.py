@@ -177,6 +177,7 @@ class Dispatcher:
         self._abandoned: list[_Abandoned] = []
         self._balancer = Balancer()
         self._faults: Counter[tuple[str, ExpertId]] = Counter()
+        self._taken_off: dict[ExpertId, str] = {}
         self._lost: list[pb.PeerLost] = []
         self._ended_sessions: set[int] = set()
         self._late: list[pb.PeerLate] = []
@@ -233,6 +234,7 @@ class Dispatcher:
         self._expected = set(self._routes) | set(map(expert_from_proto, routing.pending))
         self._balancer.keep_only(self._peers, self._routes)
         self._faults.clear()
+        self._taken_off.clear()
         self._allocate(
             num_peers=len(self._peers),
             max_rows=min((peer.max_rows for peer in routing.peers), default=wire.MAX_ROWS),
@@ -344,7 +346,7 @@ class Dispatcher:
         for peer, runs in messages:
             if peer is None:
                 for run in runs:
-                    self._give_up(pending, run, "no worker of the plan serves it")
+                    self._give_up(pending, run, self._why_unserved(run.expert))
         return pending
 
     def combine(self, pending: Pending) -> torch.Tensor:
@@ -732,9 +734,9 @@ class Dispatcher:
             self._lose(peer, "it does not know our session")
         elif code == wire.Refusal.DRAINING:
             for expert in self._routes:
-                self._take_off(peer, expert)
+                self._take_off(peer, expert, message.refusal)
         elif code == wire.Refusal.UNKNOWN_EXPERT and len(message.runs) == 1:
-            self._take_off(peer, message.runs[0].expert)
+            self._take_off(peer, message.runs[0].expert, message.refusal)
         else:
             self._note_fault(message, message.refusal)
         self._transport.cancel(message.reply)
@@ -758,16 +760,23 @@ class Dispatcher:
         if self._faults[peer.worker_id, expert] < _MAX_FAULTS:
             return
         log.error("expert_faulty", worker_id=peer.worker_id, expert=str(expert), reason=reason)
-        self._take_off(peer, expert)
+        self._take_off(peer, expert, reason)
         if not self._routes[expert]:
             self._expected.discard(expert)
         self._expert_faults.append(
             pb.ExpertFault(worker_id=peer.worker_id, expert=expert_to_proto(expert), reason=reason)
         )
 
-    def _take_off(self, peer: _Peer, expert: ExpertId) -> None:
+    def _take_off(self, peer: _Peer, expert: ExpertId, reason: str) -> None:
         """Send a worker no more rows for an expert before the next plan."""
-        self._routes[expert] = [p for p in self._routes[expert] if p is not peer]
+        if peer in self._routes[expert]:
+            self._routes[expert] = [p for p in self._routes[expert] if p is not peer]
+            self._taken_off[expert] = f"worker {peer.worker_id}: {reason}"
+
+    def _why_unserved(self, expert: ExpertId) -> str:
+        lost = [f"worker {p.worker_id}: {p.lost}" for p in self._routes.get(expert, ()) if p.lost]
+        unserved = "no worker of the plan serves it"
+        return "; ".join(lost) or self._taken_off.get(expert, unserved)
 
     # Frames.
 

@@ -518,6 +518,7 @@ def test_nobody_waits_for_an_expert_whose_only_worker_cannot_compute_it(rig: Rig
         rig.dispatcher.dispatch(LAYER, *step).combine()
         (error,) = rig.dispatcher.void_rows().values()
         coming.append(error.coming)
+        assert "worker w: refused the rows: out_of_memory" in str(error)
     assert coming == [True, True, False, False, False]
     (fault,) = rig.dispatcher.expert_faults()
     assert "out_of_memory" in fault.reason
