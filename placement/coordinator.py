@@ -307,6 +307,11 @@ class Coordinator:
             experts_per_worker=self._rules.experts_per_worker,
             note=facts[-1],
             complete=len(serving) == len(self._experts),
+            # Also what a worker had that died since the target was made: a new one is on its way.
+            pending=[
+                expert_to_proto(e)
+                for e in sorted(self._experts - serving.keys() - set(self.target.missing))
+            ],
             expert_shards=self._rules.shards,
         )
         if fresh.complete and self._incomplete_since_s is not None:
