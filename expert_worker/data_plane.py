@@ -39,6 +39,7 @@ T = TypeVar("T")
 _SCRATCH_BYTES = 64
 _MAX_IN_HAND = 256
 _CALL_TIMEOUT_S = 10.0
+_WEIGHTS_SHARE = 0.25
 # Plain integers: an enum's member costs a microsecond to look up, on every message.
 _DISPATCH = int(wire.Kind.DISPATCH)
 _REPLY = int(wire.Kind.REPLY)
@@ -340,6 +341,7 @@ class DataPlane(threading.Thread):
 
     def _turn(self) -> None:
         """Receive, compute at most one batch, send; wait when there was nothing of it."""
+        began_s = time.monotonic()
         self._transport.progress()
         if self._answering is not None and self._answering.in_hand:
             self._answering.look()
@@ -354,7 +356,7 @@ class DataPlane(threading.Thread):
         if self._sending:
             moved |= self._sent()
         if self._weights.any:
-            moved |= self._weights.turn()
+            moved |= self._move_weights(began_s)
         while not self._commands.empty():
             self._commands.get().run()
             moved = True
@@ -369,6 +371,17 @@ class DataPlane(threading.Thread):
         else:
             self._answer(self._answering)
             self._forget_dead_gateways()
+
+    def _move_weights(self, began_s: float) -> bool:
+        """Both ends have to be at it for a chunk to move, so give it a part of what rows took."""
+        now_s = time.monotonic()
+        until_s = now_s + _WEIGHTS_SHARE * (now_s - began_s)
+        moved = self._weights.turn()
+        while self._weights.any and time.monotonic() < until_s:
+            self._transport.progress()
+            moved |= self._accept()
+            moved |= self._weights.turn()
+        return moved
 
     def _answer(self, answering: Answering) -> None:
         """Let what is regular be answered without us, until we are needed."""
