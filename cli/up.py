@@ -11,6 +11,7 @@ import dataclasses
 import math
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cli import mps
+from cli.gpu_memory import reserved_bytes
 from cli.options import build, options_of, to_argv
 from mesh.config import GatewayConfig, PlacementConfig, WorkerConfig, option
 from mesh.errors import ConfigError, DeadlineExceeded, MeshError, PlacementError, Unavailable
@@ -29,7 +32,15 @@ if TYPE_CHECKING:
     from mesh.grpc_server import TlsFiles
     from protos import placement_pb2 as pb
 
-_MANAGED = ("http_port", "placement", "worker_id", "gateway_id", "ready_fd")
+_MANAGED = (
+    "http_port",
+    "placement",
+    "worker_id",
+    "gateway_id",
+    "ready_fd",
+    "reserved_bytes",
+    "gateways_on_device",
+)
 _PRELOAD = (
     "torch",
     "ucxx._lib.libucxx",
@@ -106,26 +117,38 @@ class MeshSpec:
             )
         digits = len(str(num_workers - 1))  # so that sorting them by name is by number
         device_of = _devices(worker.device)
+        gateway_devices = [device_of(i) for i in range(config.gateways)]
+        worker_devices = [device_of(config.gateways + i) for i in range(num_workers)]
+        reserved = reserved_bytes(
+            model, gateway, gateway_devices, worker_devices, rules.experts_per_worker
+        )
         return cls(
             config,
             placement,
             workers=tuple(
-                dataclasses.replace(
-                    worker, worker_id=f"worker-{i:0{digits}}", device=device_of(config.gateways + i)
-                )
-                for i in range(num_workers)
+                dataclasses.replace(worker, worker_id=f"worker-{i:0{digits}}", device=device)
+                for i, device in enumerate(worker_devices)
             ),
             gateways=tuple(
                 dataclasses.replace(
                     gateway,
                     gateway_id=f"gateway-{i}",
-                    device=device_of(i),
+                    device=device,
                     port=config.port if i == 0 else 0,
+                    reserved_bytes=reserved[i],
+                    gateways_on_device=gateway_devices.count(device),
                 )
-                for i in range(config.gateways)
+                for i, device in enumerate(gateway_devices)
             ),
             num_experts=len(rules.experts),
         )
+
+    @property
+    def shares_gpus(self) -> bool:
+        """Whether some GPU has several processes of this mesh."""
+        devices = [one.device for one in self.workers] + [one.device for one in self.gateways]
+        gpus = [device for device in devices if device.startswith("cuda")]
+        return len(gpus) > len(set(gpus))
 
 
 def _succeeded(task: asyncio.Task[None]) -> bool:
@@ -174,6 +197,8 @@ async def serving(spec: MeshSpec, report: JsonReport | TextReport) -> AsyncItera
             log_dir = Path(tempfile.mkdtemp(prefix="expert-mesh-"))
             at_end.callback(shutil.rmtree, log_dir)
         log_dir.mkdir(parents=True, exist_ok=True)
+        if spec.shares_gpus and not at_end.enter_context(mps.sharing()):
+            print(f"warning: {mps.OFF}", file=sys.stderr)
         async with Supervisor(_PRELOAD, log_dir, on_exit=deaths.put_nowait) as supervisor:
             mesh = Mesh(spec, supervisor, report, deaths)
             _on_signals(asyncio.current_task(), mesh)
