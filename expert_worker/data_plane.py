@@ -9,6 +9,7 @@ long as its rows) and sent from there. The buffer returns to the pool when the s
 
 from __future__ import annotations
 
+import os
 import queue
 import random
 import threading
@@ -25,8 +26,9 @@ import torch
 from expert_worker.batcher import Batcher
 from expert_worker.compute import Compute, CpuCompute, Part, Ticket
 from expert_worker.expert_store import Expert, ExpertStore
+from expert_worker.weights import WeightTransfers
 from mesh import wire
-from mesh.errors import MeshError, Unavailable
+from mesh.errors import MeshError, ModelMismatch, Unavailable
 from mesh.plan import ExpertId
 from mesh.transport.base import Answering, Buffer, Endpoint, Message, Request, Transport
 from mesh.transport.waiting import Waiter
@@ -56,7 +58,8 @@ class DataPlaneStats:
     last_progress_s: float
     """``time.monotonic()`` of the last turn of the loop that did something."""
     busy: bool
-    """Work is in hand now."""
+    """Rows are here that it has to compute; what waits for a slow gateway does not count."""
+    longest_batch_s: float
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class _Session:
     gateway_id: str
     endpoint: Endpoint
     reply_session: int
+    num_experts: int
+    """Of a layer, as the gateway counts them."""
 
 
 class _Rows(NamedTuple):
@@ -177,11 +182,10 @@ class DataPlane(threading.Thread):
         self._hidden_size = hidden_size
         self._dtype = dtype
         self._device = device
-        self._num_experts = num_experts
         self._max_rows = max_rows
         self._spin_s = spin_s
         self._row_bytes = hidden_size * dtype.itemsize
-        self._header_rows = -(-num_experts * 4 // self._row_bytes)
+        self._count(num_experts)
         self._commands: queue.SimpleQueue[_Command[Any]] = queue.SimpleQueue()
         self._ended = False
         self._sessions: dict[int, _Session] = {}
@@ -201,6 +205,8 @@ class DataPlane(threading.Thread):
         self._compute_s: defaultdict[ExpertId, float] = defaultdict(float)
         self._refused: Counter[str] = Counter()
         self._last_progress_s = time.monotonic()
+        self._starting = False
+        self._longest_batch_s = 0.0
         self._draining = False
         self._stopping = False
         self._answering: Answering | None = None
@@ -216,13 +222,34 @@ class DataPlane(threading.Thread):
         """The transport's address, once there is one."""
         return self._bound.result(timeout_s)
 
-    def connect(self, gateway_id: str, address: bytes, reply_session: int) -> int:
-        """Open a session for a gateway and return its number. Raises MeshError."""
-        return self._call(lambda: self._open(gateway_id, address, reply_session))
+    def connect(
+        self,
+        gateway_id: str,
+        address: bytes,
+        reply_session: int,
+        num_experts: int | None = None,
+    ) -> int:
+        """Open a session for a gateway and return its number.
+
+        ``num_experts`` is what the gateway counts in a layer; see :meth:`cut`. Raises MeshError.
+        """
+        return self._call(lambda: self._open(gateway_id, address, reply_session, num_experts))
 
     def disconnect(self, gateway_id: str, session: int) -> None:
         """End a session; one that is not the gateway's, or already gone, is left alone."""
         self._call(lambda: self._close(gateway_id, session))
+
+    def cut(self, num_experts: int) -> None:
+        """From here on a layer has so many experts, or slices of them.
+
+        Rows of sessions from before are refused: what they call an expert is another now. No
+        expert may be in the store until this returns.
+        """
+        self._call(lambda: self._cut(num_experts))
+
+    def weights(self, function: Callable[[WeightTransfers], T]) -> T:
+        """What ``function`` makes of the transfers of weights, on the thread that owns them."""
+        return self._call(lambda: function(self._weights))
 
     def stats(self) -> DataPlaneStats:
         """Counters as of now."""
@@ -240,7 +267,8 @@ class DataPlane(threading.Thread):
             self._batcher.queued_rows,
             len(self._sessions),
             last_progress_s,
-            self._busy(),
+            self._starting or bool(self._computing) or self._batcher.queued_rows > 0,
+            self._longest_batch_s,
         )
 
     def drain(self, timeout_s: float) -> None:
@@ -280,11 +308,15 @@ class DataPlane(threading.Thread):
         # OpenMP counts threads for each thread that computes: what the process was told does not
         # hold here, and workers that share cores would wait for each other's helpers at barriers.
         torch.set_num_threads(self._threads)
+        if self._device.type == "cpu":
+            # Woken by a gateway that has more to send, it must not take the core from it.
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         try:
             # First: a transport must find the GPU's context on this thread.
             self._compute_on.open()
             transport = self._transport = self._make_transport()
             self._scratch = transport.wrap(torch.zeros(_SCRATCH_BYTES, dtype=torch.uint8))
+            self._weights = WeightTransfers(transport)
             self._waiter = Waiter(transport, spin_s=self._spin_s)
             self._answering = transport.answering(
                 row_bytes=self._row_bytes, max_rows=self._max_rows
@@ -295,6 +327,7 @@ class DataPlane(threading.Thread):
                     self._turn()
             for session in list(self._sessions.values()):
                 self._close(session.gateway_id, session.number)
+            self._weights.close()
             transport.close()
         except BaseException as error:
             self.failure = error
@@ -320,6 +353,8 @@ class DataPlane(threading.Thread):
             moved |= self._computed()
         if self._sending:
             moved |= self._sent()
+        if self._weights.any:
+            moved |= self._weights.turn()
         while not self._commands.empty():
             self._commands.get().run()
             moved = True
@@ -328,7 +363,7 @@ class DataPlane(threading.Thread):
             self._waiter.busy()
         elif self._computing:
             self._waiter.busy()
-        elif self._answering is None or self._draining or self._in_hand():
+        elif self._answering is None or self._draining or self._in_hand() or self._weights.any:
             self._waiter.wait()
             self._forget_dead_gateways()
         else:
@@ -353,18 +388,41 @@ class DataPlane(threading.Thread):
         answering = self._answering is not None and self._answering.in_hand > 0
         return answering or self._in_hand()
 
-    def _open(self, gateway_id: str, address: bytes, reply_session: int) -> int:
+    def _open(
+        self, gateway_id: str, address: bytes, reply_session: int, num_experts: int | None
+    ) -> int:
         if self._draining:
             raise Unavailable("this worker is draining; the next plan names another")
+        if num_experts not in (None, self._num_experts):
+            raise ModelMismatch(
+                f"gateway {gateway_id} counts {num_experts} experts and slices in a layer, this "
+                f"worker {self._num_experts}: one of them follows an old plan and will get the new"
+            )
         endpoint = self._transport.connect(address)
         while self._next_session in self._sessions or self._next_session == 0:
             self._next_session = (self._next_session + 1) % wire.MAX_SESSIONS
         number = self._next_session
         self._next_session = (number + 1) % wire.MAX_SESSIONS
-        self._sessions[number] = _Session(number, gateway_id, endpoint, reply_session)
+        self._sessions[number] = _Session(
+            number, gateway_id, endpoint, reply_session, self._num_experts
+        )
         if self._answering is not None:
             self._answering.open(number, endpoint, reply_session)
         return number
+
+    def _count(self, num_experts: int) -> None:
+        self._num_experts = num_experts
+        self._header_rows = -(-num_experts * 4 // self._row_bytes)
+
+    def _cut(self, num_experts: int) -> None:
+        while self._batcher.queued_rows:
+            self._compute()
+        self._rows.clear()
+        self._compute_s.clear()
+        self._count(num_experts)
+        if self._answering is not None:
+            for session in self._sessions:
+                self._answering.close(session)
 
     def _close(self, gateway_id: str, number: int) -> None:
         session = self._sessions.get(number)
@@ -388,6 +446,8 @@ class DataPlane(threading.Thread):
             if message is None:
                 break
             moved = True
+            if self._weights.accept(message):
+                continue
             frame = wire.decode(message.tag)
             try:
                 work = self._receive(frame, message)
@@ -421,7 +481,11 @@ class DataPlane(threading.Thread):
         num_rows = num_header_rows + frame.rows
         if message.nbytes != num_rows * self._row_bytes:
             raise _Refused(wire.Refusal.WRONG_LENGTH)
-        buffer = self._buffer(num_rows)
+        try:
+            buffer = self._buffer(num_rows)
+        except RuntimeError as error:
+            log.exception("no_buffer", rows=num_rows)
+            raise _Refused(_refusal_for(error)) from error
         request = message.receive(self._range(buffer, 0, num_rows).wrapped)
         return _Work(session, frame, buffer, num_header_rows, request, time.perf_counter())
 
@@ -475,6 +539,8 @@ class DataPlane(threading.Thread):
 
     def _start_several(self, work: _Work) -> bool:
         """Have the device compute a message of several experts by the counts that are there."""
+        if work.session.num_experts != self._num_experts:
+            return False
         layer, rows = work.frame.layer, work.frame.rows
         here = {e.index: x for e, x in self._store.experts.items() if e.layer == layer}
         part = Part(work.buffer.rows_RD, work.num_header_rows, rows)
@@ -492,6 +558,8 @@ class DataPlane(threading.Thread):
 
     def _segments(self, work: _Work) -> list[tuple[ExpertId, _Segment]]:
         """Split a message by expert."""
+        if work.session.num_experts != self._num_experts:
+            raise _Refused(wire.Refusal.UNKNOWN_SESSION)
         frame, rows_RD = work.frame, work.buffer.rows_RD
         if frame.expert != wire.SEVERAL:
             part = Part(rows_RD, 0, frame.rows)
@@ -523,13 +591,16 @@ class DataPlane(threading.Thread):
                 self._finish(segment.work, wire.Refusal.UNKNOWN_EXPERT)
             return
         try:
+            self._starting = True
             ticket = self._compute_on.start(mlp, [segment.part for segment in segments])
-        except RuntimeError:
-            # Out of memory, for one: these rows can go elsewhere, the worker serves on.
+        except RuntimeError as error:
+            # These rows can go elsewhere, the worker serves on.
             log.exception("expert_failed", expert=str(expert))
             for segment in segments:
-                self._finish(segment.work, wire.Refusal.FAILED)
+                self._finish(segment.work, _refusal_for(error))
             return
+        finally:
+            self._starting = False
         now = time.perf_counter()
         for segment in segments:
             segment.work.started_s = now
@@ -542,6 +613,7 @@ class DataPlane(threading.Thread):
             moved = True
             expert, segments, ticket = self._computing.popleft()
             seconds, refusal = ticket.seconds, None
+            self._longest_batch_s = max(self._longest_batch_s, seconds)
             named: list[tuple[ExpertId, int]] = []
             if expert is not None:
                 named = [(expert, sum(segment.part.num_rows for segment in segments))]
@@ -635,3 +707,10 @@ class DataPlane(threading.Thread):
             x_RD = buffer.rows_RD[start : start + count]
             rows = buffer.ranges[start, count] = _Rows(x_RD, self._transport.wrap(x_RD))
         return rows
+
+
+def _refusal_for(error: RuntimeError) -> wire.Refusal:
+    """By name: torch has a class for a device that is out of memory, and words for a host."""
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return wire.Refusal.OUT_OF_MEMORY
+    return wire.Refusal.FAILED

@@ -34,6 +34,10 @@ class Mlp(Protocol):
 
     def __call__(self, x_RD: Tensor) -> Tensor: ...
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Its weights by name, contiguous: what another process makes the same MLP of."""
+        ...
+
 
 class PlainMlp:
     """Two matrices with an activation between them."""
@@ -45,6 +49,10 @@ class PlainMlp:
 
     def __call__(self, x_RD: Tensor) -> Tensor:
         return F.linear(self._act(F.linear(x_RD, self._up_HD)), self._down_DH)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See :class:`Mlp`."""
+        return {"up": self._up_HD, "down": self._down_DH}
 
 
 class NativeMlp:
@@ -98,6 +106,10 @@ class GatedMlp:
         if self.native is not None:
             return self.native(x_RD)
         return F.linear(self._gate(F.linear(x_RD, self._gate_up_HD)), self._down_DH)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See :class:`Mlp`."""
+        return {"gate_up": self._gate_up_HD, "down": self._down_DH}
 
 
 def _gate_on(device: torch.device, activation: str) -> Callable[[Tensor], Tensor]:
@@ -186,6 +198,15 @@ class ClampedMlp:
         hidden_RH = up_RH.clamp(-limit, limit).add_(1).mul_(gate_RH)
         hidden_RH.mul_(gate_RH.mul_(alpha).sigmoid_())
         return F.linear(hidden_RH, self._down_DH, self._down_bias_D)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See :class:`Mlp`."""
+        return {
+            "gate_up": self._gate_up_HD,
+            "gate_up_bias": self._gate_up_bias_H,
+            "down": self._down_DH,
+            "down_bias": self._down_bias_D,
+        }
 
 
 def load_gated(

@@ -15,7 +15,7 @@ class ExpertId(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., index: _Optional[int] = ...) -> None: ...
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("worker_id", "grpc_address", "http_address", "host", "device", "device_name", "memory_bytes", "pid", "ucx_address", "model_fingerprint", "nics", "expert_bytes")
+    __slots__ = ("worker_id", "grpc_address", "http_address", "host", "device", "device_name", "memory_bytes", "pid", "ucx_address", "model_fingerprint", "nics", "expert_bytes", "gpu", "links")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     GRPC_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     HTTP_ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +28,8 @@ class WorkerInfo(_message.Message):
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     NICS_FIELD_NUMBER: _ClassVar[int]
     EXPERT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    GPU_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     grpc_address: str
     http_address: str
@@ -40,7 +42,31 @@ class WorkerInfo(_message.Message):
     model_fingerprint: str
     nics: _containers.RepeatedScalarFieldContainer[str]
     expert_bytes: int
-    def __init__(self, worker_id: _Optional[str] = ..., grpc_address: _Optional[str] = ..., http_address: _Optional[str] = ..., host: _Optional[str] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., pid: _Optional[int] = ..., ucx_address: _Optional[bytes] = ..., model_fingerprint: _Optional[str] = ..., nics: _Optional[_Iterable[str]] = ..., expert_bytes: _Optional[int] = ...) -> None: ...
+    gpu: GpuFacts
+    links: _containers.RepeatedCompositeFieldContainer[NicFacts]
+    def __init__(self, worker_id: _Optional[str] = ..., grpc_address: _Optional[str] = ..., http_address: _Optional[str] = ..., host: _Optional[str] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., pid: _Optional[int] = ..., ucx_address: _Optional[bytes] = ..., model_fingerprint: _Optional[str] = ..., nics: _Optional[_Iterable[str]] = ..., expert_bytes: _Optional[int] = ..., gpu: _Optional[_Union[GpuFacts, _Mapping]] = ..., links: _Optional[_Iterable[_Union[NicFacts, _Mapping]]] = ...) -> None: ...
+
+class GpuFacts(_message.Message):
+    __slots__ = ("uuid", "pci_bus_id", "nvlink", "nvlink_peers")
+    UUID_FIELD_NUMBER: _ClassVar[int]
+    PCI_BUS_ID_FIELD_NUMBER: _ClassVar[int]
+    NVLINK_FIELD_NUMBER: _ClassVar[int]
+    NVLINK_PEERS_FIELD_NUMBER: _ClassVar[int]
+    uuid: str
+    pci_bus_id: str
+    nvlink: str
+    nvlink_peers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, uuid: _Optional[str] = ..., pci_bus_id: _Optional[str] = ..., nvlink: _Optional[str] = ..., nvlink_peers: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class NicFacts(_message.Message):
+    __slots__ = ("name", "gbit_per_s", "rdma")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    GBIT_PER_S_FIELD_NUMBER: _ClassVar[int]
+    RDMA_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    gbit_per_s: float
+    rdma: bool
+    def __init__(self, name: _Optional[str] = ..., gbit_per_s: _Optional[float] = ..., rdma: _Optional[bool] = ...) -> None: ...
 
 class RegisterRequest(_message.Message):
     __slots__ = ("worker", "resident", "last_epoch", "expert_shards")
@@ -135,7 +161,7 @@ class ExpertPlacement(_message.Message):
     def __init__(self, expert: _Optional[_Union[ExpertId, _Mapping]] = ..., worker_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("epoch", "model_fingerprint", "workers", "experts", "experts_per_worker", "note", "complete", "expert_shards")
+    __slots__ = ("epoch", "model_fingerprint", "workers", "experts", "experts_per_worker", "note", "complete", "expert_shards", "pending")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
@@ -144,6 +170,7 @@ class Plan(_message.Message):
     NOTE_FIELD_NUMBER: _ClassVar[int]
     COMPLETE_FIELD_NUMBER: _ClassVar[int]
     EXPERT_SHARDS_FIELD_NUMBER: _ClassVar[int]
+    PENDING_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     model_fingerprint: str
     workers: _containers.RepeatedCompositeFieldContainer[WorkerInfo]
@@ -152,10 +179,11 @@ class Plan(_message.Message):
     note: str
     complete: bool
     expert_shards: int
-    def __init__(self, epoch: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., experts: _Optional[_Iterable[_Union[ExpertPlacement, _Mapping]]] = ..., experts_per_worker: _Optional[int] = ..., note: _Optional[str] = ..., complete: _Optional[bool] = ..., expert_shards: _Optional[int] = ...) -> None: ...
+    pending: _containers.RepeatedCompositeFieldContainer[ExpertId]
+    def __init__(self, epoch: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., experts: _Optional[_Iterable[_Union[ExpertPlacement, _Mapping]]] = ..., experts_per_worker: _Optional[int] = ..., note: _Optional[str] = ..., complete: _Optional[bool] = ..., expert_shards: _Optional[int] = ..., pending: _Optional[_Iterable[_Union[ExpertId, _Mapping]]] = ...) -> None: ...
 
 class GatewayReport(_message.Message):
-    __slots__ = ("gateway_id", "grpc_address", "http_address", "host", "device", "pid", "epoch", "load", "running", "waiting", "kv_usage", "unreachable_worker_ids")
+    __slots__ = ("gateway_id", "grpc_address", "http_address", "host", "device", "pid", "epoch", "load", "running", "waiting", "kv_usage", "unreachable_worker_ids", "faults")
     GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
     GRPC_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     HTTP_ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -168,6 +196,7 @@ class GatewayReport(_message.Message):
     WAITING_FIELD_NUMBER: _ClassVar[int]
     KV_USAGE_FIELD_NUMBER: _ClassVar[int]
     UNREACHABLE_WORKER_IDS_FIELD_NUMBER: _ClassVar[int]
+    FAULTS_FIELD_NUMBER: _ClassVar[int]
     gateway_id: str
     grpc_address: str
     http_address: str
@@ -180,7 +209,8 @@ class GatewayReport(_message.Message):
     waiting: int
     kv_usage: float
     unreachable_worker_ids: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, gateway_id: _Optional[str] = ..., grpc_address: _Optional[str] = ..., http_address: _Optional[str] = ..., host: _Optional[str] = ..., device: _Optional[str] = ..., pid: _Optional[int] = ..., epoch: _Optional[int] = ..., load: _Optional[_Iterable[_Union[ExpertLoad, _Mapping]]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., unreachable_worker_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+    faults: _containers.RepeatedCompositeFieldContainer[ExpertPlacement]
+    def __init__(self, gateway_id: _Optional[str] = ..., grpc_address: _Optional[str] = ..., http_address: _Optional[str] = ..., host: _Optional[str] = ..., device: _Optional[str] = ..., pid: _Optional[int] = ..., epoch: _Optional[int] = ..., load: _Optional[_Iterable[_Union[ExpertLoad, _Mapping]]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., unreachable_worker_ids: _Optional[_Iterable[str]] = ..., faults: _Optional[_Iterable[_Union[ExpertPlacement, _Mapping]]] = ...) -> None: ...
 
 class ReportLoadReply(_message.Message):
     __slots__ = ()
@@ -241,13 +271,33 @@ class GatewayStatus(_message.Message):
     def __init__(self, gateway: _Optional[_Union[GatewayReport, _Mapping]] = ..., age_s: _Optional[float] = ...) -> None: ...
 
 class MeshStatus(_message.Message):
-    __slots__ = ("plan", "workers", "gateways", "balancedness")
+    __slots__ = ("plan", "workers", "gateways", "balancedness", "events", "balancedness_before", "rebalanced_at_unix_s", "moves", "replicas")
     PLAN_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     GATEWAYS_FIELD_NUMBER: _ClassVar[int]
     BALANCEDNESS_FIELD_NUMBER: _ClassVar[int]
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    BALANCEDNESS_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    REBALANCED_AT_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    MOVES_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
     plan: Plan
     workers: _containers.RepeatedCompositeFieldContainer[WorkerStatus]
     gateways: _containers.RepeatedCompositeFieldContainer[GatewayStatus]
     balancedness: float
-    def __init__(self, plan: _Optional[_Union[Plan, _Mapping]] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., gateways: _Optional[_Iterable[_Union[GatewayStatus, _Mapping]]] = ..., balancedness: _Optional[float] = ...) -> None: ...
+    events: _containers.RepeatedCompositeFieldContainer[MeshEvent]
+    balancedness_before: float
+    rebalanced_at_unix_s: float
+    moves: int
+    replicas: int
+    def __init__(self, plan: _Optional[_Union[Plan, _Mapping]] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., gateways: _Optional[_Iterable[_Union[GatewayStatus, _Mapping]]] = ..., balancedness: _Optional[float] = ..., events: _Optional[_Iterable[_Union[MeshEvent, _Mapping]]] = ..., balancedness_before: _Optional[float] = ..., rebalanced_at_unix_s: _Optional[float] = ..., moves: _Optional[int] = ..., replicas: _Optional[int] = ...) -> None: ...
+
+class MeshEvent(_message.Message):
+    __slots__ = ("at_unix_s", "kind", "text")
+    AT_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    at_unix_s: float
+    kind: str
+    text: str
+    def __init__(self, at_unix_s: _Optional[float] = ..., kind: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...

@@ -30,6 +30,7 @@ class Postbox(Structure):
         ("num_free", c_int32),
         ("first_free", c_int32),
         ("status", POINTER(c_int32)),
+        ("ended_us", POINTER(c_int64)),
         ("operations", c_void_p),
     ]
 

@@ -43,7 +43,8 @@ struct postbox {
     int32_t num_operations;
     int32_t num_free; /* of those, in the list that starts with first_free */
     int32_t first_free;
-    int32_t *status; /* of each operation */
+    int32_t *status;   /* of each operation */
+    int64_t *ended_us; /* when that stopped being IN_PROGRESS; CLOCK_MONOTONIC */
     operation *operations;
 };
 

@@ -15,8 +15,9 @@ postbox *postbox_new(uint64_t worker) {
     box->worker = (ucp_worker_h)worker;
     box->first_free = NONE;
     box->status = calloc(MAX_OPERATIONS, sizeof *box->status);
+    box->ended_us = calloc(MAX_OPERATIONS, sizeof *box->ended_us);
     box->operations = calloc(MAX_OPERATIONS, sizeof *box->operations);
-    if (!box->status || !box->operations ||
+    if (!box->status || !box->ended_us || !box->operations ||
         ucp_worker_get_efd(box->worker, &box->event_fd) != UCS_OK) {
         postbox_free(box);
         return NULL;
@@ -26,6 +27,7 @@ postbox *postbox_new(uint64_t worker) {
 
 void postbox_free(postbox *box) {
     free(box->status);
+    free(box->ended_us);
     free(box->operations);
     free(box);
 }
@@ -57,6 +59,7 @@ static void end(operation *posted, int32_t status) {
     int32_t index = (int32_t)(posted - box->operations);
     posted->request = NULL;
     box->status[index] = status;
+    box->ended_us[index] = now_us();
     if (posted->released) recycle(box, index);
 }
 

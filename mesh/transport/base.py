@@ -31,6 +31,11 @@ class Request(Protocol):
     @property
     def completed(self) -> bool: ...
 
+    @property
+    def ended_s(self) -> float:
+        """``time.monotonic()`` of when it was completed, which may be long before anybody asked."""
+        ...
+
 
 class Message(Protocol):
     """A message that arrived and that no posted receive matched."""

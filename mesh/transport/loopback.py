@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import select
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ class LoopbackRequest:
     exact: bool = False
     """A message that is shorter than the buffer fails it too."""
     completed: bool = False
+    ended_s: float = 0.0
     error: TransportError | None = None
 
     def finish(self, payload: torch.Tensor | None, error: TransportError | None = None) -> None:
@@ -52,6 +54,7 @@ class LoopbackRequest:
                 error = MessageTruncated(f"{payload.numel()} bytes for {self.buffer.nbytes}")
             self.buffer.bytes_[: payload.numel()].copy_(payload[: self.buffer.nbytes])
         self.error = error
+        self.ended_s = time.monotonic()
         self.completed = True
 
 

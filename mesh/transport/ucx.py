@@ -95,6 +95,11 @@ class UcxRequest:
         """See :class:`mesh.transport.base.Request`."""
         return bool(self._postbox.status[self.number] != native.IN_PROGRESS)
 
+    @property
+    def ended_s(self) -> float:
+        """See :class:`mesh.transport.base.Request`."""
+        return float(self._postbox.ended_us[self.number]) / 1e6
+
     def __del__(self) -> None:
         if self.number >= 0:
             _release(self._postbox.pointer, self.number)
@@ -105,6 +110,7 @@ class _Unposted:
 
     status = _CONNECTION_RESET
     completed = True
+    ended_s = 0.0
     number = -1
 
 
@@ -118,6 +124,7 @@ class _Postbox:
             raise TransportError("there is no memory for UCX's messages")
         self.record: native.Postbox = self.pointer.contents
         self.status: Any = self.record.status
+        self.ended_us: Any = self.record.ended_us
         self.dead: list[int] = []
         """Endpoints that died, whose receives are to be cancelled."""
 

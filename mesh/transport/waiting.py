@@ -13,11 +13,16 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 
 from mesh.transport.base import Transport
 
 SPIN_S = {"cuda": 1.0, "cpu": 0.0}
 """By device type. A GPU that had work lately polls for more; a CPU core has better to do."""
+
+REPLY_SPIN_S = {"cuda": 1.0, "cpu": 0.002}
+"""How long a gateway polls for the replies of a layer, yielding its core to the workers that
+make them. Asleep, it would be woken by each reply."""
 
 
 class Waiter:
@@ -57,7 +62,8 @@ class Waiter:
         """What woke us is being seen to."""
         if self._woken.is_set():
             self._woken.clear()
-            os.eventfd_read(self._event)
+            with suppress(BlockingIOError):  # read with the wake before, of another thread
+                os.eventfd_read(self._event)
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Give way once: yield while spinning, else sleep until there is work or time is up."""
