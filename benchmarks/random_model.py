@@ -57,6 +57,10 @@ class RandomCheckpoint:
         made.normal_(std=0.02 if "embed" in name else shape[-1] ** -0.5, generator=generator)
         return made.to(dtype or torch.float32)
 
+    def slice(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """A tensor to take a part of."""
+        return self.tensor(name, shape)
+
     def __contains__(self, name: str) -> bool:
         return "experts.gate_up_proj" not in name
 
