@@ -134,8 +134,7 @@ def main(
         gpus = torch.cuda.device_count() if where.type == "cuda" else 0
         if gpus:
             torch.cuda.set_device(where)
-        dtype_name = "bfloat16" if gpus else "float32"
-        dtype: torch.dtype = getattr(torch, dtype_name)
+        dtype_name, dtype = "bfloat16", torch.bfloat16
         count = workers or max(1, gpus)
         shape = Shape(hidden, mlp_hidden, "gated", count, 1, count, device, dtype_name)
         name = torch.cuda.get_device_name(where) if gpus else "CPU"
