@@ -198,7 +198,8 @@ class Dispatcher:
         self._void: dict[tuple[int, int], ExpertUnavailable] = {}
         self.layout: Layout = CpuLayout()
         self.arena_version = 0
-        """Counts the times that :attr:`arenas` were replaced."""
+        """Counts the times that :attr:`arenas` or :attr:`layout` were replaced."""
+        self._shards = 0
         self._frame_rows = self._num_frames = 0
         self._parked_frames: set[int] = set()
         self._num_moves = 0
