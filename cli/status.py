@@ -5,30 +5,29 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mesh.config import PlacementConfig
+from cli.placement_client import (
+    DEFAULT_TARGET,
+    TIMEOUT_S,
+    AsJson,
+    Target,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    placement_at,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from protos import placement_pb2 as pb
 
-_TIMEOUT_S = 10.0
-
-Target = Annotated[str, typer.Option(help="host:port of the placement service.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
-TlsCert = Annotated[Path | None, typer.Option(help="PEM certificate to show (mTLS).")]
-TlsKey = Annotated[Path | None, typer.Option(help="PEM key of the certificate.")]
-TlsCa = Annotated[Path | None, typer.Option(help="PEM authority to trust; turns TLS on.")]
-
-_DEFAULT_TARGET = f"127.0.0.1:{PlacementConfig.port}"
-
 
 def status(
-    target: Target = _DEFAULT_TARGET,
+    target: Target = DEFAULT_TARGET,
     as_json: AsJson = False,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
@@ -43,7 +42,7 @@ def status(
 
 
 def plan(
-    target: Target = _DEFAULT_TARGET,
+    target: Target = DEFAULT_TARGET,
     as_json: AsJson = False,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
@@ -62,24 +61,10 @@ def plan(
 def _fetch(
     target: str, tls_cert: Path | None, tls_key: Path | None, tls_ca: Path | None
 ) -> pb.MeshStatus:
-    import grpc
-
-    from mesh.errors import Unavailable
-    from mesh.grpc_server import TlsFiles, open_sync_channel
     from protos import placement_pb2 as pb
-    from protos.placement_pb2_grpc import PlacementStub
 
-    tls = TlsFiles(tls_cert, tls_key, tls_ca) if tls_cert or tls_ca else None
-    with open_sync_channel(target, tls) as channel:
-        try:
-            mesh: pb.MeshStatus = PlacementStub(channel).GetStatus(
-                pb.GetStatusRequest(), timeout=_TIMEOUT_S
-            )
-        except grpc.RpcError as error:
-            raise Unavailable(
-                f"placement at {target} does not answer: {error.details()}; "
-                "check --target, and --tls-ca where the mesh uses TLS"
-            ) from error
+    with placement_at(target, tls_cert, tls_key, tls_ca) as placement:
+        mesh: pb.MeshStatus = placement.GetStatus(pb.GetStatusRequest(), timeout=TIMEOUT_S)
     return mesh
 
 

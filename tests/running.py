@@ -29,6 +29,7 @@ class RunningMesh:
         except BaseException:
             self.up.kill()
             raise
+        self.name: str = self.ready["mesh"]
         self.gateway: str = self.ready["gateways"][0]
         self.placement: str = self.ready["placement"]
         self.processes = psutil.Process(self.up.pid).children(recursive=True)
@@ -70,6 +71,7 @@ class RunningMesh:
 
     def end(self) -> int:
         """Ask it to end; its exit code."""
+        self.processes = psutil.Process(self.up.pid).children(recursive=True)
         self.up.terminate()
         return self.up.wait()
 
