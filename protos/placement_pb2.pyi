@@ -15,7 +15,7 @@ class ExpertId(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., index: _Optional[int] = ...) -> None: ...
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("worker_id", "grpc_address", "http_address", "host", "device", "device_name", "memory_bytes", "pid", "ucx_address", "model_fingerprint", "nics", "expert_bytes")
+    __slots__ = ("worker_id", "grpc_address", "http_address", "host", "device", "device_name", "memory_bytes", "pid", "ucx_address", "model_fingerprint", "nics", "expert_bytes", "gpu", "links")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     GRPC_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     HTTP_ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +28,8 @@ class WorkerInfo(_message.Message):
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     NICS_FIELD_NUMBER: _ClassVar[int]
     EXPERT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    GPU_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     grpc_address: str
     http_address: str
@@ -40,7 +42,31 @@ class WorkerInfo(_message.Message):
     model_fingerprint: str
     nics: _containers.RepeatedScalarFieldContainer[str]
     expert_bytes: int
-    def __init__(self, worker_id: _Optional[str] = ..., grpc_address: _Optional[str] = ..., http_address: _Optional[str] = ..., host: _Optional[str] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., pid: _Optional[int] = ..., ucx_address: _Optional[bytes] = ..., model_fingerprint: _Optional[str] = ..., nics: _Optional[_Iterable[str]] = ..., expert_bytes: _Optional[int] = ...) -> None: ...
+    gpu: GpuFacts
+    links: _containers.RepeatedCompositeFieldContainer[NicFacts]
+    def __init__(self, worker_id: _Optional[str] = ..., grpc_address: _Optional[str] = ..., http_address: _Optional[str] = ..., host: _Optional[str] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., pid: _Optional[int] = ..., ucx_address: _Optional[bytes] = ..., model_fingerprint: _Optional[str] = ..., nics: _Optional[_Iterable[str]] = ..., expert_bytes: _Optional[int] = ..., gpu: _Optional[_Union[GpuFacts, _Mapping]] = ..., links: _Optional[_Iterable[_Union[NicFacts, _Mapping]]] = ...) -> None: ...
+
+class GpuFacts(_message.Message):
+    __slots__ = ("uuid", "pci_bus_id", "nvlink", "nvlink_peers")
+    UUID_FIELD_NUMBER: _ClassVar[int]
+    PCI_BUS_ID_FIELD_NUMBER: _ClassVar[int]
+    NVLINK_FIELD_NUMBER: _ClassVar[int]
+    NVLINK_PEERS_FIELD_NUMBER: _ClassVar[int]
+    uuid: str
+    pci_bus_id: str
+    nvlink: str
+    nvlink_peers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, uuid: _Optional[str] = ..., pci_bus_id: _Optional[str] = ..., nvlink: _Optional[str] = ..., nvlink_peers: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class NicFacts(_message.Message):
+    __slots__ = ("name", "gbit_per_s", "rdma")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    GBIT_PER_S_FIELD_NUMBER: _ClassVar[int]
+    RDMA_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    gbit_per_s: float
+    rdma: bool
+    def __init__(self, name: _Optional[str] = ..., gbit_per_s: _Optional[float] = ..., rdma: _Optional[bool] = ...) -> None: ...
 
 class RegisterRequest(_message.Message):
     __slots__ = ("worker", "resident", "last_epoch", "expert_shards")
@@ -241,13 +267,33 @@ class GatewayStatus(_message.Message):
     def __init__(self, gateway: _Optional[_Union[GatewayReport, _Mapping]] = ..., age_s: _Optional[float] = ...) -> None: ...
 
 class MeshStatus(_message.Message):
-    __slots__ = ("plan", "workers", "gateways", "balancedness")
+    __slots__ = ("plan", "workers", "gateways", "balancedness", "events", "balancedness_before", "rebalanced_at_unix_s", "moves", "replicas")
     PLAN_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     GATEWAYS_FIELD_NUMBER: _ClassVar[int]
     BALANCEDNESS_FIELD_NUMBER: _ClassVar[int]
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    BALANCEDNESS_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    REBALANCED_AT_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    MOVES_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
     plan: Plan
     workers: _containers.RepeatedCompositeFieldContainer[WorkerStatus]
     gateways: _containers.RepeatedCompositeFieldContainer[GatewayStatus]
     balancedness: float
-    def __init__(self, plan: _Optional[_Union[Plan, _Mapping]] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., gateways: _Optional[_Iterable[_Union[GatewayStatus, _Mapping]]] = ..., balancedness: _Optional[float] = ...) -> None: ...
+    events: _containers.RepeatedCompositeFieldContainer[MeshEvent]
+    balancedness_before: float
+    rebalanced_at_unix_s: float
+    moves: int
+    replicas: int
+    def __init__(self, plan: _Optional[_Union[Plan, _Mapping]] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., gateways: _Optional[_Iterable[_Union[GatewayStatus, _Mapping]]] = ..., balancedness: _Optional[float] = ..., events: _Optional[_Iterable[_Union[MeshEvent, _Mapping]]] = ..., balancedness_before: _Optional[float] = ..., rebalanced_at_unix_s: _Optional[float] = ..., moves: _Optional[int] = ..., replicas: _Optional[int] = ...) -> None: ...
+
+class MeshEvent(_message.Message):
+    __slots__ = ("at_unix_s", "kind", "text")
+    AT_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    at_unix_s: float
+    kind: str
+    text: str
+    def __init__(self, at_unix_s: _Optional[float] = ..., kind: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
