@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cli.gpu_memory import reserved_bytes
 from cli.options import build, options_of
 from mesh.config import GatewayConfig, PlacementConfig, WorkerConfig, option
 from mesh.errors import ConfigError, PlacementError
@@ -18,7 +19,15 @@ from mesh.errors import ConfigError, PlacementError
 if TYPE_CHECKING:
     from placement.planner import Rules
 
-_MANAGED = ("http_port", "placement", "worker_id", "gateway_id", "ready_fd")
+_MANAGED = (
+    "http_port",
+    "placement",
+    "worker_id",
+    "gateway_id",
+    "ready_fd",
+    "reserved_bytes",
+    "gateways_on_device",
+)
 MAX_WORKERS = 4096
 
 
@@ -90,6 +99,11 @@ class MeshSpec:
                 f"{-(-model.num_experts // num_workers)}"
             )
         device_of = _devices(worker.device)
+        gateway_devices = [device_of(i) for i in range(config.gateways)]
+        worker_devices = [device_of(config.gateways + i) for i in range(num_workers)]
+        reserved = reserved_bytes(
+            model, gateway, gateway_devices, worker_devices, rules.experts_per_worker
+        )
         return cls(
             config,
             placement,
@@ -97,16 +111,26 @@ class MeshSpec:
                 dataclasses.replace(
                     gateway,
                     gateway_id=f"gateway-{i}",
-                    device=device_of(i),
+                    device=device,
                     port=config.port if i == 0 else 0,
+                    reserved_bytes=reserved[i],
+                    gateways_on_device=gateway_devices.count(device),
                 )
-                for i in range(config.gateways)
+                for i, device in enumerate(gateway_devices)
             ),
             num_workers=num_workers,
             rules=rules,
             _worker=worker,
             _device_of=device_of,
         )
+
+    @property
+    def shares_gpus(self) -> bool:
+        """Whether some GPU has several processes of this mesh from the start."""
+        workers = (self.worker(number) for number in range(self.num_workers))
+        devices = [one.device for one in (*workers, *self.gateways)]
+        gpus = [device for device in devices if device.startswith("cuda")]
+        return len(gpus) > len(set(gpus))
 
     def worker(self, number: int) -> WorkerConfig:
         """The worker of this number, 0 or more."""

@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cli import mps
 from cli.mesh_spec import MeshSpec
 from mesh.errors import MeshError
 
@@ -69,6 +71,8 @@ async def serving(spec: MeshSpec, report: JsonReport | TextReport) -> AsyncItera
             log_dir = Path(tempfile.mkdtemp(prefix="expert-mesh-"))
             at_end.callback(shutil.rmtree, log_dir)
         log_dir.mkdir(parents=True, exist_ok=True)
+        if spec.shares_gpus and not at_end.enter_context(mps.sharing()):
+            print(f"warning: {mps.OFF}", file=sys.stderr)
         async with Supervisor(_PRELOAD, log_dir, on_exit=ended.put_nowait) as supervisor:
             mesh = Mesh(spec, supervisor, report, ended)
             _on_signals(asyncio.current_task(), mesh)

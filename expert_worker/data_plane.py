@@ -230,6 +230,10 @@ class DataPlane(threading.Thread):
     def run(self) -> None:
         """Serve until :meth:`stop`."""
         try:
+            if self._device.type == "cuda":
+                # The transport must find the GPU's context on this thread.
+                torch.cuda.set_device(self._device)
+                torch.cuda.synchronize()
             transport = self._transport = self._make_transport()
             self._scratch = transport.wrap(torch.zeros(_SCRATCH_BYTES, dtype=torch.uint8))
             self._waiter = Waiter(transport, spin_s=self._spin_s)

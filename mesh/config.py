@@ -153,6 +153,10 @@ class GatewayConfig(ServerConfig):
     kv_memory_bytes: int = option(
         0, "Memory for KV blocks; 0: 256 MiB on a CPU, what is free on a GPU."
     )
+    reserved_bytes: int = option(
+        0, "Memory of this GPU that other processes will take; `up` says it of the workers there."
+    )
+    gateways_on_device: int = option(1, "Gateways that share this one's GPU; `up` says it.")
     kv_block_size: int = option(16, "Tokens of one KV block.")
     max_model_len: int = option(0, "Longest prompt + output in tokens; 0: the checkpoint's.")
     max_batch_tokens: int = option(512, "Tokens of one step: decode rows and prefill chunks.")
@@ -168,9 +172,21 @@ class GatewayConfig(ServerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("kv_block_size", "max_batch_tokens", "max_running", "threads"):
+        for name in (
+            "kv_block_size",
+            "max_batch_tokens",
+            "max_running",
+            "threads",
+            "gateways_on_device",
+        ):
             _require(getattr(self, name) >= 1, f"{name} must be 1 or more")
-        for name in ("kv_memory_bytes", "max_model_len", "max_waiting", "expert_patience_s"):
+        for name in (
+            "kv_memory_bytes",
+            "reserved_bytes",
+            "max_model_len",
+            "max_waiting",
+            "expert_patience_s",
+        ):
             _require(getattr(self, name) >= 0, f"{name} must not be negative")
         _require(self.micro_batches in (1, 2), "micro_batches must be 1 or 2")
         _require(
