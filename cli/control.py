@@ -39,6 +39,7 @@ _MAX_LINE_BYTES = 1 << 16
 _MAX_CLIENTS = 16
 _MAX_UNREAD_BYTES = 1 << 20
 _ANSWER_TIMEOUT_S = 5.0
+_YOUNG_S = 60.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}")
 
 
@@ -86,7 +87,12 @@ def listening(name: str) -> Iterator[Control]:
     """The socket of the mesh of this name. ConfigError when there is one already."""
     if not _NAME.fullmatch(name):
         raise ConfigError(f"--mesh {name!r}: 1 to 48 letters, digits, '.', '_' or '-'")
-    path = _folder() / f"{name}.sock"
+    folder = _folder()
+    for old in folder.glob("*.sock"):
+        # Of an `up` that was killed. A young one may be about to listen.
+        if time.time() - old.lstat().st_mtime > _YOUNG_S and not _answers(old):
+            old.unlink(missing_ok=True)
+    path = folder / f"{name}.sock"
     if _answers(path):
         raise ConfigError(f"a mesh {name} is running already: choose another --mesh")
     path.unlink(missing_ok=True)

@@ -88,7 +88,7 @@ class MeshSpec:
         rules = Rules(
             model.moe_layers, model.num_experts, placement.rule, placement.experts_per_worker
         )
-        worker = build(WorkerConfig, {**values, "port": 0})
+        worker = build(WorkerConfig, {**values, "port": 0, "drain_s": config.drain_s})
         gateway = build(GatewayConfig, {**values, "port": 0})
         num_workers = config.workers or rules.workers_needed
         if num_workers < rules.workers_needed:
@@ -127,8 +127,8 @@ class MeshSpec:
     @property
     def shares_gpus(self) -> bool:
         """Whether some GPU has several processes of this mesh from the start."""
-        workers = (self.worker(number) for number in range(self.num_workers))
-        devices = [one.device for one in (*workers, *self.gateways)]
+        devices = [self.worker(number).device for number in range(self.num_workers)]
+        devices += [gateway.device for gateway in self.gateways]
         gpus = [device for device in devices if device.startswith("cuda")]
         return len(gpus) > len(set(gpus))
 
