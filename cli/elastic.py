@@ -10,13 +10,12 @@ import typer
 from cli import control
 from cli.placement_client import (
     DEFAULT_TARGET,
-    TIMEOUT_S,
     AsJson,
+    PlacementClient,
     Target,
     TlsCa,
     TlsCert,
     TlsKey,
-    placement_at,
 )
 
 AsJsonLines = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
@@ -71,10 +70,8 @@ def drain(
     tls_ca: TlsCa = None,
 ) -> None:
     """Move everything away from a worker, and let it end."""
-    from protos import placement_pb2 as pb
-
-    with placement_at(target, tls_cert, tls_key, tls_ca) as placement:
-        reply = placement.Drain(pb.DrainRequest(worker_id=worker), timeout=timeout_s)
+    with PlacementClient(target, tls_cert, tls_key, tls_ca) as placement:
+        reply = placement.drain(worker, timeout_s)
     if as_json:
         typer.echo(json.dumps({"worker": worker, "epoch": reply.epoch}))
     else:
@@ -89,10 +86,8 @@ def rebalance(
     tls_ca: TlsCa = None,
 ) -> None:
     """Place every expert anew, by the load that was seen, and move what that asks for."""
-    from protos import placement_pb2 as pb
-
-    with placement_at(target, tls_cert, tls_key, tls_ca) as placement:
-        reply = placement.Rebalance(pb.RebalanceRequest(), timeout=6 * TIMEOUT_S)
+    with PlacementClient(target, tls_cert, tls_key, tls_ca) as placement:
+        reply = placement.rebalance()
     if as_json:
         typer.echo(json.dumps({"moves": reply.moves, "epoch": reply.epoch}))
     else:
