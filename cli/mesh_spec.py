@@ -17,7 +17,7 @@ from mesh.config import GatewayConfig, PlacementConfig, WorkerConfig, option
 from mesh.errors import ConfigError, PlacementError
 
 if TYPE_CHECKING:
-    from placement.planner import Rules
+    from placement.rules import Rules
 
 _MANAGED = (
     "http_port",
@@ -80,13 +80,17 @@ class MeshSpec:
     def of(cls, values: Mapping[str, Any]) -> MeshSpec:
         """From the command line's values. Raises ConfigError, CheckpointError, PlacementError."""
         from mesh.model_config import ModelConfig
-        from placement.planner import Rules
+        from placement.rules import Rules
 
         config = build(UpConfig, values)
         placement = build(PlacementConfig, {**values, "port": 0})
         model = ModelConfig.from_hf(placement.model)
         rules = Rules(
-            model.moe_layers, model.num_experts, placement.rule, placement.experts_per_worker
+            model.moe_layers,
+            model.num_experts,
+            placement.rule,
+            placement.experts_per_worker,
+            placement.expert_shards or 1,
         )
         worker = build(WorkerConfig, {**values, "port": 0, "drain_s": config.drain_s})
         gateway = build(GatewayConfig, {**values, "port": 0})

@@ -66,6 +66,8 @@ async def run(config: WorkerConfig, worker_id: str, stop: asyncio.Event) -> None
         pid=os.getpid(),
         model_fingerprint=model.fingerprint,
         nics=host.rdma_nics(),
+        links=host.nic_facts(),
+        gpu=host.gpu_facts(device),
         expert_bytes=model.expert_bytes(dtype),
     )
     with Checkpoint(config.model) as checkpoint:

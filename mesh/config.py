@@ -100,10 +100,34 @@ class PlacementConfig(ServerConfig):
         2.0, "After a start, how long to wait for workers of an earlier life before planning."
     )
     lease_s: float = option(5.0, "Silence after which a worker counts as dead.")
+    max_replicas: int = option(
+        0, "Workers that may hold one expert; 0: as many as there are seats, 1: no replicas."
+    )
+    expert_shards: int = option(
+        0, "Slices that each expert is cut into; 0: none, unless no worker holds one whole."
+    )
+    rebalance_below: float = option(
+        0.8, "Rebalance once mean/max of the workers' load is below this; 0: only when asked."
+    )
+    rebalance_after_s: float = option(
+        30.0, "How long balance must have been bad, and the pause between two rebalances."
+    )
+    rebalance_moves: int = option(16, "Experts that one rebalance may load, unless asked for.")
+    rebalance_price: float = option(
+        0.05, "What a move must gain, in units of an average expert's rows."
+    )
+    topology: Path | None = option(
+        None, "TOML file of the links between hosts; if absent, what hosts say of themselves."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.experts_per_worker >= 1, "experts_per_worker must be 1 or more")
+        for name in ("max_replicas", "expert_shards", "rebalance_price"):
+            _require(0 <= getattr(self, name) < math.inf, f"{name} must not be negative")
+        _require(0 <= self.rebalance_below <= 1, "rebalance_below must be 0 to 1")
+        _require(1 <= self.rebalance_after_s < math.inf, "rebalance_after_s must be 1 or more")
+        _require(self.rebalance_moves >= 1, "rebalance_moves must be 1 or more")
         _require(self.min_workers >= 0, "min_workers must not be negative")
         _require(
             self.rule != "strict" or self.experts_per_worker == 1,

@@ -13,7 +13,7 @@ class LoadAverage(Generic[Key]):
     """Rows per second of each key, averaged over an exponentially fading window."""
 
     def __init__(self, window_s: float = 30.0) -> None:
-        self._window_s = window_s
+        self.window_s = window_s
         self._faded: dict[Key, tuple[float, float]] = {}
 
     def observe(self, key: Key, rows: int, now: float) -> None:
@@ -22,7 +22,7 @@ class LoadAverage(Generic[Key]):
 
     def rate(self, key: Key, now: float) -> float:
         """Rows per second; 0 for a key that was never seen."""
-        return self._at(key, now) / self._window_s
+        return self._at(key, now) / self.window_s
 
     def forget(self, key: Key) -> None:
         """Drop a key that is gone."""
@@ -30,7 +30,7 @@ class LoadAverage(Generic[Key]):
 
     def _at(self, key: Key, now: float) -> float:
         rows, then = self._faded.get(key, (0.0, now))
-        return rows * math.exp((then - now) / self._window_s)
+        return rows * math.exp((then - now) / self.window_s)
 
 
 def balancedness(loads: Iterable[float]) -> float:

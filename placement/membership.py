@@ -1,13 +1,19 @@
-"""Who is there. Pure: ``now`` is passed in, leases are told to it and not made by it."""
+"""Who is there, and whom the gateways reach. Pure: ``now`` is passed in, leases are told to it and
+not made by it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from mesh.errors import AlreadyExists
 from mesh.plan import ExpertId
 from protos import placement_pb2 as pb
+
+_SHORTEST_QUARANTINE_S = 1.0
+_LONGEST_QUARANTINE_S = 60.0
+_FORGIVEN_AFTER_S = 120.0
 
 
 @dataclass
@@ -21,13 +27,20 @@ class Worker:
     queue_rows: int = 0
     error: str = ""
     draining: bool = False
+    cut_off: bool = False
+    """It has its lease, but rows do not reach it: it counts as lost until they do again."""
+    cut_off_at_s: float = -math.inf
+    quarantine_s: float = 0.0
+    """How long it is cut off at least. Doubles each time that it does not last."""
 
     @property
     def worker_id(self) -> str:
         return self.info.worker_id
 
     def state(self, wanted: Collection[ExpertId]) -> str:
-        """registered, loading, ready or draining, where ``wanted`` is what it should hold."""
+        """In a word, as WorkerStatus has them; ``wanted`` is what it should hold."""
+        if self.cut_off:
+            return "unreachable"
         if self.draining:
             return "draining"
         if not self.resident.issuperset(wanted):
@@ -48,6 +61,7 @@ class Membership:
 
     def __init__(self, lease_s: float) -> None:
         self._lease_s = lease_s
+        self._overdue_s = lease_s / 2  # a heartbeat comes every lease_s / 2.5, or sooner
         self.workers: dict[str, Worker] = {}
         self.gateways: dict[str, Gateway] = {}
 
@@ -64,7 +78,10 @@ class Membership:
                 f"a worker {info.worker_id} lives at {held.info.grpc_address} "
                 f"(pid {held.info.pid}); choose another --worker-id"
             )
-        self.workers[info.worker_id] = Worker(info, lease_id, now, frozenset(resident))
+        worker = self.workers[info.worker_id] = Worker(info, lease_id, now, frozenset(resident))
+        if held:
+            worker.cut_off, worker.cut_off_at_s = held.cut_off, held.cut_off_at_s
+            worker.quarantine_s = held.quarantine_s
         return held
 
     def by_lease(self, lease_id: str) -> Worker | None:
@@ -98,8 +115,54 @@ class Membership:
             del self.gateways[gateway_id]
         return dead
 
-    def next_expiry_s(self) -> float | None:
-        """When :meth:`expire` may have something to do."""
-        seen = [w.last_seen_s for w in self.workers.values()]
-        seen += [g.last_seen_s for g in self.gateways.values()]
-        return min(seen) + self._lease_s if seen else None
+    def judge(self, placed: Collection[str], now: float) -> tuple[list[Worker], list[Worker]]:
+        """Whom the gateways do not reach any more, and whom they do again.
+
+        A worker is cut off when most gateways say so, or when one does and its heartbeat is
+        overdue. A gateway that reaches none of ``placed``, those that rows go to, is cut off
+        itself: what it says of others does not count. A worker is back when no longer cut
+        off by that rule, heard of since, and its quarantine is over: one that comes and goes
+        stays out for longer each time.
+        """
+        lost: list[Worker] = []
+        back: list[Worker] = []
+        votes, most = self._votes(placed)
+        for worker in self.workers.values():
+            count = votes.get(worker.worker_id, 0)
+            overdue = now >= worker.last_seen_s + self._overdue_s
+            is_out = count > most or (count > 0 and overdue)
+            if is_out and not worker.cut_off:
+                calm = now - worker.cut_off_at_s > _FORGIVEN_AFTER_S
+                longer_s = min(2 * worker.quarantine_s, _LONGEST_QUARANTINE_S)
+                worker.quarantine_s = _SHORTEST_QUARANTINE_S if calm else longer_s
+                worker.cut_off, worker.cut_off_at_s = True, now
+                lost.append(worker)
+            elif worker.cut_off and not is_out and self._may_return(worker, now):
+                worker.cut_off = False
+                back.append(worker)
+        return lost, back
+
+    def _votes(self, placed: Collection[str]) -> tuple[dict[str, int], float]:
+        """How many gateways that may be believed name each worker, and half their number."""
+        named = [set(g.report.unreachable_worker_ids) for g in self.gateways.values()]
+        believed = [ids for ids in named if len(placed) < 2 or not ids.issuperset(placed)]
+        votes: dict[str, int] = {}
+        for ids in believed:
+            for worker_id in ids:
+                votes[worker_id] = votes.get(worker_id, 0) + 1
+        return votes, len(believed) / 2
+
+    @staticmethod
+    def _may_return(worker: Worker, now: float) -> bool:
+        heard = worker.last_seen_s > worker.cut_off_at_s
+        return heard and now >= worker.cut_off_at_s + worker.quarantine_s
+
+    def next_deadline_s(self, now: float) -> float | None:
+        """When :meth:`expire` or :meth:`judge` may have something to do because of time alone."""
+        workers = self.workers.values()
+        times = [w.last_seen_s + self._lease_s for w in workers]
+        times += [g.last_seen_s + self._lease_s for g in self.gateways.values()]
+        named = {w for g in self.gateways.values() for w in g.report.unreachable_worker_ids}
+        judged = [w.cut_off_at_s + w.quarantine_s for w in workers if w.cut_off]
+        judged += [w.last_seen_s + self._overdue_s for w in workers if w.worker_id in named]
+        return min([*times, *(at_s for at_s in judged if at_s > now)], default=None)

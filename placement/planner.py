@@ -2,7 +2,7 @@
 
 Every layer is an assignment problem: each expert takes one of a worker's seats, at the cost
 
-    traffic(expert) x link_cost(worker) + move price, if it does not live there yet
+    traffic(expert) x (link_cost(worker) + how busy other layers keep the worker)
     + crowding price x seat number, so that colocation is the least crowded there is
 
 and ``scipy.optimize.linear_sum_assignment`` finds the cheapest assignment exactly. The rule
@@ -16,91 +16,35 @@ takes of the rest are free, every further one is taken from them. By max-flow mi
 seated if and only if every j of them can, sum over workers of min(c, K j) >= E j, which is
 concave in j and zero at j = 0, so that j = R decides. Hence this layer may take
 ``sum of min(c, K R) - E R`` seats that are not free; dummy rows occupy the others.
+
+What lives stays where it is: only what has no home is seated, the same way, and only if the
+memory of the others leaves it no seat are the layers solved anew, at a price for every move. Then
+workers that a layer leaves empty take replicas of its busiest experts. To move what lives for the
+sake of balance takes a :class:`~placement.improve.Budget`.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from mesh.config import PlacementRule
 from mesh.errors import PlacementError
 from mesh.plan import ExpertId
+from placement.improve import FREE, Budget, improve
+from placement.rules import Rules, Target, WorkerSpec, shortage
+from placement.seating import EMPTY, Seating
 
-REBALANCE_MOVE_PRICE = 1.0
-"""In units of an average expert's traffic: a rebalance moves what gains more than that."""
-REPAIR_MOVE_PRICE = 1e7
-"""Nothing that lives is moved to seat what has no home."""
+_MOVE_PRICE = 1e7
+"""Nothing that lives is moved but to seat what has no home."""
 _CROWDING_PRICE = 1e4
 _HOMELESS_PRICE = 1e10
 _BUSY_PRICE = 1e3  # above what a link saves, below what a repair may move
-
-_LINK_COST_SAME_HOST = 1.0
-_LINK_COST_RDMA = 2.0
-_LINK_COST_OTHER = 8.0
-
-
-@dataclass(frozen=True)
-class WorkerSpec:
-    """What the planner needs to know of a worker."""
-
-    worker_id: str
-    memory_bytes: int
-    expert_bytes: int
-    """What one expert takes there; depends on the worker's dtype."""
-    link_cost: float = 1.0
-    """Relative cost of a row's way between the gateways and this worker."""
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What no plan may break."""
-
-    layers: tuple[int, ...]
-    num_experts: int
-    rule: PlacementRule = "per-layer"
-    experts_per_worker: int = 1
-
-    @property
-    def experts(self) -> list[ExpertId]:
-        return [ExpertId(layer, i) for layer in self.layers for i in range(self.num_experts)]
-
-    @property
-    def workers_needed(self) -> int:
-        """Fewest workers that could do, were memory no matter."""
-        if self.rule == "strict":
-            return len(self.layers) * self.num_experts
-        return -(-self.num_experts // self.experts_per_worker)
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where every expert should live. Lists of workers are a seam for replicas; today one each."""
-
-    workers_by_expert: Mapping[ExpertId, tuple[str, ...]] = field(default_factory=dict)
-    missing: tuple[ExpertId, ...] = ()
-    note: str = ""
-    """What a person should know: colocation, a shortage and its remedy."""
-
-    def experts_by_worker(self) -> dict[str, set[ExpertId]]:
-        """The other way round; workers without experts are absent."""
-        experts_by_worker: dict[str, set[ExpertId]] = {}
-        for expert, worker_ids in self.workers_by_expert.items():
-            for worker_id in worker_ids:
-                experts_by_worker.setdefault(worker_id, set()).add(expert)
-        return experts_by_worker
-
-
-def link_cost(worker_host: str, nics: Collection[str], gateway_hosts: Collection[str]) -> float:
-    """Mean over the gateways of the cost of the link to a worker."""
-    if not gateway_hosts:
-        return _LINK_COST_SAME_HOST
-    remote = _LINK_COST_RDMA if nics else _LINK_COST_OTHER
-    costs = [_LINK_COST_SAME_HOST if host == worker_host else remote for host in gateway_hosts]
-    return sum(costs) / len(costs)
+_EVICTION_PRICE = 1e5
+"""Of a replica, to make room for what has no home: above crowding, below moving what lives."""
 
 
 def plan(
@@ -108,61 +52,171 @@ def plan(
     workers: Sequence[WorkerSpec],
     *,
     homes: Mapping[str, Collection[ExpertId]] | None = None,
+    residents: Mapping[str, Collection[ExpertId]] | None = None,
     traffic: Mapping[ExpertId, float] | None = None,
-    move_price: float = REPAIR_MOVE_PRICE,
+    max_replicas: int = 0,
+    budget: Budget | None = None,
     partial: bool = False,
 ) -> Target:
     """The cheapest target within the rules.
 
-    ``homes`` are the experts that each worker has already; ``traffic`` is in any unit, experts
-    it does not name count as average. PlacementError, naming what is missing and the remedy,
+    ``homes`` are the experts that live on each worker already, ``residents`` those that it
+    has in its memory for whatever reason; ``traffic`` is in any unit, experts it does not name
+    count as average. At most ``max_replicas`` workers hold one expert, 0: as many
+    as there are seats. What lives is moved for balance as far as ``budget`` goes; where nothing
+    lives yet it is free to. PlacementError, naming what is missing and the remedy,
     when the rules cannot be met; with ``partial``, layer by layer as many experts as can be have a
     home, the busiest first, and the note says the same.
     """
-    shortage = _shortage(rules, workers)
-    if shortage and not partial:
-        raise PlacementError(shortage)
-    workers = sorted(workers, key=lambda worker: worker.worker_id)
-    if rules.rule == "strict":
-        groups, seats = [rules.experts], 1
-    else:
-        groups = [[ExpertId(layer, i) for i in range(rules.num_experts)] for layer in rules.layers]
-        seats = rules.experts_per_worker
-    seats = min(seats, max(map(len, groups)))
-    room = np.array([w.memory_bytes // w.expert_bytes for w in workers], dtype=np.int64)
-    traffic = traffic or {}
-    mean_traffic = sum(traffic.values()) / max(len(traffic), 1)
-    if mean_traffic == 0:
-        traffic, mean_traffic = {}, 1.0
-    placed: dict[ExpertId, tuple[str, ...]] = {}
-    for done, experts in enumerate(groups):
-        weights = np.array([traffic.get(e, mean_traffic) / mean_traffic for e in experts])
-        move_cost = _move_cost(experts, workers, homes or {}, move_price)
-        cost = weights[:, None] * np.array([w.link_cost for w in workers]) + move_cost
-        layers_left = len(groups) - done - 1
-        chosen = _assign(cost, weights, room, seats, layers_left, bool(shortage))
-        for expert, worker in zip(experts, chosen, strict=True):
-            if worker >= 0:
-                placed[expert] = (workers[worker].worker_id,)
-                room[worker] -= 1
-    missing = tuple(e for e in rules.experts if e not in placed)
-    notes = [_colocation_note(rules, placed), _missing_note(missing, shortage)]
-    return Target(placed, missing, "; ".join(note for note in notes if note))
+    short = shortage(rules, workers)
+    if short and not partial:
+        raise PlacementError(short)
+    seating = Seating(rules, workers, traffic or {})
+    seating.keep(homes or {})
+    is_new = not any(at for holders in seating.holders for at in holders)
+    if is_new or not _seat_homeless(seating):
+        seating = _seat_anew(seating, traffic or {}, bool(short), max_replicas)
+    _trim(seating, max_replicas)
+    seating.keep_replicas(residents or {}, max_replicas)
+    _replicate(seating, max_replicas)
+    if is_new or budget:
+        improve(seating, FREE if is_new else budget or FREE, max_replicas)
+    target = seating.target()
+    notes = [_colocation_note(rules, seating), _missing_note(target.missing, short)]
+    return replace(target, note="; ".join(note for note in notes if note))
 
 
-def _move_cost(
-    experts: Sequence[ExpertId],
-    workers: Sequence[WorkerSpec],
-    homes: Mapping[str, Collection[ExpertId]],
-    move_price: float,
-) -> np.ndarray:
-    row = {expert: i for i, expert in enumerate(experts)}
-    cost = np.full((len(experts), len(workers)), move_price)
-    for column, worker in enumerate(workers):
-        for expert in homes.get(worker.worker_id, ()):
-            if expert in row:
-                cost[row[expert], column] = 0.0
-    return cost
+def _seat_homeless(seating: Seating) -> bool:
+    """Seat what sits nowhere, moving nothing but replicas. False when moving more would seat more.
+
+    Where a worker's only seat or room is taken by the replica of another expert, this goes.
+    """
+    extra_W: list[set[tuple[int, int]]] = [set() for _ in seating.workers]
+    for g, holders in enumerate(seating.holders):
+        for i, at in enumerate(holders):
+            if len(at) > 1:
+                first = min(at, key=lambda w: (seating.link_W[w], w))
+                for w in at:
+                    if w != first:
+                        extra_W[w].add((g, i))
+    num_extra_W = np.array([len(extra) for extra in extra_W])
+    most_W = seating.room_W + seating.crowd_GW.sum(axis=0)
+    seatable = min(seating.num_units, int(np.minimum(most_W, seating.seats).sum()))
+    for g in range(len(seating.groups)):
+        homeless = seating.homeless(g)
+        if not homeless:
+            continue
+        may_seat = len(homeless) - (seating.num_units - seatable)
+        if _seat_homeless_of(seating, g, homeless, extra_W, num_extra_W) < may_seat:
+            return False
+    return True
+
+
+def _seat_homeless_of(
+    seating: Seating,
+    group: int,
+    homeless: list[int],
+    extra_W: list[set[tuple[int, int]]],
+    num_extra_W: np.ndarray,
+) -> int:
+    """Of one group; how many. ``extra_W`` are the replicas of each worker that may go."""
+    room_W = seating.room_W + num_extra_W
+    columns: list[int] = []
+    prices: list[float] = []
+    for w in np.flatnonzero(room_W > 0).tolist():
+        crowd = int(seating.crowd_GW[group, w])
+        free = min(seating.seats - crowd, int(room_W[w]))
+        columns += [w] * free
+        prices += [_CROWDING_PRICE * (crowd + seat) for seat in range(free)]
+        if not free:
+            for _, i in [e for e in extra_W[w] if e[0] == group]:
+                weight, count = seating.weight_GN[group, i], len(seating.holders[group][i])
+                columns.append(w)
+                prices.append(_EVICTION_PRICE + weight / (count - 1))
+    if not columns:
+        return 0
+    column_w = np.array(columns)
+    price = np.array(prices) + np.where(seating.room_W[column_w] > 0, 0.0, _EVICTION_PRICE)
+    weights = seating.weight_GN[group, homeless]
+    table = weights[:, None] * seating.price_W()[column_w] + price
+    if len(homeless) > len(columns):
+        stay = np.repeat(_HOMELESS_PRICE + _BUSY_PRICE * weights[:, None], len(homeless), axis=1)
+        table = np.hstack([table, stay])
+    rows, chosen = linear_sum_assignment(table)
+    seated = 0
+    for row, c in zip(rows.tolist(), chosen.tolist(), strict=True):
+        if c < len(columns):
+            seated += _take_over(seating, group, homeless[row], columns[c], extra_W, num_extra_W)
+    return seated
+
+
+def _take_over(
+    seating: Seating,
+    group: int,
+    unit: int,
+    worker: int,
+    extra_W: list[set[tuple[int, int]]],
+    num_extra_W: np.ndarray,
+) -> bool:
+    """Seat a unit on a worker, in place of a replica where it must be."""
+    crowded = seating.crowd_GW[group, worker] == seating.seats
+    if crowded or seating.room_W[worker] == 0:
+        may_go = [e for e in extra_W[worker] if e[0] == group or not crowded]
+        if not may_go:
+            return False
+        least = min(may_go, key=lambda e: (seating.share(*e), e))
+        extra_W[worker].remove(least)
+        num_extra_W[worker] -= 1
+        seating.take(*least, worker)
+    seating.put(group, unit, worker)
+    return True
+
+
+def _seat_anew(
+    old: Seating, traffic: Mapping[ExpertId, float], partial: bool, max_replicas: int
+) -> Seating:
+    """Every layer solved exactly, at a price for each move; replicas stay where they still fit."""
+    seating = Seating(old.rules, old.workers, traffic)
+    share_GN = seating.weight_GN / _expected_holders(seating, max_replicas)
+    load_W = np.zeros(len(seating.workers))
+    room_W = seating.room_W.copy()
+    for g in range(len(seating.groups)):
+        move_NW = np.full((seating.num_units, len(seating.workers)), _MOVE_PRICE)
+        for i, at in enumerate(old.holders[g]):
+            move_NW[i, at] = 0.0
+        cost = share_GN[g][:, None] * seating.price_W(load_W) + move_NW
+        layers_left = len(seating.groups) - g - 1
+        chosen = _assign(cost, share_GN[g], room_W, seating.seats, layers_left, partial)
+        for i, w in enumerate(chosen):
+            if w != EMPTY:
+                seating.put(g, i, w)
+                load_W[w] += share_GN[g, i]
+                room_W[w] -= 1
+    for g, holders in enumerate(old.holders):
+        for i, at in enumerate(holders):
+            for w in at:
+                free = seating.crowd_GW[g, w] == 0 and seating.room_W[w] > 0
+                if free and seating.holders[g][i]:
+                    seating.put(g, i, w)
+    return seating
+
+
+def _expected_holders(seating: Seating, max_replicas: int) -> np.ndarray:
+    """How many workers each unit of each group will have, once replicas are seated."""
+    counts_GN = np.ones((len(seating.groups), seating.num_units), dtype=np.int64)
+    spare = min(
+        max(len(seating.workers) - seating.num_units, 0),
+        max(int(seating.room_W.sum()) // len(seating.groups) - seating.num_units, 0),
+    )
+    most = max_replicas or len(seating.workers)
+    for weight_N, count_N in zip(seating.weight_GN, counts_GN, strict=True):
+        for _ in range(spare):
+            share_N = np.where(count_N < most, weight_N / count_N, -1.0)
+            busiest = int(share_N.argmax())
+            if share_N[busiest] < 0:
+                break
+            count_N[busiest] += 1
+    return counts_GN
 
 
 def _assign(
@@ -190,63 +244,74 @@ def _assign(
         dummy = np.where(costly, 0.0, np.inf)
         table = np.vstack([table, np.repeat(dummy[None], num_dummies, axis=0)])
     _, chosen = linear_sum_assignment(table)
-    return [int(columns[c]) if c < len(columns) else -1 for c in chosen[:num_experts]]
+    return [int(columns[c]) if c < len(columns) else EMPTY for c in chosen[:num_experts]]
 
 
-def _shortage(rules: Rules, workers: Sequence[WorkerSpec]) -> str:
-    """Why the rules cannot be met by these workers, and what to do; empty if they can."""
-    needed, there = rules.workers_needed, len(workers)
-    strict = rules.rule == "strict"
-    if there < needed:
-        remedies = [f"start {needed - there} more"]
-        if strict:
-            reason = "one per expert, by the rule strict"
-            remedies.append("use --rule per-layer")
-        else:
-            crowd = rules.experts_per_worker
-            reason = (
-                "one per expert of a layer" if crowd == 1 else f"{crowd} experts of a layer each"
-            )
-            if there:
-                enough = -(-rules.num_experts // there)
-                remedies.append(f"allow colocation with --experts-per-worker {enough}")
-        return f"model needs {needed} workers ({reason}), {there} are registered: " + ", or ".join(
-            remedies
-        )
-    most = 1 if strict else rules.experts_per_worker * len(rules.layers)
-    num_experts = rules.num_experts * len(rules.layers)
-    room = {w.worker_id: min(w.memory_bytes // w.expert_bytes, most) for w in workers}
-    short = num_experts - sum(room.values())
-    if short <= 0:
+def _trim(seating: Seating, max_replicas: int) -> None:
+    """Take away what is beyond ``max_replicas``, from the busiest workers first."""
+    if not max_replicas:
+        return
+    for g, holders in enumerate(seating.holders):
+        for i in range(len(holders)):
+            while len(seating.holders[g][i]) > max_replicas:
+                price_W = seating.price_W()
+                worst = max(seating.holders[g][i], key=lambda w: (price_W[w], w))
+                seating.take(g, i, worst)
+
+
+def _replicate(seating: Seating, max_replicas: int) -> None:
+    """Give workers that a layer leaves empty replicas of what is busiest there per worker.
+
+    On a host that has the expert only once nothing else is left for the seat; a worker that holds
+    anything of a layer takes no replica of it, so that replicas never crowd.
+    """
+    if len(seating.workers) <= seating.num_units or max_replicas == 1:
+        return
+    empty_GW = seating.crowd_GW == 0
+    waiting: list[tuple[float, int, int]] = []
+    for g in np.flatnonzero(empty_GW.any(axis=1)).tolist():
+        shares = [seating.share(g, i) for i in range(seating.num_units)]
+        waiting += [(-shares[i], g, i) for i, at in enumerate(seating.holders[g]) if at]
+    for may_share_host in (False, True):
+        heapq.heapify(waiting)
+        put_off: list[tuple[float, int, int]] = []
+        while waiting:
+            entry = heapq.heappop(waiting)
+            _, g, i = entry
+            at = seating.holders[g][i]
+            if max_replicas and len(at) >= max_replicas:
+                continue
+            may_W = empty_GW[g] & (seating.room_W > 0)
+            if not may_W.any():
+                continue
+            elsewhere_W = may_W & ~np.isin(seating.host_W, seating.host_W[at])
+            if elsewhere_W.any():
+                may_W = elsewhere_W
+            elif not may_share_host and len(set(seating.host_W[at])) < seating.num_hosts:
+                put_off.append(entry)
+                continue
+            w = int(np.where(may_W, seating.price_W(), np.inf).argmin())
+            seating.put(g, i, w)
+            empty_GW[g, w] = False
+            heapq.heappush(waiting, (-seating.share(g, i), g, i))
+        waiting = put_off
+
+
+def _colocation_note(rules: Rules, seating: Seating) -> str:
+    per_layer_W = seating.crowd_GW
+    if rules.rule == "strict" or not per_layer_W.size or int(per_layer_W.max()) <= 1:
         return ""
-    smallest = min(workers, key=lambda worker: room[worker.worker_id])
-    share = min(-(-num_experts // there), most)
-    short_bytes = share * smallest.expert_bytes - smallest.memory_bytes
+    units = rules.units_per_layer
+    unit = "experts" if rules.shards == 1 else "slices of experts"
     return (
-        f"workers have memory for {num_experts - short} of {num_experts} experts: "
-        f"{smallest.worker_id} is {short_bytes:,} bytes short of its {share} "
-        f"({smallest.expert_bytes:,} bytes each, {smallest.memory_bytes:,} bytes there); "
-        "give it more with --memory-bytes, or start more workers"
+        f"colocated: a worker holds up to {int(per_layer_W.max())} of the {units} {unit} of a "
+        f"layer; {units} workers would hold one each"
     )
 
 
-def _colocation_note(rules: Rules, placed: Mapping[ExpertId, tuple[str, ...]]) -> str:
-    crowd: dict[tuple[int, str], int] = {}
-    for expert, worker_ids in placed.items():
-        for worker_id in worker_ids:
-            crowd[expert.layer, worker_id] = crowd.get((expert.layer, worker_id), 0) + 1
-    most = max(crowd.values(), default=0)
-    if most <= 1:
-        return ""
-    return (
-        f"colocated: a worker holds up to {most} of the {rules.num_experts} experts of a layer; "
-        f"{rules.num_experts} workers would hold one each"
-    )
-
-
-def _missing_note(missing: Sequence[ExpertId], shortage: str) -> str:
+def _missing_note(missing: Sequence[ExpertId], short: str) -> str:
     if not missing:
         return ""
     named = ", ".join(str(expert) for expert in missing[:8])
     more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-    return f"nobody serves {named}{more} (layer.expert): {shortage}"
+    return f"nobody serves {named}{more} (layer.expert): {short}"

@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 import structlog
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from mesh import telemetry
 from mesh.config import PlacementConfig
@@ -22,8 +22,10 @@ from mesh.grpc_server import GrpcServer, stop_signals, until_first_ends
 from mesh.http import HttpServer
 from mesh.model_config import ModelConfig
 from placement.coordinator import Coordinator
+from placement.improve import Budget
 from placement.membership import Worker
-from placement.planner import REBALANCE_MOVE_PRICE, REPAIR_MOVE_PRICE, Rules
+from placement.rules import Rules
+from placement.topology import Topology
 from protos import placement_pb2 as pb
 from protos import placement_pb2_grpc as rpc
 
@@ -34,6 +36,9 @@ _HEARTBEAT_INTERVAL_S = 2.0
 _COALESCE_S = 0.05
 _MAX_NAME_LENGTH = 256
 _MAX_EPOCH = 1 << 62
+_MAX_SHARDS = 1 << 10
+_REPAIR_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+_LOSSES = ("worker_gone", "worker_silent", "worker_unreachable")
 
 
 class PlacementService(rpc.PlacementServicer):
@@ -46,10 +51,12 @@ class PlacementService(rpc.PlacementServicer):
         self._coordinator = Coordinator(
             rules,
             model.fingerprint,
-            min_workers=config.min_workers,
-            settle_s=config.settle_s,
-            lease_s=config.lease_s,
+            config,
+            expert_hidden_size=model.expert_hidden_size,
+            topology=Topology.read(config.topology) if config.topology else None,
         )
+        self._by_hand = Budget(price=config.rebalance_price)
+        self._by_itself = Budget(price=config.rebalance_price, moves=config.rebalance_moves)
         self._fingerprint = model.fingerprint
         self._model_path = config.model
         self._lease_s = config.lease_s
@@ -59,6 +66,7 @@ class PlacementService(rpc.PlacementServicer):
         self._changed = asyncio.Event()
         self._planning = asyncio.Lock()
         self._replan = asyncio.Event()
+        self._rebalance_is_due = False
         self._trouble = self._coordinator.why_not_ready()
         self._stopping = False
         self._gauges = {
@@ -68,8 +76,30 @@ class PlacementService(rpc.PlacementServicer):
                 ("missing_experts", "Experts that nobody serves."),
                 ("balancedness", "Mean over maximum of the workers' rows."),
                 ("gateways", "Gateways that report."),
+                ("replicas", "Workers that serve an expert beside its first."),
             )
         }
+        self._moves = 0
+        self._moves_counter = Counter(
+            telemetry.METRIC_PREFIX + "expert_moves",
+            "Experts that found another worker.",
+            registry=registry,
+        )
+        self._lost_counter = Counter(
+            telemetry.METRIC_PREFIX + "workers_lost",
+            "Workers that died, fell silent or got out of the gateways' reach.",
+            ["how"],
+            registry=registry,
+        )
+        self._rebalances = Counter(
+            telemetry.METRIC_PREFIX + "rebalances", "Turns at balance.", registry=registry
+        )
+        self._repair_seconds = Histogram(
+            telemetry.METRIC_PREFIX + "repair_seconds",
+            "From the loss of a worker until every expert was served again.",
+            buckets=_REPAIR_BUCKETS_S,
+            registry=registry,
+        )
         self._workers_gauge = Gauge(
             telemetry.METRIC_PREFIX + "workers", "Live workers.", ["state"], registry=registry
         )
@@ -94,7 +124,6 @@ class PlacementService(rpc.PlacementServicer):
             self._wake.clear()
             self._urgent = False
             for worker in self._coordinator.expire(time.monotonic()):
-                log.warning("worker_silent", worker_id=worker.worker_id, lease_s=self._lease_s)
                 self._end_stream(worker.lease_id)
             self._tell()
             self._measure()
@@ -107,6 +136,9 @@ class PlacementService(rpc.PlacementServicer):
             await self._replan.wait()
             self._replan.clear()
             await self._retarget()
+            if self._rebalance_is_due:
+                self._rebalance_is_due = False
+                await self._rebalance(self._by_itself)
 
     def stop(self) -> None:
         """End every open stream."""
@@ -126,6 +158,8 @@ class PlacementService(rpc.PlacementServicer):
                 f"worker {info.worker_id} must give a grpc_address, expert_bytes above 0 and a "
                 f"last_epoch below {_MAX_EPOCH}"
             )
+        if request.expert_shards > _MAX_SHARDS:
+            raise InvalidInput(f"expert_shards must be {_MAX_SHARDS} or less")
         if info.model_fingerprint != self._fingerprint:
             raise ModelMismatch(
                 f"worker {info.worker_id} has another model than placement, which serves "
@@ -136,13 +170,12 @@ class PlacementService(rpc.PlacementServicer):
         earlier = self._coordinator.register(request, lease_id, time.monotonic())
         if earlier:
             self._end_stream(earlier.lease_id)
-        log.info("worker_registered", worker_id=info.worker_id, resident=len(request.resident))
         self._rethink()
         return pb.RegisterReply(
             lease_id=lease_id,
             lease_s=self._lease_s,
             heartbeat_interval_s=min(_HEARTBEAT_INTERVAL_S, self._lease_s / 2.5),
-            epoch=self._coordinator.current_plan().epoch,
+            epoch=self._coordinator.epoch,
         )
 
     async def Heartbeat(
@@ -170,8 +203,7 @@ class PlacementService(rpc.PlacementServicer):
         finally:
             reader.cancel()
             del self._orders[worker.lease_id]
-            if self._coordinator.drop(worker.lease_id):
-                log.warning("worker_gone", worker_id=worker.worker_id, draining=worker.draining)
+            self._coordinator.drop(worker.lease_id, time.monotonic())
             self._rethink(urgent=True)
 
     async def WatchPlan(self, request: pb.WatchPlanRequest, context: Any) -> AsyncIterator[pb.Plan]:
@@ -200,20 +232,26 @@ class PlacementService(rpc.PlacementServicer):
                         f"a report needs a gateway_id of 1 to {_MAX_NAME_LENGTH} characters and "
                         f"an epoch below {_MAX_EPOCH}"
                     )
+                if gateway_id and report.gateway_id != gateway_id:
+                    raise InvalidInput(f"this stream is of gateway {gateway_id}")
                 gateway_id = report.gateway_id
                 if lost := set(report.unreachable_worker_ids) - unreachable:
                     log.warning("workers_unreachable", gateway_id=gateway_id, workers=sorted(lost))
+                now = time.monotonic()
+                if self._coordinator.gateway_report(report, now):
+                    # What died is news at any time; that all have the plan can wait a little.
+                    self._rethink(urgent=unreachable != set(report.unreachable_worker_ids))
+                if report.load and self._coordinator.rebalance_due(now):
+                    self._rebalance_is_due = True
+                    self._replan.set()
                 unreachable = set(report.unreachable_worker_ids)
-                if self._coordinator.gateway_report(report, time.monotonic()):
-                    self._rethink()
         finally:
             self._coordinator.gateway_gone(gateway_id)
             self._rethink()
         return pb.ReportLoadReply()
 
     async def Drain(self, request: pb.DrainRequest, context: Any) -> pb.DrainReply:
-        self._coordinator.drain(request.worker_id)
-        log.info("worker_draining", worker_id=request.worker_id)
+        self._coordinator.drain(request.worker_id, time.monotonic())
         self._rethink()
         while request.worker_id in self._coordinator.members.workers and not self._stopping:
             await self._changed.wait()
@@ -222,19 +260,16 @@ class PlacementService(rpc.PlacementServicer):
     async def Rebalance(self, request: pb.RebalanceRequest, context: Any) -> pb.RebalanceReply:
         if self._coordinator.target is None:
             raise PlacementError(f"there is no plan yet: {self.why_not_ready()}")
-        moves = await self._retarget(move_price=REBALANCE_MOVE_PRICE, forced=True)
-        self._rethink()
+        moves = await self._rebalance(self._by_hand)
         return pb.RebalanceReply(epoch=self._coordinator.current_plan().epoch, moves=moves)
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.MeshStatus:
-        return self._coordinator.status(time.monotonic())
+        return self._coordinator.status(time.monotonic(), time.time())
 
     # Between them.
 
     def _take_report(self, worker: Worker, report: pb.WorkerReport) -> None:
         if self._coordinator.report(worker, report, time.monotonic()):
-            if worker.error:
-                log.warning("worker_order_failed", worker_id=worker.worker_id, error=worker.error)
             self._rethink()
 
     def _rethink(self, *, urgent: bool = False) -> None:
@@ -242,35 +277,42 @@ class PlacementService(rpc.PlacementServicer):
         self._wake.set()
 
     def _until_deadline_s(self) -> float | None:
-        deadline_s = self._coordinator.next_deadline_s()
-        return None if deadline_s is None else max(deadline_s - time.monotonic(), 0.001)
+        now = time.monotonic()
+        deadline_s = self._coordinator.next_deadline_s(now)
+        return None if deadline_s is None else max(deadline_s - now, 0.001)
 
-    async def _retarget(
-        self, *, move_price: float = REPAIR_MOVE_PRICE, forced: bool = False
-    ) -> int:
+    async def _rebalance(self, budget: Budget) -> int:
+        """Move what lives, as far as the budget goes; how many experts find another worker."""
+        self._coordinator.rebalance_begins(time.monotonic())
+        moves = await self._retarget(budget)
+        self._coordinator.rebalance_done(moves, time.monotonic())
+        self._rebalances.inc()
+        self._rethink()
+        return moves
+
+    async def _retarget(self, budget: Budget | None = None) -> int:
         """Compute a new target if one is due, act on it, and count the experts that it moves."""
         async with self._planning:
-            compute = self._coordinator.next_target(
-                time.monotonic(), move_price=move_price, forced=forced
-            )
-            if compute is None:
-                return 0
             try:
+                compute = self._coordinator.next_target(time.monotonic(), budget=budget)
+                if compute is None:
+                    return 0
                 target = await asyncio.to_thread(compute)
+                moves = self._coordinator.adopt(target, time.monotonic())
             except PlacementError as error:
                 log.warning("no_plan", reason=str(error))
                 self._coordinator.note_shortage(str(error))
                 return 0
-            moves = self._coordinator.adopt(target)
             log.info("target", moves=moves, missing=len(target.missing), note=target.note)
             self._rethink(urgent=True)
             return moves
 
     def _tell(self) -> None:
-        if self._coordinator.publish():
+        now = time.monotonic()
+        if self._coordinator.publish(now):
             plan = self._coordinator.current_plan()
             log.info("plan", epoch=plan.epoch, complete=plan.complete, note=plan.note)
-        for lease_id, order in self._coordinator.orders(time.monotonic(), self._orders):
+        for lease_id, order in self._coordinator.orders(now, self._orders):
             self._orders[lease_id].put_nowait(order)
         self._notify_watchers()
 
@@ -281,8 +323,17 @@ class PlacementService(rpc.PlacementServicer):
         self._gauges["missing_experts"].set(state.num_missing())
         self._gauges["balancedness"].set(state.balancedness(time.monotonic()))
         self._gauges["gateways"].set(len(state.members.gateways))
+        self._gauges["replicas"].set(state.num_replicas())
+        self._moves_counter.inc(state.moves - self._moves)
+        self._moves = state.moves
+        while state.repairs_s:
+            self._repair_seconds.observe(state.repairs_s.pop())
+        for event in state.history.take_news():
+            (log.warning if event.is_bad else log.info)(event.kind, **event.facts)
+            if event.kind in _LOSSES and not event.facts.get("draining"):
+                self._lost_counter.labels(event.kind.removeprefix("worker_")).inc()
         states = state.states()
-        for name in ("registered", "loading", "ready", "draining"):
+        for name in ("registered", "loading", "ready", "draining", "unreachable"):
             self._workers_gauge.labels(name).set(states.count(name))
 
     def _notify_watchers(self) -> None:

@@ -161,9 +161,12 @@ class Mesh:
         self, worker_id: str, *, last_epoch: int = 0, **options: object
     ) -> PretendWorker:
         worker = pretend_worker(self.stub, self.model, worker_id, **options)
+        return await self.add(worker, last_epoch)
+
+    async def add(self, worker: PretendWorker, last_epoch: int = 0) -> PretendWorker:
         await worker.register(last_epoch)
         self._tasks.append(asyncio.create_task(worker.work()))
-        self.workers[worker_id] = worker
+        self.workers[worker.info.worker_id] = worker
         return worker
 
     async def __aenter__(self) -> Mesh:

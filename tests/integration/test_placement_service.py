@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import urllib.request
 from pathlib import Path
 
 import grpc
@@ -75,8 +76,10 @@ async def test_readiness_is_a_complete_plan(model: ModelConfig):
         assert (await states.read()).status == status.NOT_SERVING
 
 
-async def test_a_killed_worker_leaves_the_plan_at_once_and_a_spare_takes_over(model: ModelConfig):
-    async with running_placement(model) as server, Mesh(server.address, model) as mesh:
+async def test_a_killed_worker_leaves_the_plan_at_once_and_a_spare_takes_over(directory: Path):
+    model = tiny_model(directory, num_layers=1)
+    config = PlacementConfig(port=0, max_replicas=1)
+    async with running_placement(model, config) as server, Mesh(server.address, model) as mesh:
         plans = mesh.stub.WatchPlan(pb.WatchPlanRequest())
         for name in ("w0", "w1", "w2"):
             await mesh.start(name)
@@ -88,6 +91,79 @@ async def test_a_killed_worker_leaves_the_plan_at_once_and_a_spare_takes_over(mo
         after = homes_of(await plan_where(plans, complete))
         moved = {e for e in before if before[e] != after[e]}
         assert moved == {e for e, ids in before.items() if ids == [dead]}
+        status = await mesh.stub.GetStatus(pb.GetStatusRequest())
+        kinds = [event.kind for event in status.events]
+        assert kinds == ["worker_registered"] * 3 + ["worker_gone", "moves", "repaired"]
+        assert status.moves == 1
+        metrics = await metrics_of(server.http)
+        assert metrics["expert_mesh:repair_seconds_count"] == 1
+        assert metrics['expert_mesh:workers_lost_total{how="gone"}'] == 1
+        assert metrics["expert_mesh:expert_moves_total"] == 1
+
+
+async def metrics_of(address: str) -> dict[str, float]:
+    text = await asyncio.to_thread(
+        lambda: urllib.request.urlopen(f"http://{address}/metrics", timeout=10).read().decode()
+    )
+    lines = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, value in lines}
+
+
+async def test_a_replica_serves_at_once_when_a_worker_is_killed(directory: Path):
+    model = tiny_model(directory, num_layers=1)
+    async with running_placement(model) as server, Mesh(server.address, model) as mesh:
+        plans = mesh.stub.WatchPlan(pb.WatchPlanRequest())
+        for name in ("w0", "w1", "w2", "w3"):
+            await mesh.start(name)
+        before = await plan_where(plans, lambda p: sum(map(len, homes_of(p).values())) == 4)
+        (dead, other) = homes_of(before)[ExpertId(0, 1)]
+        mesh.workers[dead].call.cancel()
+        first = await plan_where(plans, lambda plan: True)
+        assert first.complete
+        assert homes_of(first) == homes_of(before) | {ExpertId(0, 1): [other]}
+
+
+async def test_a_worker_that_gateways_do_not_reach_is_replaced_and_comes_back(directory: Path):
+    model = tiny_model(directory, num_layers=1)
+    config = PlacementConfig(port=0, max_replicas=1)
+    async with running_placement(model, config) as server, Mesh(server.address, model) as mesh:
+        plans = mesh.stub.WatchPlan(pb.WatchPlanRequest())
+        for name in ("w0", "w1", "w2"):
+            await mesh.start(name)
+        before = homes_of(await plan_where(plans, complete))
+        (hung,) = before[ExpertId(0, 0)]
+        (spare,) = {"w0", "w1", "w2"} - {w for ids in before.values() for w in ids}
+        gateway = mesh.stub.ReportLoad()
+        await gateway.write(pb.GatewayReport(gateway_id="g", unreachable_worker_ids=[hung]))
+        first = await plan_where(plans, lambda plan: True)
+        assert ExpertId(0, 0) not in homes_of(first)
+        assert hung in {w.worker_id for w in first.workers}
+        assert homes_of(await plan_where(plans, complete))[ExpertId(0, 0)] == [spare]
+        await mesh.workers[hung].report()
+        await gateway.write(pb.GatewayReport(gateway_id="g"))
+        await plan_where(plans, lambda plan: hung not in {w.worker_id for w in plan.workers})
+        events = (await mesh.stub.GetStatus(pb.GetStatusRequest())).events
+        assert "worker_back" in {event.kind for event in events}
+        gateway.cancel()
+
+
+async def test_experts_that_fit_nowhere_are_sliced(directory: Path):
+    model = tiny_model(directory, num_layers=1)
+    async with running_placement(model) as server, Mesh(server.address, model) as mesh:
+        plans = mesh.stub.WatchPlan(pb.WatchPlanRequest())
+        for i in range(4):
+            worker = pretend_worker(mesh.stub, model, f"w{i}")
+            worker.info.memory_bytes = worker.info.expert_bytes // 2
+            await mesh.add(worker)
+        plan = await plan_where(plans, complete)
+        assert plan.expert_shards == 2
+        assert sorted(homes_of(plan)) == [ExpertId(0, i) for i in range(4)]
+        orders = [order for w in mesh.workers.values() for order in w.orders if order.load]
+        assert {order.expert_shards for order in orders} == {2}
+        whole = pretend_worker(mesh.stub, model, "w9", resident=[ExpertId(0, 0)])
+        code, words = await code_of(whole.register())
+        assert code is grpc.StatusCode.FAILED_PRECONDITION
+        assert "cut into 1" in words
 
 
 async def test_a_hung_worker_is_dead_when_its_lease_is_over(model: ModelConfig):
