@@ -27,7 +27,9 @@ log = structlog.get_logger()
 
 SERVICE_NAME = worker_pb2.DESCRIPTOR.services_by_name["ExpertWorker"].full_name
 _WATCH_INTERVAL_S = 1.0
-_SILENCE_S = 5.0
+_SILENCE_S = 2.0
+_SILENCE_BATCHES = 4.0
+"""Silence for longer than this many of the longest batches so far is no long batch."""
 _LEAVE_TIMEOUT_S = 5.0
 _MAX_GATEWAY_SESSIONS = 1024
 _MAX_NAME_LENGTH = 256
@@ -100,7 +102,7 @@ class WorkerService(rpc.ExpertWorkerServicer):
             return dead
         stats = self._plane.stats()
         silent_s = time.monotonic() - stats.last_progress_s
-        if stats.busy and silent_s > _SILENCE_S:
+        if stats.busy and silent_s > max(_SILENCE_S, _SILENCE_BATCHES * stats.longest_batch_s):
             return f"the data plane has been silent for {silent_s:.0f} s with work in hand"
         if self._draining:
             return "draining"

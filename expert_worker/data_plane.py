@@ -9,12 +9,13 @@ long as its rows) and sent from there. The buffer returns to the pool when the s
 
 from __future__ import annotations
 
+import os
 import queue
 import random
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -23,11 +24,11 @@ import structlog
 import torch
 
 from expert_worker.batcher import Batcher
-from expert_worker.expert_store import ExpertStore
+from expert_worker.expert_store import Expert, ExpertStore
 from mesh import wire
 from mesh.errors import MeshError, Unavailable
 from mesh.plan import ExpertId
-from mesh.transport.base import Buffer, Endpoint, Message, Request, Transport
+from mesh.transport.base import Answering, Buffer, Endpoint, Message, Request, Transport
 from mesh.transport.waiting import Waiter
 
 log = structlog.get_logger()
@@ -55,7 +56,8 @@ class DataPlaneStats:
     last_progress_s: float
     """``time.monotonic()`` of the last turn of the loop that did something."""
     busy: bool
-    """Work is in hand now."""
+    """Rows are here that it has to compute; what waits for a slow gateway does not count."""
+    longest_batch_s: float
 
 
 @dataclass(frozen=True)
@@ -140,8 +142,10 @@ class DataPlane(threading.Thread):
         max_rows: int,
         merge_rows: int,
         spin_s: float,
+        threads: int,
     ) -> None:
         super().__init__(name="data-plane", daemon=True)
+        self._threads = threads
         self._make_transport = make_transport
         self._store = store
         self._hidden_size = hidden_size
@@ -165,8 +169,12 @@ class DataPlane(threading.Thread):
         self._compute_s: defaultdict[ExpertId, float] = defaultdict(float)
         self._refused: Counter[str] = Counter()
         self._last_progress_s = time.monotonic()
+        self._computing = False
+        self._longest_batch_s = 0.0
         self._draining = False
         self._stopping = False
+        self._answering: Answering | None = None
+        self._served: Mapping[ExpertId, Expert] = {}
         self._bound: Future[bytes] = Future()
         self.failure: BaseException | None = None
 
@@ -186,19 +194,28 @@ class DataPlane(threading.Thread):
 
     def stats(self) -> DataPlaneStats:
         """Counters as of now."""
+        rows, compute_s = Counter(self._rows), defaultdict(float, self._compute_s)
+        last_progress_s = self._last_progress_s
+        if self._answering is not None:
+            for expert, count, seconds in self._answering.counts():
+                rows[expert] += count
+                compute_s[expert] += seconds
+            last_progress_s = max(last_progress_s, self._answering.last_progress_s)
         return DataPlaneStats(
-            dict(self._rows),
-            dict(self._compute_s),
+            dict(rows),
+            dict(compute_s),
             dict(self._refused),
             self._batcher.queued_rows,
             len(self._sessions),
-            self._last_progress_s,
-            self._busy(),
+            last_progress_s,
+            self._computing or self._batcher.queued_rows > 0,
+            self._longest_batch_s,
         )
 
     def drain(self, timeout_s: float) -> None:
         """Refuse what comes from now on and wait until what is in hand is served."""
         self._draining = True
+        self._waiter.wake()
         until = time.monotonic() + timeout_s
         while self._busy() and self.is_alive() and time.monotonic() < until:
             time.sleep(0.01)
@@ -229,6 +246,12 @@ class DataPlane(threading.Thread):
 
     def run(self) -> None:
         """Serve until :meth:`stop`."""
+        # OpenMP counts threads for each thread that computes: what the process was told does not
+        # hold here, and workers that share cores would wait for each other's helpers at barriers.
+        torch.set_num_threads(self._threads)
+        if self._device.type == "cpu":
+            # Woken by a gateway that has more to send, it must not take the core from it.
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         try:
             if self._device.type == "cuda":
                 # The transport must find the GPU's context on this thread.
@@ -237,12 +260,15 @@ class DataPlane(threading.Thread):
             transport = self._transport = self._make_transport()
             self._scratch = transport.wrap(torch.zeros(_SCRATCH_BYTES, dtype=torch.uint8))
             self._waiter = Waiter(transport, spin_s=self._spin_s)
+            self._answering = transport.answering(
+                row_bytes=self._row_bytes, max_rows=self._max_rows
+            )
             self._bound.set_result(transport.address)
             with torch.inference_mode():
                 while not self._stopping:
                     self._turn()
-            for session in self._sessions.values():
-                session.endpoint.close()
+            for session in list(self._sessions.values()):
+                self._close(session.gateway_id, session.number)
             transport.close()
         except BaseException as error:
             self.failure = error
@@ -256,6 +282,8 @@ class DataPlane(threading.Thread):
     def _turn(self) -> None:
         """Receive, compute at most one batch, send; wait when there was nothing of it."""
         self._transport.progress()
+        if self._answering is not None and self._answering.in_hand:
+            self._answering.look()
         moved = self._accept()
         if self._receiving:
             moved |= self._received()
@@ -270,12 +298,28 @@ class DataPlane(threading.Thread):
         if moved:
             self._last_progress_s = time.monotonic()
             self._waiter.busy()
-        else:
+        elif self._answering is None or self._draining or self._in_hand():
             self._waiter.wait()
             self._forget_dead_gateways()
+        else:
+            self._answer(self._answering)
+            self._forget_dead_gateways()
+
+    def _answer(self, answering: Answering) -> None:
+        """Let what is regular be answered without us, until we are needed."""
+        if self._served is not self._store.experts:
+            self._served = self._store.experts
+            native = ((e, getattr(mlp, "native", None)) for e, mlp in self._served.items())
+            answering.serve({expert: mlp for expert, mlp in native if mlp is not None})
+        answering.run(spin_s=self._spin_s, wake_fd=self._waiter.descriptor)
+        self._waiter.settle()
+
+    def _in_hand(self) -> bool:
+        return bool(self._receiving or self._sending or self._batcher.queued_rows)
 
     def _busy(self) -> bool:
-        return bool(self._receiving or self._sending or self._batcher.queued_rows)
+        answering = self._answering is not None and self._answering.in_hand > 0
+        return answering or self._in_hand()
 
     def _open(self, gateway_id: str, address: bytes, reply_session: int) -> int:
         if self._draining:
@@ -286,12 +330,16 @@ class DataPlane(threading.Thread):
         number = self._next_session
         self._next_session = (number + 1) % wire.MAX_SESSIONS
         self._sessions[number] = _Session(number, gateway_id, endpoint, reply_session)
+        if self._answering is not None:
+            self._answering.open(number, endpoint, reply_session)
         return number
 
     def _close(self, gateway_id: str, number: int) -> None:
         session = self._sessions.get(number)
         if session is not None and session.gateway_id == gateway_id:
             del self._sessions[number]
+            if self._answering is not None:
+                self._answering.close(number)
             session.endpoint.close()
 
     def _forget_dead_gateways(self) -> None:
@@ -341,7 +389,11 @@ class DataPlane(threading.Thread):
         num_rows = num_header_rows + frame.rows
         if message.nbytes != num_rows * self._row_bytes:
             raise _Refused(wire.Refusal.WRONG_LENGTH)
-        buffer = self._buffer(num_rows)
+        try:
+            buffer = self._buffer(num_rows)
+        except RuntimeError as error:
+            log.exception("no_buffer", rows=num_rows)
+            raise _Refused(_refusal_for(error)) from error
         request = message.receive(self._range(buffer, 0, num_rows).wrapped)
         return _Work(session, frame, buffer, num_header_rows, request)
 
@@ -413,6 +465,14 @@ class DataPlane(threading.Thread):
         return segments
 
     def _compute(self) -> None:
+        """Compute one batch; :meth:`stats` says so meanwhile."""
+        started = time.monotonic()
+        self._computing = True
+        self._compute_batch()
+        self._computing = False
+        self._longest_batch_s = max(self._longest_batch_s, time.monotonic() - started)
+
+    def _compute_batch(self) -> None:
         """Run one expert over its rows and reply to every message that is complete."""
         started = time.perf_counter()
         expert, segments = self._batcher.take()
@@ -424,11 +484,11 @@ class DataPlane(threading.Thread):
         parts = [segment.x_RD for segment in segments]
         try:
             y_RD = mlp(parts[0] if len(parts) == 1 else torch.cat(parts))
-        except RuntimeError:
-            # Out of memory, for one: these rows can go elsewhere, the worker serves on.
+        except RuntimeError as error:
+            # These rows can go elsewhere, the worker serves on.
             log.exception("expert_failed", expert=str(expert))
             for segment in segments:
-                self._finish(segment.work, wire.Refusal.FAILED)
+                self._finish(segment.work, _refusal_for(error))
             return
         start = 0
         for part in parts:
@@ -494,3 +554,10 @@ class DataPlane(threading.Thread):
             x_RD = buffer.rows_RD[start : start + count]
             rows = buffer.ranges[start, count] = _Rows(x_RD, self._transport.wrap(x_RD))
         return rows
+
+
+def _refusal_for(error: RuntimeError) -> wire.Refusal:
+    """By name: torch has a class for a device that is out of memory, and words for a host."""
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return wire.Refusal.OUT_OF_MEMORY
+    return wire.Refusal.FAILED

@@ -118,7 +118,10 @@ class PlacementLink:
         reporting = asyncio.create_task(self._send_reports(call, lease))
         try:
             async for order in call:
-                self._epoch = max(self._epoch, order.epoch)
+                if order.epoch < self._epoch:
+                    log.warning("old_order_ignored", epoch=order.epoch, ours=self._epoch)
+                    continue
+                self._epoch = order.epoch
                 self._on_order(order)
         finally:
             reporting.cancel()

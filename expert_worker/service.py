@@ -56,7 +56,6 @@ async def run(config: WorkerConfig, worker_id: str, stop: asyncio.Event) -> None
     device = open_device(config.device)
     dtype = resolve_dtype(config.dtype, config.device, model.dtype)
     torch_dtype: torch.dtype = getattr(torch, dtype)
-    torch.set_num_threads(config.threads)
     info = placement_pb2.WorkerInfo(
         worker_id=worker_id,
         host=socket.gethostname(),
@@ -87,6 +86,7 @@ async def run(config: WorkerConfig, worker_id: str, stop: asyncio.Event) -> None
             max_rows=config.max_rows,
             merge_rows=config.merge_rows,
             spin_s=SPIN_S[device.type],
+            threads=config.threads,
         )
         registry = telemetry.new_registry()
         registry.register(WorkerMetrics(plane, store))

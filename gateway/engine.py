@@ -21,6 +21,7 @@ from gateway.scheduler import Part, Scheduler
 from mesh.errors import EngineDied, ExpertUnavailable, MeshError
 from mesh.plan import ExpertId
 from protos import engine_pb2 as pb
+from protos import inference_pb2
 
 log = structlog.get_logger()
 
@@ -37,7 +38,9 @@ class MeshExperts(Experts, Protocol):
     epoch: int
     refused: int
     replayed_rows: int
+    failovers: int
     expert_wait_s: float
+    pause_s: float
 
     @property
     def rows_by_expert(self) -> Mapping[ExpertId, int]: ...
@@ -47,6 +50,8 @@ class MeshExperts(Experts, Protocol):
     def void_rows(self) -> Mapping[tuple[int, int], ExpertUnavailable]: ...
 
     def set_routing(self, routing: pb.Routing) -> None: ...
+
+    def paces(self) -> Sequence[inference_pb2.WorkerPace]: ...
 
 
 class Engine:
@@ -162,19 +167,24 @@ class Engine:
         self,
         parts: tuple[Part, ...],
         choices: Mapping[Request, Choice | None],
-        void: Mapping[Request, MeshError],
+        void: Mapping[Request, ExpertUnavailable],
     ) -> None:
         self._failures = 0
+        now = self._clock()
         for request, error in void.items():
             if request.stall is None:
                 log.warning("request_stalled", request_id=request.request_id, why=str(error))
+        for request, _ in parts:
+            if request.stall is not None and request not in void:
+                stalled_s = round(now - request.stall.since_s, 3)
+                log.info("request_resumed", request_id=request.request_id, after_s=stalled_s)
         tokens = {}
         for request, choice in choices.items():
             if choice is None:
                 self._scheduler.fail(request, _nan_error(request))
             else:
                 tokens[request] = choice.token_id
-        self._scheduler.advance(parts, tokens, void, self._clock())
+        self._scheduler.advance(parts, tokens, void, now)
         for request, choice in choices.items():
             self._tell(request, choice)
 
@@ -215,6 +225,10 @@ class Engine:
             epoch=self._experts.epoch,
             refused=self._experts.refused,
             replayed_rows=self._experts.replayed_rows,
+            failovers=self._experts.failovers,
+            pause_s=self._experts.pause_s,
+            paces=self._experts.paces(),
+            stalled_s=counts.stalled_s,
         )
 
 

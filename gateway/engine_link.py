@@ -40,6 +40,8 @@ class EngineLink:
         self._news = asyncio.Event()
         self.stats = pb.EngineStats()
         self.on_peer_lost: Callable[[pb.PeerLost], None] = lambda lost: None
+        self.on_peer_late: Callable[[pb.PeerLate], None] = lambda late: None
+        self.on_expert_fault: Callable[[pb.ExpertFault], None] = lambda fault: None
 
     def submit(self, submit: pb.Submit, deliver: Deliver) -> None:
         """Hand a request to the engine. Raises EngineDied when there is none."""
@@ -67,6 +69,10 @@ class EngineLink:
         """Replace the engine's routing between two steps; stats with its epoch come then."""
         self._send(pb.ToEngine(routing=routing))
         self._ping()
+
+    def drop_peer(self, drop: pb.DropPeer) -> None:
+        """Have the engine do without a worker at once, in the middle of a step if need be."""
+        self._send(pb.ToEngine(drop_peer=drop))
 
     def shutdown(self) -> None:
         """Ask the engine to end now; :meth:`run` returns when it has."""
@@ -123,6 +129,10 @@ class EngineLink:
                 self._news.set()
             case "peer_lost":
                 self.on_peer_lost(message.peer_lost)
+            case "peer_late":
+                self.on_peer_late(message.peer_late)
+            case "expert_fault":
+                self.on_expert_fault(message.expert_fault)
             case "started":
                 self.started.set_result(message.started)
 

@@ -26,7 +26,7 @@ from mesh.device import open_device
 from mesh.errors import ConfigError, Unavailable
 from mesh.model_config import ModelConfig
 from mesh.transport.ucx import UcxTransport
-from mesh.transport.waiting import SPIN_S, Waiter
+from mesh.transport.waiting import REPLY_SPIN_S, SPIN_S, Waiter
 from protos import engine_pb2 as pb
 
 log = structlog.get_logger()
@@ -57,7 +57,6 @@ def run_engine(config: GatewayConfig, sock: socket.socket) -> int:
     blocks, max_model_len = size_kv(config, model, device, dtype)
     kv = KvCache(model, blocks.num_blocks, blocks.block_size, device, dtype)
     transport = UcxTransport(cuda=device.type == "cuda")
-    spin_s = SPIN_S[device.type]
     dispatcher = Dispatcher(
         transport,
         model,
@@ -65,10 +64,14 @@ def run_engine(config: GatewayConfig, sock: socket.socket) -> int:
         dtype=dtype,
         max_tokens=config.max_batch_tokens,
         reply_timeout_s=config.reply_timeout_s,
-        spin_s=spin_s,
+        spin_s=REPLY_SPIN_S[device.type],
     )
     limits = Limits(
-        config.max_batch_tokens, config.max_running, config.max_waiting, config.expert_patience_s
+        config.max_batch_tokens,
+        config.max_running,
+        config.max_waiting,
+        config.expert_patience_s,
+        config.expert_loading_patience_s,
     )
     engine = Engine(
         Scheduler(blocks, limits),
@@ -78,7 +81,7 @@ def run_engine(config: GatewayConfig, sock: socket.socket) -> int:
         micro_batches=config.micro_batches,
     )
     channel = EngineChannel(sock)
-    waiter = Waiter(transport, spin_s=spin_s, descriptors=[channel.fileno()])
+    waiter = Waiter(transport, spin_s=SPIN_S[device.type], descriptors=[channel.fileno()])
     started = pb.Started(
         ucx_address=transport.address,
         kv_blocks=blocks.num_blocks,
@@ -118,14 +121,18 @@ class EngineLoop:
         self._waiter = waiter
         self._eos_token_ids = eos_token_ids
         self._clock = clock
+        self._heard: list[pb.ToEngine] = []
+        """What was said in the middle of a step and is acted on behind it."""
         self._ending = False
         self._stats_due_s = math.inf
         """When to send statistics; never while nothing has changed."""
+        dispatcher.on_late = self._attend
 
     def run(self) -> None:
         """Until the front closes its end, or a shutdown is complete and said."""
         while not self._channel.closed:
-            for message in self._channel.recv_all():
+            heard, self._heard = self._heard, []
+            for message in (*heard, *self._channel.recv_all()):
                 self._take(message)
             busy = self._engine.step() or self._dispatcher.poll()
             self._tell(busy)
@@ -145,6 +152,8 @@ class EngineLoop:
             case "routing":
                 self._engine.set_routing(message.routing)
                 log.info("routing_changed", epoch=message.routing.epoch)
+            case "drop_peer":
+                self._dispatcher.drop(message.drop_peer)
             case "ping":
                 self._send_stats(message.ping.sequence)
             case "shutdown":
@@ -159,15 +168,31 @@ class EngineLoop:
         outputs = self._engine.take_outputs()
         if outputs:
             self._channel.send(pb.FromEngine(outputs=pb.Outputs(outputs=outputs)))
-        for worker_id, reason in self._dispatcher.lost_peers():
-            lost = pb.PeerLost(worker_id=worker_id, reason=reason)
-            self._channel.send(pb.FromEngine(peer_lost=lost))
+        self._tell_of_peers()
         now = self._clock()
         if now >= self._stats_due_s:
             self._send_stats()
             self._stats_due_s = math.inf
         if (busy or outputs) and self._stats_due_s == math.inf:
             self._stats_due_s = now + _STATS_INTERVAL_S
+
+    def _tell_of_peers(self) -> None:
+        for lost in self._dispatcher.lost_peers():
+            self._channel.send(pb.FromEngine(peer_lost=lost))
+        for late in self._dispatcher.late_peers():
+            self._channel.send(pb.FromEngine(peer_late=late))
+        for fault in self._dispatcher.expert_faults():
+            self._channel.send(pb.FromEngine(expert_fault=fault))
+
+    def _attend(self) -> None:
+        """Amid a step that waits for a late worker: say so, and hear whether to go on without."""
+        self._tell_of_peers()
+        for message in self._channel.recv_all():
+            if message.WhichOneof("body") == "drop_peer":
+                self._take(message)
+            else:
+                self._heard.append(message)
+        self._channel.flush()
 
     def _send_stats(self, pong: int = 0) -> None:
         stats = self._engine.stats()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -35,9 +36,10 @@ log = structlog.get_logger()
 
 # A longer text is tokenized beside the event loop, so that it delays nobody's stream.
 _INLINE_CHARACTERS = 4096
-# A message costs some 0.5 ms of CPU on both sides together, however many tokens are in it: with
-# more streams than this leaves room for, tokens gather.
-_MESSAGES_PER_S = 1000
+# A message costs some 0.5 ms of CPU on both sides together, however many tokens are in it: where
+# that is more than a few percent of the machine, tokens gather, but no longer than a reader sees.
+_MESSAGES_PER_S = min(1000, 125 * (os.cpu_count() or 1))
+_LONGEST_PAUSE_S = 0.1
 
 
 class Front(pb_grpc.InferenceServicer):
@@ -154,6 +156,11 @@ class Front(pb_grpc.InferenceServicer):
                 pb.ExpertRows(layer=load.expert.layer, index=load.expert.index, rows=load.rows)
                 for load in stats.load
             ],
+            failovers=stats.failovers,
+            replayed_rows=stats.replayed_rows,
+            pause_s=stats.pause_s,
+            stalled_s=stats.stalled_s,
+            workers=stats.paces,
         )
 
     async def drain(self, timeout_s: float) -> bool:
@@ -243,7 +250,7 @@ class Front(pb_grpc.InferenceServicer):
                     self._link.forget([choice.engine_id])
                 if choice.finish_reason or (stream and choice.has_news):
                     yield choice.take_reply()
-            call.pause(len(self._calls) / _MESSAGES_PER_S)
+            call.pause(min(len(self._calls) / _MESSAGES_PER_S, _LONGEST_PAUSE_S))
             running = [choice for choice in running if not choice.finish_reason]
 
     @contextmanager

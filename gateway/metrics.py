@@ -139,7 +139,11 @@ _COUNTERS = {
     "expert_wait_seconds": ("expert_wait_s", "Of it, waiting for replies of workers."),
     "refused_dispatches": ("refused", "Dispatches that a worker refused."),
     "replayed_rows": ("replayed_rows", "Rows sent again after a worker was lost or refused."),
+    "failovers": ("failovers", "Dispatches whose rows were sent again, or had nowhere to go."),
+    "failover_pause_seconds": ("pause_s", "Time of steps that waited for such rows."),
+    "stalled_request_seconds": ("stalled_s", "Time of requests that waited for an expert."),
 }
+_MAX_WORKER_SERIES = 512
 
 
 class _EngineCollector(Collector):
@@ -169,3 +173,11 @@ class _EngineCollector(Collector):
         for (layer, expert), value in bound_expert_series(by_expert).items():
             rows.add_metric([*model, layer, expert], value)
         yield rows
+        pace = GaugeMetricFamily(
+            METRIC_PREFIX + "worker_dispatch_seconds",
+            "From sending one row to a worker to its reply, moving average.",
+            labels=["model_name", "worker_id"],
+        )
+        for worker in stats.paces[:_MAX_WORKER_SERIES]:
+            pace.add_metric([*model, worker.worker_id], worker.dispatch_s)
+        yield pace

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from gateway.kv_blocks import BlockTable, TokenIds
-from mesh.errors import MeshError
+from mesh.errors import ExpertUnavailable, MeshError
 from protos import engine_pb2, inference_pb2
 
 GREEDY_TEMPERATURE = 1e-5
@@ -97,9 +97,11 @@ class Stall(NamedTuple):
     """A request that no expert answers for the time being."""
 
     since_s: float
+    until_s: float
+    """When it ends with ``error``."""
     retry_at_s: float
     """It is not scheduled before."""
-    error: MeshError
+    error: ExpertUnavailable
     """What it ends with if that does not change."""
 
 

@@ -6,6 +6,7 @@ The last plan is kept while placement is away: serving never needs it.
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -13,12 +14,13 @@ from dataclasses import dataclass
 
 import grpc
 import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from gateway.engine_link import EngineLink
 from mesh.config import GatewayConfig
 from mesh.grpc_server import TlsFiles, open_channel
 from mesh.model_config import ModelConfig
-from mesh.plan import ExpertId, expert_from_proto
+from mesh.plan import ExpertId, expert_from_proto, expert_to_proto
 from mesh.wire import MAX_SESSIONS
 from protos import engine_pb2, placement_pb2, placement_pb2_grpc, worker_pb2, worker_pb2_grpc
 
@@ -26,14 +28,23 @@ log = structlog.get_logger()
 
 REPORT_INTERVAL_S = 1.0
 _CONNECT_TIMEOUT_S = 2.0
+_CONNECT_TOGETHER_S = 0.1
+"""How long the first of several connections waits for the others before it is used."""
 _LOST_PEER_PAUSE_S = 0.5
 _TAKEOVER_TIMEOUT_S = 5.0
+_HEALTH_TIMEOUT_S = 0.3
+_HEALTH_CHECKS = 2
+_WORKER_SERVICE = worker_pb2.DESCRIPTOR.services_by_name["ExpertWorker"].full_name
 
 
 def routing_for(
     plan: placement_pb2.Plan, peers: Mapping[str, engine_pb2.Peer]
 ) -> engine_pb2.Routing:
-    """The plan as far as ``peers``, by worker id, are connected."""
+    """The plan as far as ``peers``, by worker id, are connected.
+
+    What has a worker that is not connected may be served soon: once it is, or once placement
+    knows what this gateway knows.
+    """
     experts = [
         placement_pb2.ExpertPlacement(
             expert=placed.expert, worker_ids=[w for w in placed.worker_ids if w in peers]
@@ -44,6 +55,7 @@ def routing_for(
         epoch=plan.epoch,
         peers=[peers[worker_id] for worker_id in sorted(peers)],
         experts=[placed for placed in experts if placed.worker_ids],
+        pending=[*plan.pending, *(p.expert for p in experts if not p.worker_ids)],
     )
 
 
@@ -68,6 +80,25 @@ def load_between(
 def backoff_s(attempt: int) -> float:
     """Pause before try ``attempt`` (0, 1, ...): 0.1 s doubling to 5 s, less up to a half."""
     return min(0.1 * (1 << min(attempt, 10)), 5.0) * random.uniform(0.5, 1.0)
+
+
+async def why_not_well(channel: grpc.aio.Channel) -> str | None:
+    """In words, why a worker should be sent no rows; None when its health says that it may.
+
+    A worker that does not answer is asked once more: it may have been busy for a moment.
+    """
+    request = health_pb2.HealthCheckRequest(service=_WORKER_SERVICE)
+    for _ in range(_HEALTH_CHECKS):
+        try:
+            check = health_pb2_grpc.HealthStub(channel).Check
+            reply = await check(request, timeout=_HEALTH_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            why = f"its health check failed: {_why(error)}"
+        else:
+            if reply.status == health_pb2.HealthCheckResponse.SERVING:
+                return None
+            return "its health check says that it does not serve"
+    return why
 
 
 @dataclass(frozen=True)
@@ -106,13 +137,18 @@ class Router:
         self._missing = missing_experts(model, self._routing)
         self._connections: dict[str, Connection] = {}
         self._unreachable: set[str] = set()
+        self._connecting: dict[str, asyncio.Task[None]] = {}
         self._attempts: dict[str, int] = {}
         self._retry_at_s: dict[str, float] = {}
         self._last_session = random.randrange(MAX_SESSIONS)
         self._wake_reconcile = asyncio.Event()
         self._wake_report = asyncio.Event()
         self._retiring: set[asyncio.Task[None]] = set()
+        self._examining: dict[str, asyncio.Task[None]] = {}
+        self._faults: dict[ExpertId, set[str]] = {}
         link.on_peer_lost = self._on_peer_lost
+        link.on_peer_late = self._on_peer_late
+        link.on_expert_fault = self._on_expert_fault
 
     @property
     def num_workers(self) -> int:
@@ -144,6 +180,8 @@ class Router:
 
     async def close(self) -> None:
         """Give every session back. The engine sends nothing any more."""
+        for task in (*self._examining.values(), *self._connecting.values()):
+            task.cancel()
         for worker_id in list(self._connections):
             self._retire(self._connections.pop(worker_id), epoch=0)
         await asyncio.gather(*self._retiring)
@@ -168,6 +206,8 @@ class Router:
     def _take_plan(self, plan: placement_pb2.Plan) -> None:
         if plan.epoch < self._plan.epoch:
             log.warning("old_plan_ignored", epoch=plan.epoch, ours=self._plan.epoch)
+        elif plan.epoch == self._plan.epoch > 0 and plan != self._plan:
+            log.warning("rival_plan_ignored", epoch=plan.epoch)
         elif plan.epoch > 0 and plan.model_fingerprint != self._model.fingerprint:
             log.error(
                 "plan_for_another_model",
@@ -178,6 +218,7 @@ class Router:
         else:
             log.info("plan", epoch=plan.epoch, workers=len(plan.workers), complete=plan.complete)
             self._plan = plan
+            self._faults.clear()
             self._wake_reconcile.set()
 
     # Connections.
@@ -207,16 +248,30 @@ class Router:
         self._publish()
         now = time.monotonic()
         due = [wanted[w] for w in self._unconnected() if self._retry_at_s.get(w, now) <= now]
+        for worker in due:
+            task = asyncio.create_task(self._connect(worker))
+            self._connecting[worker.worker_id] = task
+            task.add_done_callback(functools.partial(self._connect_ended, worker.worker_id))
         if due:
-            await asyncio.gather(*(self._connect(worker) for worker in due))
+            # One that hangs holds up neither the others nor the next plan.
+            await asyncio.wait(self._connecting.values(), timeout=_CONNECT_TOGETHER_S)
             self._publish()
 
+    def _connect_ended(self, worker_id: str, task: asyncio.Task[None]) -> None:
+        del self._connecting[worker_id]
+        self._wake_reconcile.set()
+        if not task.cancelled() and (bug := task.exception()) is not None:
+            log.error("connect_failed", worker_id=worker_id, exc_info=bug)
+            self._note_unreachable(worker_id, repr(bug))
+
     def _wanted(self) -> dict[str, placement_pb2.WorkerInfo]:
-        placed = {worker_id for e in self._plan.experts for worker_id in e.worker_ids}
-        return {w.worker_id: w for w in self._plan.workers if w.worker_id in placed}
+        """Everybody that the plan names: placement asks also after those it sends no rows to."""
+        return {worker.worker_id: worker for worker in self._plan.workers}
 
     def _unconnected(self) -> list[str]:
-        return [worker_id for worker_id in self._wanted() if worker_id not in self._connections]
+        """Who is wanted and neither connected nor being connected."""
+        there = self._connections.keys() | self._connecting.keys()
+        return [worker_id for worker_id in self._wanted() if worker_id not in there]
 
     async def _connect(self, worker: placement_pb2.WorkerInfo) -> None:
         started = self._link.started.result()
@@ -268,11 +323,49 @@ class Router:
             self._wake_report.set()
 
     def _on_peer_lost(self, lost: engine_pb2.PeerLost) -> None:
-        connection = self._connections.pop(lost.worker_id, None)
-        if connection is None:
-            return
-        self._note_unreachable(lost.worker_id, lost.reason)
-        self._retry_at_s[lost.worker_id] = time.monotonic() + _LOST_PEER_PAUSE_S
+        connection = self._connection(lost.worker_id, lost.reply_session)
+        if connection is not None:
+            self._give_up(connection, lost.reason)
+
+    def _on_peer_late(self, late: engine_pb2.PeerLate) -> None:
+        connection = self._connection(late.worker_id, late.reply_session)
+        if connection is not None and late.worker_id not in self._examining:
+            task = asyncio.create_task(self._examine(connection, late.reason))
+            self._examining[late.worker_id] = task
+            task.add_done_callback(lambda _: self._examining.pop(late.worker_id))
+
+    def _on_expert_fault(self, fault: engine_pb2.ExpertFault) -> None:
+        self._faults.setdefault(expert_from_proto(fault.expert), set()).add(fault.worker_id)
+        self._wake_report.set()
+
+    async def _examine(self, connection: Connection, reason: str) -> None:
+        """Ask a worker that is late whether it may serve, and do without it where it may not."""
+        worker_id = connection.worker.worker_id
+        why = await why_not_well(connection.channel)
+        if why is None:
+            log.info("worker_slow", worker_id=worker_id, reason=reason)
+        elif self._connections.get(worker_id) is connection:
+            drop = engine_pb2.DropPeer(
+                worker_id=worker_id,
+                reply_session=connection.peer.reply_session,
+                reason=f"{reason}, and {why}",
+            )
+            self._link.drop_peer(drop)
+            self._give_up(connection, drop.reason)
+
+    def _connection(self, worker_id: str, reply_session: int) -> Connection | None:
+        """To a worker, unless it is another one than the engine spoke of."""
+        connection = self._connections.get(worker_id)
+        if connection is None or connection.peer.reply_session != reply_session:
+            return None
+        return connection
+
+    def _give_up(self, connection: Connection, reason: str) -> None:
+        """Route around a worker; try to connect it anew after a while."""
+        worker_id = connection.worker.worker_id
+        del self._connections[worker_id]
+        self._note_unreachable(worker_id, reason)
+        self._retry_at_s[worker_id] = time.monotonic() + _LOST_PEER_PAUSE_S
         self._retire(connection, epoch=0)
         self._publish()
         self._wake_reconcile.set()
@@ -336,6 +429,12 @@ class Router:
                 waiting=stats.waiting,
                 kv_usage=stats.kv_usage,
                 unreachable_worker_ids=sorted(self._unreachable),
+                faults=[
+                    placement_pb2.ExpertPlacement(
+                        expert=expert_to_proto(expert), worker_ids=sorted(self._faults[expert])
+                    )
+                    for expert in sorted(self._faults)
+                ],
             )
             report.MergeFrom(identity)
             yield report

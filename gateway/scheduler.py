@@ -16,7 +16,14 @@ from typing import NamedTuple
 
 from gateway.kv_blocks import BlockAllocator
 from gateway.request import End, Request, Stall, State
-from mesh.errors import AlreadyExists, DeadlineExceeded, InvalidInput, MeshError, Overloaded
+from mesh.errors import (
+    AlreadyExists,
+    DeadlineExceeded,
+    ExpertUnavailable,
+    InvalidInput,
+    MeshError,
+    Overloaded,
+)
 
 RETRY_INTERVAL_S = 0.05
 """How often a stalled request is tried again while the routing stays as it is."""
@@ -30,6 +37,9 @@ class Limits:
     max_running: int
     max_waiting: int
     expert_patience_s: float
+    """How long a request waits for an expert that nobody serves."""
+    expert_loading_patience_s: float
+    """How long in all while somebody may soon."""
 
 
 class Part(NamedTuple):
@@ -53,6 +63,8 @@ class Counts:
     preemptions: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    stalled_s: float = 0.0
+    """Summed over requests that went on again."""
 
 
 class Scheduler:
@@ -174,7 +186,7 @@ class Scheduler:
         self,
         parts: tuple[Part, ...],
         tokens: Mapping[Request, int],
-        void: Mapping[Request, MeshError],
+        void: Mapping[Request, ExpertUnavailable],
         now: float,
     ) -> None:
         """Take in what a step computed.
@@ -187,15 +199,27 @@ class Scheduler:
             if request.state is not State.RUNNING:
                 continue
             if request in void:
-                since_s = now if request.stall is None else request.stall.since_s
-                request.stall = Stall(since_s, now + RETRY_INTERVAL_S, void[request])
+                request.stall = self._stall(request.stall, void[request], now)
                 self._next_expiry_s = min(self._next_expiry_s, self._expiry_s(request))
                 continue
-            request.stall = None
+            if request.stall is not None:
+                self.counts.stalled_s += now - request.stall.since_s
+                request.stall = None
             request.num_computed += num_tokens
             request.table.publish(self.blocks, request.token_ids, request.num_computed)
             if request in tokens:
                 self._take_token(request, tokens[request])
+
+    def _stall(self, before: Stall | None, error: ExpertUnavailable, now: float) -> Stall:
+        """Patience without hope begins when hope ends; with it, when the request first stalled."""
+        since_s = now if before is None else before.since_s
+        until_s = since_s + self._limits.expert_loading_patience_s
+        if not error.coming:
+            if before is None or before.error.coming:
+                until_s = min(until_s, now + self._limits.expert_patience_s)
+            else:
+                until_s = before.until_s
+        return Stall(since_s, until_s, now + RETRY_INTERVAL_S, error)
 
     def _take_token(self, request: Request, token_id: int) -> None:
         if request.num_outputs == 0:
@@ -240,7 +264,7 @@ class Scheduler:
     def _expiry_s(self, request: Request) -> float:
         if request.stall is None:
             return request.deadline_s
-        return min(request.deadline_s, request.stall.since_s + self._limits.expert_patience_s)
+        return min(request.deadline_s, request.stall.until_s)
 
     def _end(self, request: Request, end: End) -> None:
         if request.state is State.RUNNING:

@@ -193,9 +193,14 @@ class GatewayConfig(ServerConfig):
     micro_batches: int = option(1, "Parts of a step that are in flight at once; 2 hides transfers.")
     prefix_cache: bool = option(True, "Reuse KV blocks of equal prompt prefixes.")
     expert_patience_s: float = option(
-        0.4, "How long a request waits for a worker for an expert that nobody serves."
+        0.4, "How long a request waits for an expert that nobody serves and nobody will."
     )
-    reply_timeout_s: float = option(10.0, "How long a worker may take over one dispatch.")
+    expert_loading_patience_s: float = option(
+        60.0, "How long it waits while a worker loads the expert, or placement looks for one."
+    )
+    reply_timeout_s: float = option(
+        10.0, "How long a worker may take over one dispatch; one that is hung is noticed sooner."
+    )
     api_key_file: Path | None = option(None, "File of bearer tokens, one a line; turns them on.")
 
     def __post_init__(self) -> None:
@@ -216,6 +221,10 @@ class GatewayConfig(ServerConfig):
             "expert_patience_s",
         ):
             _require(getattr(self, name) >= 0, f"{name} must not be negative")
+        _require(
+            self.expert_loading_patience_s >= self.expert_patience_s,
+            "expert_loading_patience_s must not be below expert_patience_s",
+        )
         _require(self.micro_batches in (1, 2), "micro_batches must be 1 or 2")
         _require(
             self.max_batch_tokens >= self.max_running,

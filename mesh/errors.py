@@ -75,15 +75,19 @@ class Unavailable(MeshError):
 
 
 class ExpertUnavailable(Unavailable):
-    """No worker serves an expert that a row needs."""
+    """No worker serves an expert that a row needs.
 
-    def __init__(self, layer: int, index: int, reason: str) -> None:
+    ``coming`` says that one may soon: it is being loaded, or placement does not know yet.
+    """
+
+    def __init__(self, layer: int, index: int, reason: str, *, coming: bool = False) -> None:
         super().__init__(
             f"expert {index} of layer {layer} is unavailable: {reason}; "
             "start a worker for it, or try again once `expert-mesh status` shows it ready"
         )
         self.layer = layer
         self.index = index
+        self.coming = coming
 
 
 class EngineDied(Unavailable):

@@ -12,8 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mesh import native
 from mesh.checkpoint import Checkpoint
 from mesh.model_config import SwigluClamp
+
+_NATIVE_BYTES = 8 << 20
+"""Of weights: about what a core's caches hold. Larger ones are a tensor library's."""
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -43,6 +47,36 @@ class PlainMlp:
         return F.linear(self._act(F.linear(x_RD, self._up_HD)), self._down_DH)
 
 
+class NativeMlp:
+    """A gated SiLU MLP of float32 on a CPU, compiled for experts so small that calling into a
+    tensor library costs more than computing: see ``native/mlp.c``.
+
+    A row's result does not depend on the rows beside it.
+    """
+
+    def __init__(self, gate_up_HD: Tensor, down_DH: Tensor) -> None:
+        width, hidden = down_DH.shape
+        self.handle: int | None = native.short.gated_mlp_new(
+            gate_up_HD.data_ptr(), down_DH.data_ptr(), width, hidden
+        )
+        if not self.handle:
+            raise MemoryError(f"there is no memory for an expert of {width} x {hidden}")
+
+    def __del__(self) -> None:
+        if self.handle:
+            native.short.gated_mlp_free(self.handle)
+
+    def __call__(self, x_RD: Tensor) -> Tensor:
+        x_RD = x_RD.contiguous()
+        y_RD = torch.empty_like(x_RD)
+        rows = len(x_RD)
+        scratch = torch.empty(native.short.gated_mlp_scratch_floats(self.handle, rows))
+        native.long.gated_mlp_run(
+            self.handle, x_RD.data_ptr(), y_RD.data_ptr(), rows, scratch.data_ptr()
+        )
+        return y_RD
+
+
 class GatedMlp:
     """``down(act(gate(x)) * up(x))``; gate and up lie in one matrix, gate first: one GEMM."""
 
@@ -50,8 +84,18 @@ class GatedMlp:
         self._gate_up_HD = gate_up_HD
         self._down_DH = down_DH
         self._act = _ACTIVATIONS[activation]
+        self.native: NativeMlp | None = None
+        if (
+            self._act is F.silu
+            and down_DH.device.type == "cpu"
+            and down_DH.dtype == torch.float32
+            and gate_up_HD.nbytes + down_DH.nbytes <= _NATIVE_BYTES
+        ):
+            self.native = NativeMlp(gate_up_HD.contiguous(), down_DH.contiguous())
 
     def __call__(self, x_RD: Tensor) -> Tensor:
+        if self.native is not None:
+            return self.native(x_RD)
         gate_RH, up_RH = F.linear(x_RD, self._gate_up_HD).chunk(2, dim=-1)
         return F.linear(self._act(gate_RH).mul_(up_RH), self._down_DH)
 

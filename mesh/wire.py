@@ -48,6 +48,7 @@ class Refusal(IntEnum):
     DRAINING = 6
     FAILED = 7
     MALFORMED = 8
+    OUT_OF_MEMORY = 9
 
 
 class Frame(NamedTuple):
@@ -76,3 +77,8 @@ def decode(tag: int) -> Frame:
         tag >> 16 & 0x3FF,
         tag & 0xFFFF,
     )
+
+
+def expert_key(layer: int, index: int) -> int:
+    """The layer and expert fields of a tag as one number."""
+    return layer << 10 | index

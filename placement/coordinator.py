@@ -300,6 +300,11 @@ class Coordinator:
             note=self._note(self.target),
             complete=len(serving) == len(self._experts),
             expert_shards=self._rules.shards,
+            # Also what a worker had that died since the target was made: a new one is on its way.
+            pending=[
+                expert_to_proto(e)
+                for e in sorted(self._experts - serving.keys() - set(self.target.missing))
+            ],
         )
         if fresh == self.plan or (self.plan is None and not serving):
             return False

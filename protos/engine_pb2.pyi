@@ -43,14 +43,26 @@ class Peer(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., ucx_address: _Optional[bytes] = ..., session: _Optional[int] = ..., reply_session: _Optional[int] = ..., max_rows: _Optional[int] = ...) -> None: ...
 
 class Routing(_message.Message):
-    __slots__ = ("epoch", "peers", "experts")
+    __slots__ = ("epoch", "peers", "experts", "pending")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     PEERS_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    PENDING_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     peers: _containers.RepeatedCompositeFieldContainer[Peer]
     experts: _containers.RepeatedCompositeFieldContainer[_placement_pb2.ExpertPlacement]
-    def __init__(self, epoch: _Optional[int] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., experts: _Optional[_Iterable[_Union[_placement_pb2.ExpertPlacement, _Mapping]]] = ...) -> None: ...
+    pending: _containers.RepeatedCompositeFieldContainer[_placement_pb2.ExpertId]
+    def __init__(self, epoch: _Optional[int] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., experts: _Optional[_Iterable[_Union[_placement_pb2.ExpertPlacement, _Mapping]]] = ..., pending: _Optional[_Iterable[_Union[_placement_pb2.ExpertId, _Mapping]]] = ...) -> None: ...
+
+class DropPeer(_message.Message):
+    __slots__ = ("worker_id", "reply_session", "reason")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    REPLY_SESSION_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    reply_session: int
+    reason: str
+    def __init__(self, worker_id: _Optional[str] = ..., reply_session: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Shutdown(_message.Message):
     __slots__ = ("drain",)
@@ -65,18 +77,20 @@ class Ping(_message.Message):
     def __init__(self, sequence: _Optional[int] = ...) -> None: ...
 
 class ToEngine(_message.Message):
-    __slots__ = ("submit", "cancel", "routing", "shutdown", "ping")
+    __slots__ = ("submit", "cancel", "routing", "shutdown", "ping", "drop_peer")
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     ROUTING_FIELD_NUMBER: _ClassVar[int]
     SHUTDOWN_FIELD_NUMBER: _ClassVar[int]
     PING_FIELD_NUMBER: _ClassVar[int]
+    DROP_PEER_FIELD_NUMBER: _ClassVar[int]
     submit: Submit
     cancel: CancelRequests
     routing: Routing
     shutdown: Shutdown
     ping: Ping
-    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[CancelRequests, _Mapping]] = ..., routing: _Optional[_Union[Routing, _Mapping]] = ..., shutdown: _Optional[_Union[Shutdown, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ...) -> None: ...
+    drop_peer: DropPeer
+    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[CancelRequests, _Mapping]] = ..., routing: _Optional[_Union[Routing, _Mapping]] = ..., shutdown: _Optional[_Union[Shutdown, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., drop_peer: _Optional[_Union[DropPeer, _Mapping]] = ...) -> None: ...
 
 class Started(_message.Message):
     __slots__ = ("ucx_address", "kv_blocks", "kv_block_size", "max_model_len", "dtype")
@@ -121,7 +135,7 @@ class Outputs(_message.Message):
     def __init__(self, outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ...) -> None: ...
 
 class EngineStats(_message.Message):
-    __slots__ = ("running", "waiting", "kv_usage", "steps", "prompt_tokens", "generation_tokens", "preemptions", "prefix_queries", "prefix_hits", "load", "step_s", "expert_wait_s", "pong", "epoch", "refused", "replayed_rows")
+    __slots__ = ("running", "waiting", "kv_usage", "steps", "prompt_tokens", "generation_tokens", "preemptions", "prefix_queries", "prefix_hits", "load", "step_s", "expert_wait_s", "pong", "epoch", "refused", "replayed_rows", "failovers", "pause_s", "paces", "stalled_s")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     KV_USAGE_FIELD_NUMBER: _ClassVar[int]
@@ -138,6 +152,10 @@ class EngineStats(_message.Message):
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     REPLAYED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    FAILOVERS_FIELD_NUMBER: _ClassVar[int]
+    PAUSE_S_FIELD_NUMBER: _ClassVar[int]
+    PACES_FIELD_NUMBER: _ClassVar[int]
+    STALLED_S_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     kv_usage: float
@@ -154,24 +172,54 @@ class EngineStats(_message.Message):
     epoch: int
     refused: int
     replayed_rows: int
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., load: _Optional[_Iterable[_Union[_placement_pb2.ExpertLoad, _Mapping]]] = ..., step_s: _Optional[float] = ..., expert_wait_s: _Optional[float] = ..., pong: _Optional[int] = ..., epoch: _Optional[int] = ..., refused: _Optional[int] = ..., replayed_rows: _Optional[int] = ...) -> None: ...
+    failovers: int
+    pause_s: float
+    paces: _containers.RepeatedCompositeFieldContainer[_inference_pb2.WorkerPace]
+    stalled_s: float
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., load: _Optional[_Iterable[_Union[_placement_pb2.ExpertLoad, _Mapping]]] = ..., step_s: _Optional[float] = ..., expert_wait_s: _Optional[float] = ..., pong: _Optional[int] = ..., epoch: _Optional[int] = ..., refused: _Optional[int] = ..., replayed_rows: _Optional[int] = ..., failovers: _Optional[int] = ..., pause_s: _Optional[float] = ..., paces: _Optional[_Iterable[_Union[_inference_pb2.WorkerPace, _Mapping]]] = ..., stalled_s: _Optional[float] = ...) -> None: ...
 
 class PeerLost(_message.Message):
-    __slots__ = ("worker_id", "reason")
+    __slots__ = ("worker_id", "reason", "reply_session")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    REPLY_SESSION_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     reason: str
-    def __init__(self, worker_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+    reply_session: int
+    def __init__(self, worker_id: _Optional[str] = ..., reason: _Optional[str] = ..., reply_session: _Optional[int] = ...) -> None: ...
+
+class PeerLate(_message.Message):
+    __slots__ = ("worker_id", "reply_session", "reason")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    REPLY_SESSION_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    reply_session: int
+    reason: str
+    def __init__(self, worker_id: _Optional[str] = ..., reply_session: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class ExpertFault(_message.Message):
+    __slots__ = ("worker_id", "expert", "reason")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    expert: _placement_pb2.ExpertId
+    reason: str
+    def __init__(self, worker_id: _Optional[str] = ..., expert: _Optional[_Union[_placement_pb2.ExpertId, _Mapping]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class FromEngine(_message.Message):
-    __slots__ = ("started", "outputs", "stats", "peer_lost")
+    __slots__ = ("started", "outputs", "stats", "peer_lost", "peer_late", "expert_fault")
     STARTED_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
     PEER_LOST_FIELD_NUMBER: _ClassVar[int]
+    PEER_LATE_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_FAULT_FIELD_NUMBER: _ClassVar[int]
     started: Started
     outputs: Outputs
     stats: EngineStats
     peer_lost: PeerLost
-    def __init__(self, started: _Optional[_Union[Started, _Mapping]] = ..., outputs: _Optional[_Union[Outputs, _Mapping]] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., peer_lost: _Optional[_Union[PeerLost, _Mapping]] = ...) -> None: ...
+    peer_late: PeerLate
+    expert_fault: ExpertFault
+    def __init__(self, started: _Optional[_Union[Started, _Mapping]] = ..., outputs: _Optional[_Union[Outputs, _Mapping]] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., peer_lost: _Optional[_Union[PeerLost, _Mapping]] = ..., peer_late: _Optional[_Union[PeerLate, _Mapping]] = ..., expert_fault: _Optional[_Union[ExpertFault, _Mapping]] = ...) -> None: ...

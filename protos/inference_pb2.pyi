@@ -193,7 +193,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ServerInfo(_message.Message):
-    __slots__ = ("gateway_id", "version", "device", "epoch", "num_workers", "running", "waiting", "kv_usage", "kv_blocks", "kv_block_size", "max_batch_tokens", "max_running", "max_waiting", "uptime_s", "expert_rows")
+    __slots__ = ("gateway_id", "version", "device", "epoch", "num_workers", "running", "waiting", "kv_usage", "kv_blocks", "kv_block_size", "max_batch_tokens", "max_running", "max_waiting", "uptime_s", "expert_rows", "failovers", "replayed_rows", "pause_s", "stalled_s", "workers")
     GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -209,6 +209,11 @@ class ServerInfo(_message.Message):
     MAX_WAITING_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     EXPERT_ROWS_FIELD_NUMBER: _ClassVar[int]
+    FAILOVERS_FIELD_NUMBER: _ClassVar[int]
+    REPLAYED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    PAUSE_S_FIELD_NUMBER: _ClassVar[int]
+    STALLED_S_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
     gateway_id: str
     version: str
     device: str
@@ -224,7 +229,22 @@ class ServerInfo(_message.Message):
     max_waiting: int
     uptime_s: float
     expert_rows: _containers.RepeatedCompositeFieldContainer[ExpertRows]
-    def __init__(self, gateway_id: _Optional[str] = ..., version: _Optional[str] = ..., device: _Optional[str] = ..., epoch: _Optional[int] = ..., num_workers: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., kv_blocks: _Optional[int] = ..., kv_block_size: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_running: _Optional[int] = ..., max_waiting: _Optional[int] = ..., uptime_s: _Optional[float] = ..., expert_rows: _Optional[_Iterable[_Union[ExpertRows, _Mapping]]] = ...) -> None: ...
+    failovers: int
+    replayed_rows: int
+    pause_s: float
+    stalled_s: float
+    workers: _containers.RepeatedCompositeFieldContainer[WorkerPace]
+    def __init__(self, gateway_id: _Optional[str] = ..., version: _Optional[str] = ..., device: _Optional[str] = ..., epoch: _Optional[int] = ..., num_workers: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., kv_blocks: _Optional[int] = ..., kv_block_size: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_running: _Optional[int] = ..., max_waiting: _Optional[int] = ..., uptime_s: _Optional[float] = ..., expert_rows: _Optional[_Iterable[_Union[ExpertRows, _Mapping]]] = ..., failovers: _Optional[int] = ..., replayed_rows: _Optional[int] = ..., pause_s: _Optional[float] = ..., stalled_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerPace, _Mapping]]] = ...) -> None: ...
+
+class WorkerPace(_message.Message):
+    __slots__ = ("worker_id", "dispatch_s", "row_s")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    DISPATCH_S_FIELD_NUMBER: _ClassVar[int]
+    ROW_S_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    dispatch_s: float
+    row_s: float
+    def __init__(self, worker_id: _Optional[str] = ..., dispatch_s: _Optional[float] = ..., row_s: _Optional[float] = ...) -> None: ...
 
 class ExpertRows(_message.Message):
     __slots__ = ("layer", "index", "rows")

@@ -161,7 +161,7 @@ class ExpertPlacement(_message.Message):
     def __init__(self, expert: _Optional[_Union[ExpertId, _Mapping]] = ..., worker_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("epoch", "model_fingerprint", "workers", "experts", "experts_per_worker", "note", "complete", "expert_shards")
+    __slots__ = ("epoch", "model_fingerprint", "workers", "experts", "experts_per_worker", "note", "complete", "expert_shards", "pending")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
@@ -170,6 +170,7 @@ class Plan(_message.Message):
     NOTE_FIELD_NUMBER: _ClassVar[int]
     COMPLETE_FIELD_NUMBER: _ClassVar[int]
     EXPERT_SHARDS_FIELD_NUMBER: _ClassVar[int]
+    PENDING_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     model_fingerprint: str
     workers: _containers.RepeatedCompositeFieldContainer[WorkerInfo]
@@ -178,10 +179,11 @@ class Plan(_message.Message):
     note: str
     complete: bool
     expert_shards: int
-    def __init__(self, epoch: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., experts: _Optional[_Iterable[_Union[ExpertPlacement, _Mapping]]] = ..., experts_per_worker: _Optional[int] = ..., note: _Optional[str] = ..., complete: _Optional[bool] = ..., expert_shards: _Optional[int] = ...) -> None: ...
+    pending: _containers.RepeatedCompositeFieldContainer[ExpertId]
+    def __init__(self, epoch: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., experts: _Optional[_Iterable[_Union[ExpertPlacement, _Mapping]]] = ..., experts_per_worker: _Optional[int] = ..., note: _Optional[str] = ..., complete: _Optional[bool] = ..., expert_shards: _Optional[int] = ..., pending: _Optional[_Iterable[_Union[ExpertId, _Mapping]]] = ...) -> None: ...
 
 class GatewayReport(_message.Message):
-    __slots__ = ("gateway_id", "grpc_address", "http_address", "host", "device", "pid", "epoch", "load", "running", "waiting", "kv_usage", "unreachable_worker_ids")
+    __slots__ = ("gateway_id", "grpc_address", "http_address", "host", "device", "pid", "epoch", "load", "running", "waiting", "kv_usage", "unreachable_worker_ids", "faults")
     GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
     GRPC_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     HTTP_ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -194,6 +196,7 @@ class GatewayReport(_message.Message):
     WAITING_FIELD_NUMBER: _ClassVar[int]
     KV_USAGE_FIELD_NUMBER: _ClassVar[int]
     UNREACHABLE_WORKER_IDS_FIELD_NUMBER: _ClassVar[int]
+    FAULTS_FIELD_NUMBER: _ClassVar[int]
     gateway_id: str
     grpc_address: str
     http_address: str
@@ -206,7 +209,8 @@ class GatewayReport(_message.Message):
     waiting: int
     kv_usage: float
     unreachable_worker_ids: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, gateway_id: _Optional[str] = ..., grpc_address: _Optional[str] = ..., http_address: _Optional[str] = ..., host: _Optional[str] = ..., device: _Optional[str] = ..., pid: _Optional[int] = ..., epoch: _Optional[int] = ..., load: _Optional[_Iterable[_Union[ExpertLoad, _Mapping]]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., unreachable_worker_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+    faults: _containers.RepeatedCompositeFieldContainer[ExpertPlacement]
+    def __init__(self, gateway_id: _Optional[str] = ..., grpc_address: _Optional[str] = ..., http_address: _Optional[str] = ..., host: _Optional[str] = ..., device: _Optional[str] = ..., pid: _Optional[int] = ..., epoch: _Optional[int] = ..., load: _Optional[_Iterable[_Union[ExpertLoad, _Mapping]]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., unreachable_worker_ids: _Optional[_Iterable[str]] = ..., faults: _Optional[_Iterable[_Union[ExpertPlacement, _Mapping]]] = ...) -> None: ...
 
 class ReportLoadReply(_message.Message):
     __slots__ = ()

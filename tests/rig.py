@@ -63,12 +63,15 @@ class Worker:
             max_rows=max_rows,
             merge_rows=4 * max_rows,
             spin_s=0.0,
+            threads=1,
         )
         self.plane.start()
         self.address = self.plane.wait_started()
 
 
-def make_dispatcher(transport: Transport, *, max_tokens: int = 64, k: int = 2) -> Dispatcher:
+def make_dispatcher(
+    transport: Transport, *, max_tokens: int = 64, k: int = 2, reply_timeout_s: float = 1.0
+) -> Dispatcher:
     """A gateway's dispatcher for the rig's model."""
     config = SimpleNamespace(num_experts=NUM_EXPERTS, hidden_size=HIDDEN_SIZE, experts_per_token=k)
     return Dispatcher(
@@ -77,7 +80,7 @@ def make_dispatcher(transport: Transport, *, max_tokens: int = 64, k: int = 2) -
         device=CPU,
         dtype=torch.float32,
         max_tokens=max_tokens,
-        reply_timeout_s=1.0,
+        reply_timeout_s=reply_timeout_s,
     )
 
 

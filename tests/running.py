@@ -67,6 +67,15 @@ class RunningMesh:
         status: dict[str, Any] = self.expert_mesh("status", "--target", self.placement)
         return status
 
+    def homes_of(self, layer: int, index: int) -> list[str]:
+        """The ids of the workers that serve an expert."""
+        plan = self.expert_mesh("plan", "--target", self.placement)
+        return next(
+            list(e["workers"])
+            for e in plan["experts"]
+            if (e["layer"], e["index"]) == (layer, index)
+        )
+
     def home_of(self, layer: int, index: int) -> str:
         """The id of the worker that serves an expert."""
         plan = self.expert_mesh("plan", "--target", self.placement)

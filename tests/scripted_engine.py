@@ -41,6 +41,7 @@ class ScriptedEngine:
         self._submitted: asyncio.Queue[pb.Submit] = asyncio.Queue()
         self._cancelled: asyncio.Queue[str] = asyncio.Queue()
         self.routings: asyncio.Queue[pb.Routing] = asyncio.Queue()
+        self.drops: asyncio.Queue[pb.DropPeer] = asyncio.Queue()
         self.pings: asyncio.Queue[int] = asyncio.Queue()
         self.answer: Callable[[pb.Submit], None] | None = None
         """Called with each request, where a test wants no say in each."""
@@ -63,6 +64,8 @@ class ScriptedEngine:
                     self._cancelled.put_nowait(request_id)
             case "routing":
                 self.routings.put_nowait(message.routing)
+            case "drop_peer":
+                self.drops.put_nowait(message.drop_peer)
             case "ping":
                 self.pings.put_nowait(message.ping.sequence)
             case "shutdown":

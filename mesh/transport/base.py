@@ -8,11 +8,14 @@ the caller keeps the buffer: a transport does not.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 
 from mesh.errors import TransportError
+from mesh.mlp import NativeMlp
+from mesh.plan import ExpertId
 
 
 class Buffer(Protocol):
@@ -27,6 +30,11 @@ class Request(Protocol):
 
     @property
     def completed(self) -> bool: ...
+
+    @property
+    def ended_s(self) -> float:
+        """``time.monotonic()`` of when it was completed, which may be long before anybody asked."""
+        ...
 
 
 class Message(Protocol):
@@ -52,11 +60,67 @@ class Endpoint(Protocol):
     def send(self, buffer: Buffer, tag: int) -> Request: ...
 
     def post_receive(self, buffer: Buffer, tag: int) -> Request:
-        """Receive one message with exactly this tag; fails when the peer dies."""
+        """Receive one message with exactly this tag, as long as the buffer; fails when the peer
+        dies or the message has another length."""
         ...
 
     def close(self) -> None:
         """End the endpoint. What is posted on it completes, as failed, while progressing."""
+        ...
+
+
+class RoundTrip(NamedTuple):
+    """A message to a peer, and the receive of its reply."""
+
+    endpoint: Endpoint
+    send: Buffer
+    send_tag: int
+    receive: Buffer
+    receive_tag: int
+
+
+class Answering(Protocol):
+    """Answers regular dispatches (see :mod:`mesh.wire`) without a line of Python.
+
+    Regular is what has an open session, an expert of :meth:`serve`, rows within the bound and
+    the right length. All else is left to be probed.
+    """
+
+    @property
+    def in_hand(self) -> int:
+        """Dispatches that came in and whose replies are not out."""
+        ...
+
+    @property
+    def last_progress_s(self) -> float:
+        """``time.monotonic()`` of the last dispatch."""
+        ...
+
+    def open(self, session: int, endpoint: Endpoint, reply_session: int) -> None:
+        """Answer this session's dispatches, with this session of the peer's."""
+        ...
+
+    def close(self, session: int) -> None:
+        """Answer them no more."""
+        ...
+
+    def serve(self, experts: Mapping[ExpertId, NativeMlp]) -> None:
+        """Answer for these experts in place of those before."""
+        ...
+
+    def counts(self) -> Iterable[tuple[ExpertId, int, float]]:
+        """Rows and seconds of each expert that had any, since the start. From any thread."""
+        ...
+
+    def look(self) -> None:
+        """Bring what is in hand forward after a :meth:`Transport.progress`; take nothing new."""
+        ...
+
+    def run(self, *, spin_s: float, wake_fd: int) -> None:
+        """Answer, and sleep while there is nothing: ``spin_s`` of idleness are polled first.
+
+        Returns when a message is not regular, an endpoint died, or ``wake_fd`` is readable.
+        """
         ...
 
 
@@ -74,20 +138,33 @@ class Transport(Protocol):
         """Wrap a contiguous tensor of any dtype."""
         ...
 
+    def exchange(self, trips: Sequence[RoundTrip]) -> list[tuple[Request, Request]]:
+        """Post every receive, then every send; the reply and the sent of each trip."""
+        ...
+
     def progress(self) -> bool:
         """Move bytes; True while there may be more to do at once."""
+        ...
+
+    def wait(self, requests: Sequence[Request], *, spin_s: float, timeout_s: float) -> None:
+        """Return once all are completed, a message is there to be probed, an endpoint died, or
+        time is up; ``spin_s`` are polled before sleeping. Others may end without a return."""
         ...
 
     def failure(self, request: Request) -> TransportError | None:
         """Why a completed request failed; None when it went well."""
         ...
 
+    def cancel(self, request: Request) -> None:
+        """End a receive that nobody will answer, so that its buffer comes back."""
+        ...
+
     def probe(self) -> Message | None:
         """The oldest unexpected message of any tag, removed from the queue."""
         ...
 
-    def abandon(self, tag: int) -> None:
-        """Complete a posted receive that nobody will answer, so that its buffer comes back."""
+    def answering(self, *, row_bytes: int, max_rows: int) -> Answering | None:
+        """At most one; None where every message is to be probed."""
         ...
 
     def fileno(self) -> int:

@@ -8,14 +8,18 @@ fails the receive, and what is posted on a dead endpoint completes as failed.
 from __future__ import annotations
 
 import os
+import select
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from mesh.errors import MessageTruncated, PeerLost, TransportError
+from mesh.transport.base import Request, RoundTrip
 
 
 @dataclass(eq=False)
@@ -36,16 +40,21 @@ class LoopbackRequest:
 
     tag: int
     buffer: LoopbackBuffer
+    exact: bool = False
+    """A message that is shorter than the buffer fails it too."""
     completed: bool = False
+    ended_s: float = 0.0
     error: TransportError | None = None
 
     def finish(self, payload: torch.Tensor | None, error: TransportError | None = None) -> None:
         """Complete, with a payload to copy into the buffer where it is a receive."""
         if payload is not None:
-            if payload.numel() > self.buffer.nbytes:
+            spare = self.buffer.nbytes - payload.numel()
+            if spare < 0 or (spare and self.exact):
                 error = MessageTruncated(f"{payload.numel()} bytes for {self.buffer.nbytes}")
             self.buffer.bytes_[: payload.numel()].copy_(payload[: self.buffer.nbytes])
         self.error = error
+        self.ended_s = time.monotonic()
         self.completed = True
 
 
@@ -119,7 +128,7 @@ class LoopbackEndpoint:
 
     def post_receive(self, buffer: LoopbackBuffer, tag: int) -> LoopbackRequest:
         """See :class:`mesh.transport.base.Endpoint`."""
-        request = LoopbackRequest(tag, buffer)
+        request = LoopbackRequest(tag, buffer, exact=True)
         if self.alive:
             self._posted = [r for r in self._posted if not r.completed] + [request]
             self._owner.post(request)
@@ -226,9 +235,29 @@ class LoopbackTransport:
         with self._hub.lock:
             return self._unexpected.popleft() if self._unexpected else None
 
-    def abandon(self, tag: int) -> None:
+    def exchange(self, trips: Sequence[RoundTrip]) -> list[tuple[Request, Request]]:
         """See :class:`mesh.transport.base.Transport`."""
-        self.deliver(tag, torch.zeros(1, dtype=torch.uint8))
+        replies = [trip.endpoint.post_receive(trip.receive, trip.receive_tag) for trip in trips]
+        return [
+            (reply, trip.endpoint.send(trip.send, trip.send_tag))
+            for reply, trip in zip(replies, trips, strict=True)
+        ]
+
+    def wait(self, requests: Sequence[Any], *, spin_s: float, timeout_s: float) -> None:
+        """See :class:`mesh.transport.base.Transport`. Sleeps at once."""
+        self.progress()
+        if self.arm() and not all(request.completed for request in requests):
+            select.select([self._event], [], [], timeout_s)
+
+    def cancel(self, request: Any) -> None:
+        """See :class:`mesh.transport.base.Transport`."""
+        with self._hub.lock:
+            if not request.completed:
+                self._posted = [posted for posted in self._posted if posted is not request]
+                request.finish(None, PeerLost("cancelled"))
+
+    def answering(self, *, row_bytes: int, max_rows: int) -> None:
+        """Every message is to be probed: see :class:`mesh.transport.base.Transport`."""
 
     def fileno(self) -> int:
         """Readable when something was delivered."""

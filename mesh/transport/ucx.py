@@ -1,4 +1,6 @@
-"""UCX through the core layer of UCXX. The only file that knows either.
+"""UCX: contexts, workers and endpoints through UCXX's core layer, messages through our own
+compiled calls (:mod:`mesh.native`) on the same handles. The only file that knows either. What
+comes back through the seam (buffers, requests, endpoints) is ours, which types cannot say: Any.
 
 Error handling is on, so that a dead peer is reported; ``MM_ERROR_HANDLING`` keeps shared
 memory in use with it, and the keepalive is short because shared memory has no other way to
@@ -12,25 +14,27 @@ import os
 # UCXX sets a variable that this build of UCX does not read; the warning would go to stdout.
 os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
 
+import ctypes
 import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from ucxx._lib.arr import Array
 from ucxx._lib.libucxx import (
     Feature,
     UCXAddress,
     UCXContext,
     UCXEndpoint,
     UCXError,
-    UCXRequest,
     UCXWorker,
-    UCXXTag,
-    UCXXTagMask,
-    UCXXTagMaskFull,
     get_ucx_version,
 )
 
+from mesh import native, wire
 from mesh.errors import MessageTruncated, PeerLost, TransportError
+from mesh.mlp import NativeMlp
+from mesh.plan import ExpertId
+from mesh.transport.base import Request, RoundTrip
 
 _DEFAULTS = {
     "MM_ERROR_HANDLING": "y",
@@ -42,76 +46,227 @@ _DEFAULTS = {
 _CUDA_DEFAULTS = {"RNDV_THRESH": "64"}
 
 _CHECKSUM_BYTES = 4
+# Of ucs_status_t.
+_TRUNCATED = -9
+_CONNECTION_RESET = -25
+_TOO_MANY = "more UCX messages are in flight than this process may have"
+_MAX_TRIPS = 256
+
+_send = native.short.postbox_send
+_receive = native.short.postbox_receive
+_release = native.short.postbox_release
 
 
 def _checksum(address: bytes) -> bytes:
     return zlib.crc32(address).to_bytes(_CHECKSUM_BYTES, "little")
 
 
-_ANY_TAG = UCXXTag(0)
-_ANY_MASK = UCXXTagMask(0)
+class UcxBuffer:
+    """The memory of a tensor."""
+
+    __slots__ = ("_tensor", "address", "nbytes")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+        self.address = tensor.data_ptr()
+        self.nbytes = tensor.nbytes
+
+
+class UcxRequest:
+    """An operation of the postbox, whose number is free again once this is gone."""
+
+    __slots__ = ("_postbox", "number")
+
+    def __init__(self, postbox: _Postbox, number: int) -> None:
+        self._postbox = postbox
+        self.number = number
+        if number < 0:
+            raise TransportError(_TOO_MANY)
+
+    @property
+    def status(self) -> int:
+        """See ``native.DONE``."""
+        return int(self._postbox.status[self.number])
+
+    @property
+    def completed(self) -> bool:
+        """See :class:`mesh.transport.base.Request`."""
+        return bool(self._postbox.status[self.number] != native.IN_PROGRESS)
+
+    @property
+    def ended_s(self) -> float:
+        """See :class:`mesh.transport.base.Request`."""
+        return float(self._postbox.ended_us[self.number]) / 1e6
+
+    def __del__(self) -> None:
+        if self.number >= 0:
+            _release(self._postbox.pointer, self.number)
+
+
+class _Unposted:
+    """A request to a peer that is gone: it never was UCX's."""
+
+    status = _CONNECTION_RESET
+    completed = True
+    ended_s = 0.0
+    number = -1
+
+
+class _Postbox:
+    """The C side's record of all operations; it lives as long as anyone may ask for one."""
+
+    def __init__(self, worker: UCXWorker) -> None:
+        self.worker = worker  # UCX's must not end before this
+        self.pointer = native.short.postbox_new(worker.handle)
+        if not self.pointer:
+            raise TransportError("there is no memory for UCX's messages")
+        self.record: native.Postbox = self.pointer.contents
+        self.status: Any = self.record.status
+        self.ended_us: Any = self.record.ended_us
+        self.dead: list[int] = []
+        """Endpoints that died, whose receives are to be cancelled."""
+
+    def __del__(self) -> None:
+        if self.pointer:
+            native.short.postbox_free(self.pointer)
 
 
 class UcxMessage:
     """An unexpected message, already removed from UCX's queue: it must be received."""
 
-    __slots__ = ("_probe", "_worker", "nbytes", "tag")
+    __slots__ = ("_message", "_postbox", "nbytes", "tag")
 
-    def __init__(self, worker: UCXWorker, probe: object) -> None:
-        self._worker = worker
-        self._probe = probe
-        self.tag: int = probe.sender_tag.value  # type: ignore[attr-defined]
-        self.nbytes: int = probe.length  # type: ignore[attr-defined]
+    def __init__(self, postbox: _Postbox, found: native.Arrival) -> None:
+        self._postbox = postbox
+        self._message: int = found.message
+        self.tag: int = found.tag
+        self.nbytes: int = found.bytes
 
-    def receive(self, buffer: Array) -> UCXRequest:
+    def receive(self, buffer: Any) -> UcxRequest:
         """See :class:`mesh.transport.base.Message`."""
-        return self._worker.tag_recv_with_handle(buffer, self._probe)
+        box = self._postbox
+        number = native.short.postbox_take(
+            box.pointer, self._message, buffer.address, min(buffer.nbytes, self.nbytes)
+        )
+        return UcxRequest(box, number)
 
 
 class UcxEndpoint:
     """One peer, by its worker address."""
 
-    __slots__ = ("_alive", "_endpoint")
-
-    def __init__(self, worker: UCXWorker, address: bytes) -> None:
-        self._alive = True
+    def __init__(self, postbox: _Postbox, address: bytes) -> None:
+        self._postbox = postbox
+        self.alive = True
+        """False once the peer was reported dead or the endpoint was closed."""
         checksum, raw = address[:_CHECKSUM_BYTES], address[_CHECKSUM_BYTES:]
         if _checksum(raw) != checksum:
             raise PeerLost("UCX cannot reach the peer: what it sent is no worker address")
         try:
             self._endpoint = UCXEndpoint.create_from_worker_address(
-                worker, UCXAddress.create_from_buffer(raw), True
+                postbox.worker, UCXAddress.create_from_buffer(raw), True
             )
         except UCXError as error:
             raise PeerLost(
                 f"UCX cannot reach the peer ({error}); `expert-mesh doctor` on both hosts "
                 "shows the transports that they share"
             ) from error
+        self.handle: int = self._endpoint.handle
         self._endpoint.set_close_callback(self._closed)
 
     def _closed(self) -> None:
-        self._alive = False
+        """UCX calls this from within its progress, where nothing may be cancelled."""
+        if self.alive:
+            self.alive = False
+            self._postbox.dead.append(self.handle)
+            self._postbox.record.attention = 1
 
-    @property
-    def alive(self) -> bool:
-        """False once the peer was reported dead or the endpoint was closed."""
-        return self._alive
-
-    def send(self, buffer: Array, tag: int) -> UCXRequest:
+    def send(self, buffer: Any, tag: int) -> UcxRequest | _Unposted:
         """See :class:`mesh.transport.base.Endpoint`."""
-        return self._endpoint.tag_send(buffer, UCXXTag(tag))
+        if not self.alive:
+            return _Unposted()
+        box = self._postbox
+        return UcxRequest(box, _send(box.pointer, self.handle, buffer.address, buffer.nbytes, tag))
 
-    def post_receive(self, buffer: Array, tag: int) -> UCXRequest:
+    def post_receive(self, buffer: Any, tag: int) -> UcxRequest | _Unposted:
         """See :class:`mesh.transport.base.Endpoint`."""
-        return self._endpoint.tag_recv(buffer, UCXXTag(tag), UCXXTagMaskFull)
+        if not self.alive:
+            return _Unposted()
+        box = self._postbox
+        return UcxRequest(
+            box, _receive(box.pointer, self.handle, buffer.address, buffer.nbytes, tag)
+        )
 
     def close(self) -> None:
         """See :class:`mesh.transport.base.Endpoint`.
 
         The plain close flushes, which a stopped peer never lets end; this one is forced.
         """
-        self._alive = False
+        self.alive = False
+        native.short.postbox_cancel_receives(self._postbox.pointer, self.handle)
         self._endpoint.close_blocking()
+
+
+class UcxAnswering:
+    """See :class:`mesh.transport.base.Answering`."""
+
+    def __init__(self, postbox: _Postbox, row_bytes: int, max_rows: int) -> None:
+        self._postbox = postbox
+        self._pointer = native.short.answering_new(postbox.pointer, row_bytes, max_rows)
+        if not self._pointer:
+            raise TransportError("there is no memory for the dispatches in hand")
+        self._record: native.Answering = self._pointer.contents
+        self._experts: Mapping[ExpertId, NativeMlp] = {}
+        self._past: list[Mapping[ExpertId, NativeMlp]] = []
+        self._keys: dict[ExpertId, int] = {}
+
+    def __del__(self) -> None:
+        if self._pointer:
+            native.short.answering_free(self._pointer)
+
+    @property
+    def in_hand(self) -> int:
+        """See :class:`mesh.transport.base.Answering`."""
+        return int(self._record.in_hand)
+
+    @property
+    def last_progress_s(self) -> float:
+        """See :class:`mesh.transport.base.Answering`."""
+        return float(self._record.last_progress_us) / 1e6
+
+    def open(self, session: int, endpoint: Any, reply_session: int) -> None:
+        """See :class:`mesh.transport.base.Answering`."""
+        self._record.sessions[session] = native.Session(endpoint.handle, reply_session)
+
+    def close(self, session: int) -> None:
+        """See :class:`mesh.transport.base.Answering`."""
+        self._record.sessions[session] = native.Session(0, 0)
+
+    def serve(self, experts: Mapping[ExpertId, NativeMlp]) -> None:
+        """See :class:`mesh.transport.base.Answering`."""
+        if not self.in_hand:
+            self._past.clear()  # what was in hand may have used them
+        self._past.append(self._experts)
+        for expert in self._experts.keys() - experts.keys():
+            self._record.answerers[self._keys[expert]].mlp = None
+        self._keys |= {expert: wire.expert_key(*expert) for expert in experts}
+        for expert, mlp in experts.items():
+            self._record.answerers[self._keys[expert]].mlp = mlp.handle
+        self._experts = experts
+
+    def counts(self) -> Iterator[tuple[ExpertId, int, float]]:
+        """See :class:`mesh.transport.base.Answering`."""
+        for expert, key in self._keys.copy().items():
+            answerer = self._record.answerers[key]
+            if answerer.rows:
+                yield expert, answerer.rows, answerer.microseconds / 1e6
+
+    def look(self) -> None:
+        """See :class:`mesh.transport.base.Answering`."""
+        native.long.answering_look(self._pointer)
+
+    def run(self, *, spin_s: float, wake_fd: int) -> None:
+        """See :class:`mesh.transport.base.Answering`."""
+        native.long.answering_run(self._pointer, int(spin_s * 1e6), wake_fd)
 
 
 class UcxTransport:
@@ -130,10 +285,11 @@ class UcxTransport:
         self._context = UCXContext(feature_flags=(Feature.TAG, Feature.WAKEUP))
         self._worker = UCXWorker(self._context)
         self._worker.init_blocking_progress_mode()
-        self.progress = self._worker.progress
         self.arm = self._worker.arm
-        self._own: UCXEndpoint | None = None
-        self._empty = Array(bytearray(1))
+        self._postbox = _Postbox(self._worker)
+        self._found = native.Arrival()
+        self._trips = (native.RoundTrip * _MAX_TRIPS)()
+        self._numbers = (ctypes.c_int32 * (2 * _MAX_TRIPS))()
 
     @property
     def address(self) -> bytes:
@@ -146,35 +302,86 @@ class UcxTransport:
 
     def connect(self, address: bytes) -> UcxEndpoint:
         """Raises PeerLost when no transport leads there."""
-        return UcxEndpoint(self._worker, address)
+        return UcxEndpoint(self._postbox, address)
 
-    def wrap(self, tensor: torch.Tensor) -> Array:
-        """bfloat16 has no buffer protocol, so every tensor travels as bytes."""
-        view = tensor.view(torch.uint8)
-        return Array(view if view.is_cuda else view.numpy())
+    def wrap(self, tensor: torch.Tensor) -> UcxBuffer:
+        """See :class:`mesh.transport.base.Transport`."""
+        return UcxBuffer(tensor)
 
-    def failure(self, request: UCXRequest) -> TransportError | None:
+    def exchange(self, trips: Sequence[RoundTrip]) -> list[tuple[Request, Request]]:
+        """See :class:`mesh.transport.base.Transport`."""
+        box, numbers = self._postbox, self._numbers
+        if len(trips) > _MAX_TRIPS or not all(trip.endpoint.alive for trip in trips):
+            replies = [trip.endpoint.post_receive(trip.receive, trip.receive_tag) for trip in trips]
+            sent = [trip.endpoint.send(trip.send, trip.send_tag) for trip in trips]
+            return list(zip(replies, sent, strict=True))
+        trip: Any
+        for posted, trip in zip(self._trips, trips, strict=False):
+            endpoint, send, send_tag, receive, receive_tag = trip
+            posted.endpoint = endpoint.handle
+            posted.send_address = send.address
+            posted.send_bytes = send.nbytes
+            posted.send_tag = send_tag
+            posted.receive_address = receive.address
+            posted.receive_bytes = receive.nbytes
+            posted.receive_tag = receive_tag
+        if native.short.postbox_exchange(box.pointer, len(trips), self._trips, numbers) < 0:
+            raise TransportError(_TOO_MANY)
+        return [
+            (UcxRequest(box, numbers[2 * i]), UcxRequest(box, numbers[2 * i + 1]))
+            for i in range(len(trips))
+        ]
+
+    def progress(self) -> bool:
+        """See :class:`mesh.transport.base.Transport`."""
+        moved = bool(native.short.postbox_progress(self._postbox.pointer))
+        if self._postbox.dead:
+            self._bury()
+        return moved
+
+    def _bury(self) -> None:
+        """End the receives that were posted for peers which died."""
+        self._postbox.record.attention = 0
+        while self._postbox.dead:
+            native.short.postbox_cancel_receives(self._postbox.pointer, self._postbox.dead.pop())
+
+    def wait(self, requests: Sequence[Any], *, spin_s: float, timeout_s: float) -> None:
+        """See :class:`mesh.transport.base.Transport`."""
+        numbers = [request.number for request in requests if request.number >= 0]
+        native.long.postbox_wait(
+            self._postbox.pointer,
+            len(numbers),
+            (ctypes.c_int32 * len(numbers))(*numbers),
+            int(spin_s * 1e6),
+            int(timeout_s * 1e6),
+        )
+        if self._postbox.dead:
+            self._bury()
+
+    def failure(self, request: Any) -> TransportError | None:
         """Translate UCX's error, if any."""
-        try:
-            request.check_error()
-        except UCXError as error:
-            if "runcat" in str(error):
-                return MessageTruncated(f"UCX: {error}")
-            return PeerLost(f"UCX: {error}")
-        return None
+        status = request.status
+        if status == native.DONE:
+            return None
+        if status == native.SHORT:
+            return MessageTruncated("UCX: the message was shorter than it should be")
+        text = f"UCX: {native.short.status_text(status).decode()}"
+        return MessageTruncated(text) if status == _TRUNCATED else PeerLost(text)
+
+    def cancel(self, request: Any) -> None:
+        """See :class:`mesh.transport.base.Transport`."""
+        if request.number >= 0:
+            native.short.postbox_cancel(self._postbox.pointer, request.number)
 
     def probe(self) -> UcxMessage | None:
         """See :class:`mesh.transport.base.Transport`."""
-        found = self._worker.tag_probe(_ANY_TAG, _ANY_MASK, remove=True)
-        return UcxMessage(self._worker, found) if found.matched else None
+        if not native.short.postbox_probe(self._postbox.pointer, 1, self._found):
+            return None
+        return UcxMessage(self._postbox, self._found)
 
-    def abandon(self, tag: int) -> None:
-        """UCXX's core has no cancel of one receive: a message to ourselves ends it."""
-        if self._own is None:
-            self._own = UCXEndpoint.create_from_worker_address(
-                self._worker, UCXAddress.create_from_worker(self._worker), False
-            )
-        self._own.tag_send(self._empty, UCXXTag(tag))
+    def answering(self, *, row_bytes: int, max_rows: int) -> UcxAnswering | None:
+        """See :class:`mesh.transport.base.Transport`."""
+        return UcxAnswering(self._postbox, row_bytes, max_rows)
 
     def fileno(self) -> int:
         """UCX's event descriptor."""
@@ -182,8 +389,6 @@ class UcxTransport:
 
     def close(self) -> None:
         """Endpoints are the caller's to close first."""
-        if self._own is not None:
-            self._own.close_blocking()
         for _ in range(1000):
             if not self._worker.progress():
                 break

@@ -19,6 +19,10 @@ from mesh.transport.base import Transport
 SPIN_S = {"cuda": 1.0, "cpu": 0.0}
 """By device type. A GPU that had work lately polls for more; a CPU core has better to do."""
 
+REPLY_SPIN_S = {"cuda": 1.0, "cpu": 0.002}
+"""How long a gateway polls for the replies of a layer, yielding its core to the workers that
+make them. Asleep, it would be woken by each reply."""
+
 
 class Waiter:
     """Waits for a transport, for other descriptors, or for :meth:`wake` from any thread.
@@ -39,20 +43,30 @@ class Waiter:
             self._poll.register(descriptor, select.POLLIN)
         self._idle_since: float | None = None
 
+    @property
+    def descriptor(self) -> int:
+        """Readable between a :meth:`wake` and the :meth:`wait` that it ends."""
+        return self._event
+
     def wake(self) -> None:
         """Make a :meth:`wait` that sleeps return. Callable from any thread."""
-        self._woken.set()
         os.eventfd_write(self._event, 1)
+        self._woken.set()
 
     def busy(self) -> None:
         """Something happened: start counting idleness anew."""
         self._idle_since = None
 
-    def wait(self, timeout_s: float | None = None) -> None:
-        """Give way once: yield while spinning, else sleep until there is work or time is up."""
+    def settle(self) -> None:
+        """What woke us is being seen to."""
         if self._woken.is_set():
             self._woken.clear()
             os.eventfd_read(self._event)
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Give way once: yield while spinning, else sleep until there is work or time is up."""
+        if self._woken.is_set():
+            self.settle()
             return
         now = time.monotonic()
         if self._idle_since is None:

@@ -54,8 +54,8 @@ class LosableExperts:
         self._calls: Counter[int] = Counter()
         self._num_micro_batches = 1
         self.lost: set[ExpertId] = set()
-        self.epoch = self.refused = self.replayed_rows = 0
-        self.expert_wait_s = 0.0
+        self.epoch = self.refused = self.replayed_rows = self.failovers = 0
+        self.expert_wait_s = self.pause_s = 0.0
         self.rows_by_expert: Counter[ExpertId] = Counter()
 
     def begin_step(self, num_micro_batches: int) -> None:
@@ -77,6 +77,9 @@ class LosableExperts:
 
     def void_rows(self) -> dict[tuple[int, int], ExpertUnavailable]:
         return self._void
+
+    def paces(self) -> list[inference_pb2.WorkerPace]:
+        return []
 
     def set_routing(self, routing: pb.Routing) -> None:
         self.lost.clear()
@@ -146,7 +149,7 @@ def make_bench(
         return model.decoder.forward(batches, kv, experts)
 
     engine = Engine(
-        Scheduler(blocks, Limits(max_batch_tokens, 8, 8, 0.4)),
+        Scheduler(blocks, Limits(max_batch_tokens, 8, 8, 0.4, 60.0)),
         forward(real),
         experts,
         Sampler(),
@@ -232,6 +235,7 @@ def test_requests_wait_for_an_expert_that_comes_back(
         bench.engine.set_routing(pb.Routing(epoch=bench.experts.epoch + 1))
     assert bench.run() == alone
     assert bench.engine.stats().epoch == 4
+    assert bench.engine.stats().stalled_s > 0
 
 
 def test_an_expert_that_stays_away_ends_who_needs_it_and_no_other(
@@ -412,23 +416,28 @@ class WorkerThread:
             max_rows=64,
             merge_rows=64,
             spin_s=0.0,
+            threads=1,
         )
         self.plane.start()
         self.address = self.plane.wait_started()
         self.session: int | None = None
+        self.reply_session = 6
 
     def routing(
         self, engine: EngineThread, epoch: int, without: Collection[int] = ()
     ) -> pb.Routing:
         """A plan of all experts ``without`` those of some indices; connects the engine once."""
         if self.session is None:
-            self.session = self.plane.connect("gateway", engine.started.ucx_address, 7)
+            self.reply_session += 1
+            self.session = self.plane.connect(
+                "gateway", engine.started.ucx_address, self.reply_session
+            )
         routing = pb.Routing(epoch=epoch)
         routing.peers.add(
             worker_id="w",
             ucx_address=self.address,
             session=self.session,
-            reply_session=7,
+            reply_session=self.reply_session,
             max_rows=64,
         )
         for layer, index in self.experts:
@@ -501,6 +510,34 @@ def test_an_unserved_expert_ends_its_requests_and_a_new_plan_helps(
     engine.send(routing=worker.routing(engine, epoch=2))
     engine.submit("again", [2], max_tokens=4)
     assert list(engine.finish({"again"})["again"].token_ids) == [2] * 4
+
+
+def test_a_worker_that_hangs_can_be_dropped_amid_a_step_and_its_requests_go_on(
+    engine: EngineThread, worker: WorkerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.send(routing=worker.routing(engine, epoch=1))
+    engine.submit("before", [1], max_tokens=2)
+    engine.finish({"before"})
+    goes_on = threading.Event()
+    compute = worker.plane._compute
+    monkeypatch.setattr(worker.plane, "_compute", lambda: (goes_on.wait(), compute()))
+    engine.submit("a", [3, 3], max_tokens=5)
+    late = engine.next("peer_late").peer_late
+    assert (late.worker_id, late.reply_session) == ("w", 7)
+    engine.send(ping=pb.Ping(sequence=9))  # is answered behind the step
+    engine.send(drop_peer=pb.DropPeer(worker_id="w", reply_session=7, reason="it hangs"))
+    lost = engine.next("peer_lost").peer_lost
+    assert (lost.worker_id, lost.reply_session, lost.reason) == ("w", 7, "it hangs")
+    while engine.next("stats").stats.pong != 9:
+        pass
+    goes_on.set()
+    worker.session = None
+    engine.send(routing=worker.routing(engine, epoch=2))
+    assert list(engine.finish({"a"})["a"].token_ids) == [3] * 5
+    stats = engine.next("stats").stats
+    assert stats.failovers > 0
+    assert stats.pause_s > 0
+    assert stats.stalled_s > 0
 
 
 def test_a_worker_that_cannot_be_reached_is_reported(engine: EngineThread) -> None:

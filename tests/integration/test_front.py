@@ -403,16 +403,24 @@ async def test_tokenize_and_what_is_served(rig: Rig, client: AsyncClient) -> Non
 async def test_the_server_says_how_it_is_doing(rig: Rig, client: AsyncClient) -> None:
     load = placement_pb2.ExpertLoad(expert=placement_pb2.ExpertId(layer=1, index=2), rows=40)
     stats = engine_pb2.EngineStats(running=2, waiting=1, kv_usage=0.5, epoch=7, load=[load])
+    stats.failovers, stats.replayed_rows, stats.pause_s, stats.stalled_s = 2, 9, 0.5, 1.5
+    stats.paces.add(worker_id="w3", dispatch_s=0.25, row_s=0.125)
     rig.engine.send(engine_pb2.FromEngine(stats=stats))
     await rig.link.until_epoch(7)
     info = await client.server_info()
     assert (info.gateway_id, info.epoch, info.num_workers) == ("gateway-1", 7, 3)
     assert (info.running, info.waiting, info.kv_usage, info.kv_blocks) == (2, 1, 0.5, 100)
     assert [(rows.layer, rows.index, rows.rows) for rows in info.expert_rows] == [(1, 2, 40)]
+    assert (info.failovers, info.replayed_rows, info.pause_s, info.stalled_s) == (2, 9, 0.5, 1.5)
+    assert [(w.worker_id, w.dispatch_s, w.row_s) for w in info.workers] == [("w3", 0.25, 0.125)]
     labels = {"model_name": "tiny", "layer": "1", "expert": "2"}
     value = rig.registry.get_sample_value
     assert value("expert_mesh:expert_dispatched_rows_total", labels) == 40
     assert value("expert_mesh:num_requests_running", {"model_name": "tiny"}) == 2
+    assert value("expert_mesh:failovers_total", {"model_name": "tiny"}) == 2
+    assert value("expert_mesh:failover_pause_seconds_total", {"model_name": "tiny"}) == 0.5
+    labels = {"model_name": "tiny", "worker_id": "w3"}
+    assert value("expert_mesh:worker_dispatch_seconds", labels) == 0.25
 
 
 async def test_finished_requests_are_counted_and_timed(rig: Rig, client: AsyncClient) -> None:

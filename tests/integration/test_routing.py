@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -10,11 +11,12 @@ from typing import Any
 
 import grpc
 import pytest
+from structlog.testing import capture_logs
 
 from gateway.engine_link import EngineLink
-from gateway.routing import Router, load_between, missing_experts, routing_for
+from gateway.routing import Router, load_between, missing_experts, routing_for, why_not_well
 from mesh.config import GatewayConfig, ServerConfig
-from mesh.grpc_server import GrpcServer
+from mesh.grpc_server import GrpcServer, open_channel
 from mesh.plan import ExpertId
 from protos import engine_pb2, placement_pb2, placement_pb2_grpc, worker_pb2, worker_pb2_grpc
 from tests.scripted_engine import MODEL, ScriptedEngine, linked_engine
@@ -52,6 +54,9 @@ class Worker(worker_pb2_grpc.ExpertWorkerServicer):
     def __init__(self, worker_id: str) -> None:
         self.worker_id = worker_id
         self.refuse = False
+        self.answering = asyncio.Event()
+        self.answering.set()
+        self.control: GrpcServer | None = None
         self.connects: asyncio.Queue[worker_pb2.ConnectRequest] = asyncio.Queue()
         self.disconnects: asyncio.Queue[worker_pb2.DisconnectRequest] = asyncio.Queue()
         self.address = ""
@@ -59,6 +64,7 @@ class Worker(worker_pb2_grpc.ExpertWorkerServicer):
 
     async def Connect(self, request: Any, context: Any) -> worker_pb2.ConnectReply:
         self.connects.put_nowait(request)
+        await self.answering.wait()
         if self.refuse:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "another model")
         self._granted += 1
@@ -87,13 +93,20 @@ class Mesh:
     router: Router
     epoch: int = field(default=0)
 
-    def plan(self, *homes: tuple[str, ...], generation: int = 0, **fields: Any) -> None:
-        """The next plan: the homes of expert 0, of expert 1, ..."""
+    def plan(
+        self,
+        *homes: tuple[str, ...],
+        generation: int = 0,
+        cut_off: tuple[str, ...] = (),
+        **fields: Any,
+    ) -> None:
+        """The next plan: the homes of expert 0, of expert 1, ..., and who has lost its own."""
+        named = {worker_id for home in (*homes, cut_off) for worker_id in home}
         self.epoch += 1
         values: dict[str, Any] = {
             "epoch": self.epoch,
             "model_fingerprint": TWO_EXPERTS.fingerprint,
-            "workers": [worker.info(generation) for worker in self.workers],
+            "workers": [w.info(generation) for w in self.workers if w.worker_id in named],
             "experts": [placed(index, *home) for index, home in enumerate(homes)],
             **fields,
         }
@@ -120,6 +133,7 @@ async def running_mesh(num_workers: int = 2) -> AsyncIterator[Mesh]:
             control = GrpcServer(ServerConfig(), [(add, worker)], ["expertmesh.v1.ExpertWorker"])
             await stack.enter_async_context(control)
             worker.address = control.address
+            worker.control = control
         engine, link = await stack.enter_async_context(linked_engine())
         engine.start()
         await link.started
@@ -169,6 +183,21 @@ async def test_a_worker_that_refuses_is_tried_again_and_told_to_placement() -> N
             pass
 
 
+async def test_a_worker_that_the_plan_does_without_is_tried_until_it_is_back() -> None:
+    async with running_mesh() as mesh:
+        mesh.workers[1].refuse = True
+        mesh.plan(("w0",), ("w1",))
+        while list((await mesh.placement.reports.get()).unreachable_worker_ids) != ["w1"]:
+            pass
+        mesh.plan(("w0",), ("w0",), cut_off=("w1",))
+        while (await mesh.placement.reports.get()).epoch != 2:
+            pass
+        assert (await mesh.placement.reports.get()).unreachable_worker_ids == ["w1"]
+        mesh.workers[1].refuse = False
+        while (await mesh.placement.reports.get()).unreachable_worker_ids:
+            pass
+
+
 async def test_a_lost_peer_is_routed_around_at_once_and_connected_anew() -> None:
     async with running_mesh() as mesh:
         mesh.plan(("w0",), ("w1", "w0"))
@@ -176,7 +205,9 @@ async def test_a_lost_peer_is_routed_around_at_once_and_connected_anew() -> None
         await mesh.routed()
         first = await mesh.workers[1].connects.get()
         lost = engine_pb2.PeerLost(worker_id="w1", reason="connection reset")
-        mesh.engine.send(engine_pb2.FromEngine(peer_lost=lost))
+        for reply_session in (first.reply_session + 1, first.reply_session):
+            lost.reply_session = reply_session  # of another connection; of this one
+            mesh.engine.send(engine_pb2.FromEngine(peer_lost=lost))
         assert await mesh.routed() == {0: ["w0"], 1: ["w0"]}
         assert (await mesh.workers[1].disconnects.get()).session == 1
         assert await mesh.routed() == {0: ["w0"], 1: ["w1", "w0"]}
@@ -223,6 +254,82 @@ async def test_without_placement_the_last_plan_is_served_until_a_newer_one_comes
         assert await mesh.routed() == {0: ["w1"], 1: ["w1"]}
 
 
+async def test_a_plan_may_come_while_a_worker_takes_its_time_to_connect() -> None:
+    async with running_mesh(num_workers=3) as mesh:
+        slow = mesh.workers[0]
+        slow.answering.clear()
+        mesh.plan(("w0",), ("w1",))
+        await slow.connects.get()
+        mesh.plan(("w0", "w2"), ("w1",))  # w2 was never tried when the wait for w0 ends
+        assert await mesh.routed() == {}
+        assert await mesh.routed() == {1: ["w1"]}
+        assert await mesh.routed() == {0: ["w2"], 1: ["w1"]}
+        slow.answering.set()
+        assert await mesh.routed() == {0: ["w0", "w2"], 1: ["w1"]}
+
+
+async def test_a_late_worker_that_is_well_stays_and_one_that_is_not_is_dropped() -> None:
+    async with running_mesh() as mesh:
+        mesh.plan(("w0",), ("w1", "w0"))
+        await mesh.routed()
+        await mesh.routed()
+        control = mesh.workers[1].control
+        assert control is not None
+        session = (await mesh.workers[1].connects.get()).reply_session
+        late = engine_pb2.PeerLate(worker_id="w1", reply_session=session, reason="no reply")
+        await control.set_ready("expertmesh.v1.ExpertWorker", True)
+        with capture_logs() as events:
+            mesh.engine.send(engine_pb2.FromEngine(peer_late=late))
+            while "worker_slow" not in [event["event"] for event in events]:
+                await mesh.placement.reports.get()
+        assert mesh.engine.routings.empty()
+        assert mesh.engine.drops.empty()
+        await control.set_ready("expertmesh.v1.ExpertWorker", False)
+        mesh.engine.send(engine_pb2.FromEngine(peer_late=late))
+        drop = await mesh.engine.drops.get()
+        assert (drop.worker_id, drop.reply_session) == ("w1", session)
+        assert drop.reason == "no reply, and its health check says that it does not serve"
+        assert await mesh.routed() == {0: ["w0"], 1: ["w0"]}
+        while list((await mesh.placement.reports.get()).unreachable_worker_ids) != ["w1"]:
+            pass
+
+
+async def test_a_worker_that_does_not_answer_is_not_well() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as hung:
+        async with open_channel(f"127.0.0.1:{hung.getsockname()[1]}") as channel:
+            assert "its health check failed" in (await why_not_well(channel) or "")
+
+
+async def test_a_plan_of_a_rival_placement_is_not_followed() -> None:
+    async with running_mesh() as mesh:
+        mesh.plan(("w0",), ("w1",))
+        await mesh.routed()
+        await mesh.routed()
+        mesh.epoch -= 1
+        mesh.plan(("w1",), ("w1",))
+        mesh.epoch -= 2
+        mesh.plan(("w1",), ("w1",))
+        mesh.epoch = 1
+        mesh.plan(("w1",), ("w0",))
+        assert await mesh.routed() == {0: ["w1"], 1: ["w0"]}
+
+
+async def test_placement_hears_of_experts_that_a_worker_gets_wrong_until_the_next_plan() -> None:
+    async with running_mesh() as mesh:
+        mesh.plan(("w0",), ("w1",))
+        await mesh.routed()
+        await mesh.routed()
+        expert = placement_pb2.ExpertId(layer=0, index=1)
+        fault = engine_pb2.ExpertFault(worker_id="w1", expert=expert, reason="out_of_memory")
+        mesh.engine.send(engine_pb2.FromEngine(expert_fault=fault))
+        while not (report := await mesh.placement.reports.get()).faults:
+            pass
+        assert list(report.faults) == [placed(1, "w1")]
+        mesh.plan(("w0",), ("w1",))
+        while (await mesh.placement.reports.get()).faults:
+            pass
+
+
 async def test_a_plan_for_another_model_is_not_followed() -> None:
     async with running_mesh() as mesh:
         mesh.plan(("w0",), ("w1",), model_fingerprint="other")
@@ -260,6 +367,9 @@ def test_routing_has_only_what_is_connected() -> None:
     routing = routing_for(plan, {"b": engine_pb2.Peer(worker_id="b")})
     assert routing.experts == [placed(0, "b")]
     assert routing.epoch == 4
+    assert routing.pending == [placed(1).expert]  # placement will hear that a is out of reach
+    plan.pending.add(layer=0, index=7)
+    assert [e.index for e in routing_for(plan, {}).pending] == [7, 0, 1]
     assert missing_experts(TWO_EXPERTS, routing) == [ExpertId(0, 1)]
 
 

@@ -131,6 +131,32 @@ async def test_a_killed_worker_ends_the_requests_that_need_it_and_no_others(
     assert victim not in {worker["id"] for worker in status["workers"]}
 
 
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_spare_takes_over_for_a_worker_that_dies_or_hangs(
+    tmp_path: Path, how: signal.Signals
+) -> None:
+    model = make_token_is_expert(tmp_path / "model")
+    with running_mesh("--model", model, "--workers", "5") as mesh:
+        async with AsyncClient(mesh.gateway) as client:
+            streams = [
+                client.generate([token], max_tokens=FOREVER, temperature=0, ignore_eos=True)
+                for token in range(4)
+            ]
+            for token, stream in enumerate(streams):
+                assert (await anext(stream)).token_ids[0] == token
+            victim = psutil.Process(mesh.pid_of(mesh.homes_of(layer=0, index=3)[0]))
+            victim.send_signal(how)
+            for _ in range(20):
+                for token, stream in enumerate(streams):
+                    assert set((await anext(stream)).token_ids) == {token}
+            if how is signal.SIGSTOP:
+                victim.send_signal(signal.SIGCONT)
+                for token, stream in enumerate(streams):
+                    assert set((await anext(stream)).token_ids) == {token}
+            for stream in streams:
+                await stream.aclose()
+
+
 def test_serving_goes_on_without_placement(small: RunningMesh) -> None:
     (placement,) = (p for p in small.processes if _listens_on(p, small.placement))
     placement.kill()

@@ -69,12 +69,16 @@ class Process:
 class Mesh:
     """A gateway's dispatcher here, its workers elsewhere."""
 
-    def __init__(self, *workers: Process, max_tokens: int = 2048) -> None:
+    def __init__(
+        self, *workers: Process, max_tokens: int = 2048, reply_timeout_s: float = 1.0
+    ) -> None:
         for worker in workers:
             worker.wait_started()
         self.workers = workers
         self.transport = UcxTransport()
-        self.dispatcher: Dispatcher = make_dispatcher(self.transport, max_tokens=max_tokens)
+        self.dispatcher: Dispatcher = make_dispatcher(
+            self.transport, max_tokens=max_tokens, reply_timeout_s=reply_timeout_s
+        )
         routing = engine_pb2.Routing(epoch=1)
         for number, worker in enumerate(workers, start=1):
             session = worker.ask(connect=self.transport.address.hex(), reply_session=number)
@@ -132,8 +136,8 @@ def test_a_killed_worker_is_noticed_in_flight_and_its_rows_go_to_the_replica(pai
     pending = pair.dispatcher.dispatch(0, *step)
     first.kill()
     torch.testing.assert_close(pending.combine(), expected(0, *step))
-    assert [worker_id for worker_id, _ in pair.dispatcher.lost_peers()] == ["w0"]
-    assert pair.dispatcher.replayed_rows == 1000
+    assert [lost.worker_id for lost in pair.dispatcher.lost_peers()] == ["w0"]
+    assert 0 < pair.dispatcher.replayed_rows < 1000
     assert second.ask(stats=1)["refused"] == {}
 
 
@@ -145,9 +149,9 @@ def test_a_stopped_worker_is_given_up_and_what_it_says_later_harms_nothing(pair:
         pair.dispatcher.begin_step(1)
         y_TD = pair.dispatcher.dispatch(0, *step).combine()
         torch.testing.assert_close(y_TD, expected(0, *step))
-    ((worker_id, reason),) = pair.dispatcher.lost_peers()
-    assert worker_id == "w0"
-    assert "no reply within 1 s" in reason or "UCX" in reason
+    (lost,) = pair.dispatcher.lost_peers()
+    assert lost.worker_id == "w0"
+    assert "no reply within 1 s" in lost.reason or "UCX" in lost.reason
     first.process.send_signal(signal.SIGCONT)
     for seed in range(50):
         step = random_step(50, seed=seed)
@@ -155,6 +159,34 @@ def test_a_stopped_worker_is_given_up_and_what_it_says_later_harms_nothing(pair:
         y_TD = pair.dispatcher.dispatch(0, *step).combine()
         torch.testing.assert_close(y_TD, expected(0, *step))
         pair.dispatcher.poll()
+
+
+def test_a_stopped_worker_is_replaced_amid_the_step_and_used_again_when_it_goes_on() -> None:
+    mesh = Mesh(Process("w0", ALL), Process("w1", ALL), reply_timeout_s=30.0)
+    first, dispatcher = mesh.workers[0], mesh.dispatcher
+
+    def run(num_tokens: int, seed: int) -> None:
+        step = random_step(num_tokens, seed=seed)
+        dispatcher.begin_step(1)
+        torch.testing.assert_close(dispatcher.dispatch(0, *step).combine(), expected(0, *step))
+
+    for seed in range(20):
+        run(500, seed)
+    for num_tokens in (500, 2048):
+        first.process.send_signal(signal.SIGSTOP)
+        failovers = dispatcher.failovers
+        for seed in range(100):
+            run(num_tokens, seed)
+            if dispatcher.failovers > failovers:
+                break
+        assert {late.worker_id for late in dispatcher.late_peers()} == {"w0"}
+        first.process.send_signal(signal.SIGCONT)
+        while dispatcher._abandoned:
+            run(50, seed=3)
+        for seed in range(20):
+            run(500, seed)
+    assert dispatcher.lost_peers() == []
+    mesh.close()
 
 
 def test_a_worker_frees_the_session_of_a_dead_gateway() -> None:
@@ -206,7 +238,7 @@ def test_a_receive_that_nobody_answers_can_be_taken_back(pair: Mesh) -> None:
     buffer = pair.transport.wrap(torch.zeros(4))
     request = endpoint.post_receive(buffer, 12345)
     assert not request.completed
-    pair.transport.abandon(12345)
+    pair.transport.cancel(request)
     while not request.completed:
         pair.transport.progress()
 

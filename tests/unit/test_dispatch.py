@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -13,13 +13,16 @@ from mesh import wire
 from mesh.errors import Unavailable
 from mesh.plan import ExpertId
 from mesh.transport.loopback import LoopbackHub, LoopbackTransport
+from protos import engine_pb2 as pb
 from tests.rig import (
     NUM_EXPERTS,
     Worker,
     connect,
     expected,
+    factor_of,
     make_dispatcher,
     random_step,
+    times,
 )
 
 LAYER = 3
@@ -34,6 +37,7 @@ class Rig:
         self.dispatcher = make_dispatcher(self.transport, max_tokens=max_tokens)
         self.workers: list[Worker] = []
         self.transports: dict[str, LoopbackTransport] = {}
+        self.num_late = 0
 
     def worker(self, worker_id: str, *indices: int, **options: object) -> Worker:
         transport = self.transports[worker_id] = self.hub.transport()
@@ -42,8 +46,27 @@ class Rig:
         self.workers.append(worker)
         return worker
 
-    def connect(self, epoch: int = 1) -> None:
-        connect(self.dispatcher, self.transport, self.workers, epoch)
+    def connect(self, epoch: int = 1) -> pb.Routing:
+        return connect(self.dispatcher, self.transport, self.workers, epoch)
+
+    def hold_replies_of(self, *workers: Worker) -> None:
+        """Nothing of what these say arrives before the transport's release."""
+        sessions = {
+            peer.reply_session
+            for worker in workers
+            if (peer := self.dispatcher._peers.get(worker.worker_id)) is not None
+        }
+        self.transport.faults.held = lambda tag: wire.decode(tag).session in sessions
+
+    @property
+    def num_frames_held(self) -> int:
+        """Between steps: frames that are neither free nor forgotten."""
+        return self.dispatcher._num_frames - len(self.dispatcher._free_frames)
+
+    def end(self) -> None:
+        for worker in self.workers:
+            worker.plane.stop()
+        self.dispatcher.close()
 
     def run(self, num_tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """What came back, and what should have."""
@@ -57,9 +80,7 @@ class Rig:
 def rig() -> Iterator[Rig]:
     made = Rig()
     yield made
-    for worker in made.workers:
-        worker.plane.stop()
-    made.dispatcher.close()
+    made.end()
 
 
 def test_each_row_comes_back_from_its_own_experts(rig: Rig) -> None:
@@ -151,7 +172,7 @@ def test_a_dead_worker_voids_its_rows_and_is_reported(rig: Rig) -> None:
     rig.transports["victim"].die()
     pending.combine()
     assert list(rig.dispatcher.void_rows()) == [(0, 1)]
-    assert [worker_id for worker_id, _ in rig.dispatcher.lost_peers()] == ["victim"]
+    assert [lost.worker_id for lost in rig.dispatcher.lost_peers()] == ["victim"]
     got, _ = rig.run(8, seed=5)
     assert got.isfinite().all()
 
@@ -167,7 +188,330 @@ def test_rows_of_a_dead_worker_go_to_a_replica(rig: Rig) -> None:
     rig.transports["first"].die()
     torch.testing.assert_close(pending.combine(), expected(LAYER, x_TD, ids_TK, weights_TK))
     assert rig.dispatcher.void_rows() == {}
-    assert rig.dispatcher.replayed_rows == 32
+    assert 0 < rig.dispatcher.replayed_rows < 32
+    assert rig.dispatcher.failovers == 1
+    assert rig.dispatcher.pause_s > 0
+
+
+def test_replicas_share_the_rows(rig: Rig) -> None:
+    first, second = (rig.worker(name, 0, 1, 2, 3) for name in ("first", "second"))
+    rig.connect()
+    for seed in range(8):
+        got, want = rig.run(16, seed=seed)
+        torch.testing.assert_close(got, want)
+    rows = [sum(worker.plane.stats().rows.values()) for worker in (first, second)]
+    assert sum(rows) == 8 * 32
+    assert min(rows) > 0
+    assert [pace.worker_id for pace in rig.dispatcher.paces()] == ["first", "second"]
+
+
+def test_answers_do_not_depend_on_how_rows_are_shared() -> None:
+    answers = []
+    for num_replicas in (1, 3):
+        rig = Rig(max_tokens=512)
+        for number in range(num_replicas):
+            rig.worker(f"w{number}", 0, 1, 2, 3)
+        rig.connect()
+        answers.append(rig.run(512)[0])
+        if num_replicas == 3:
+            assert all(worker.plane.stats().rows for worker in rig.workers)
+        rig.end()
+    assert torch.equal(answers[0], answers[1])
+
+
+# Late.
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.balance.MIN_PATIENCE_S", 0.02)
+    monkeypatch.setattr("gateway.balance._UNKNOWN_PATIENCE_S", 0.02)
+
+
+def wrong(expert: ExpertId) -> Callable[[torch.Tensor], torch.Tensor]:
+    """An expert whose rows must never be seen."""
+    return times(1e9)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_late_rows_go_to_a_replica_and_the_late_reply_harms_nobody(rig: Rig) -> None:
+    late = rig.worker("late", 0, 1, 2, 3, load=wrong)
+    rig.worker("prompt", 0, 1, 2, 3)
+    rig.connect()
+    rig.hold_replies_of(late)
+    got, want = rig.run(16)
+    torch.testing.assert_close(got, want)
+    assert rig.dispatcher.void_rows() == {}
+    ((name, reason),) = [(p.worker_id, p.reason) for p in rig.dispatcher.late_peers()]
+    assert name == "late"
+    assert "no reply to" in reason
+    assert rig.dispatcher.lost_peers() == []
+    # While it is late, it is sent nothing more.
+    before = late.plane.stats().rows
+    for seed in range(4):
+        got, want = rig.run(16, seed=seed)
+        torch.testing.assert_close(got, want)
+    assert late.plane.stats().rows == before
+    assert rig.num_frames_held == 1
+    # What it says now is dropped, whenever it comes.
+    step = random_step(16, seed=9)
+    pending = rig.dispatcher.dispatch(LAYER, *step)
+    rig.transport.release()
+    torch.testing.assert_close(pending.combine(), expected(LAYER, *step))
+    rig.dispatcher.begin_step(1)
+    assert rig.num_frames_held == 0
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_late_reply_may_come_before_that_of_the_replica(rig: Rig) -> None:
+    late = rig.worker("late", 0, 1, 2, 3, load=wrong)
+    prompt = rig.worker("prompt", 0, 1, 2, 3)
+    rig.connect()
+    rig.hold_replies_of(late)
+    arrived: list[int] = []
+
+    def meanwhile(tag: int) -> bool:
+        """Behind the first dispatch comes what was moved: just before, the late reply arrives."""
+        arrived.append(tag)
+        if len(arrived) > 1:
+            rig.transport.release()
+        return False
+
+    rig.transports["prompt"].faults.held = meanwhile
+    got, want = rig.run(16)
+    torch.testing.assert_close(got, want)
+    assert sum(prompt.plane.stats().rows.values()) == 32
+
+
+@pytest.mark.usefixtures("impatient")
+def test_rows_wait_for_a_slow_worker_that_nobody_can_replace(rig: Rig) -> None:
+    slow = rig.worker("slow", 0, 1, 2, 3)
+    rig.connect()
+    rig.hold_replies_of(slow)
+    asked: list[str] = []
+
+    def on_late() -> None:
+        asked.extend(peer.worker_id for peer in rig.dispatcher.late_peers())
+        rig.num_late += 1
+        if rig.num_late == 3:
+            rig.transport.release()
+
+    rig.dispatcher.on_late = on_late
+    got, want = rig.run(4)
+    torch.testing.assert_close(got, want)
+    assert asked == ["slow"]
+    assert rig.dispatcher.void_rows() == {}
+    assert rig.dispatcher.failovers == 0
+
+
+@pytest.mark.usefixtures("impatient")
+def test_each_worker_is_timed_by_its_own_reply(rig: Rig) -> None:
+    rig.worker("prompt", 0, 1)
+    slow = rig.worker("slow", 2, 3)
+    rig.connect()
+    rig.hold_replies_of(slow)
+    rig.dispatcher.begin_step(1)
+    step = (random_step(1)[0], torch.tensor([[0, 2]]), torch.ones(1, 2))
+    pending = rig.dispatcher.dispatch(LAYER, *step)
+
+    def on_late() -> None:
+        if [message.peer.worker_id for message in pending.messages] == ["slow"]:
+            rig.transport.release()
+
+    rig.dispatcher.on_late = on_late
+    pending.combine()
+    pace_s = {pace.worker_id: pace.dispatch_s for pace in rig.dispatcher.paces()}
+    assert pace_s["prompt"] < pace_s["slow"]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_worker_can_be_dropped_in_the_middle_of_a_step(rig: Rig) -> None:
+    hung = rig.worker("hung", 0, 1)
+    rig.worker("fine", 2, 3)
+    routing = rig.connect()
+    rig.hold_replies_of(hung)
+    session = next(peer.reply_session for peer in routing.peers if peer.worker_id == "hung")
+    orders = [
+        pb.DropPeer(worker_id="hung", reply_session=session + 1),  # of an earlier connection
+        pb.DropPeer(worker_id="nobody", reply_session=session),
+        pb.DropPeer(worker_id="hung", reply_session=session, reason="it does not answer"),
+    ]
+    rig.dispatcher.on_late = lambda: rig.dispatcher.drop(orders.pop(0))
+    x_TD, _, weights_TK = random_step(2)
+    ids_TK = torch.tensor([[0, 2], [2, 3]])
+    rig.dispatcher.begin_step(1)
+    got = rig.dispatcher.dispatch(LAYER, x_TD, ids_TK, weights_TK).combine()
+    torch.testing.assert_close(got[1], expected(LAYER, x_TD, ids_TK, weights_TK)[1])
+    ((row, error),) = rig.dispatcher.void_rows().items()
+    assert (row, error.coming) == ((0, 0), True)
+    assert "worker hung: it does not answer" in str(error)
+    assert [lost.worker_id for lost in rig.dispatcher.lost_peers()] == ["hung"]
+    assert orders == []
+    # A plan that was on its way meanwhile names it still: it is not connected again by that.
+    rig.dispatcher.set_routing(routing)
+    assert rig.dispatcher._peers.keys() == {"fine"}
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_plan_may_come_while_an_abandoned_dispatch_is_still_out(rig: Rig) -> None:
+    late = rig.worker("late", 0, 1, 2, 3, load=wrong)
+    rig.worker("prompt", 0, 1, 2, 3)
+    routing = rig.connect()
+    rig.hold_replies_of(late)
+    rig.run(16)
+    for epoch, max_rows in ((2, 9), (3, 64)):  # other frames, other arenas
+        routing.epoch = epoch
+        for peer in routing.peers:
+            peer.max_rows = max_rows
+        rig.dispatcher.set_routing(routing)
+        got, want = rig.run(16, seed=epoch)
+        torch.testing.assert_close(got, want)
+    assert rig.num_frames_held == 0
+    rig.transport.release()
+    got, want = rig.run(16, seed=7)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.usefixtures("impatient")
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_whatever_is_late_or_lost_no_row_is_wrong_and_no_frame_leaks(data: st.DataObject) -> None:
+    rig = Rig()
+    for name in ("a", "b", "c"):
+        rig.worker(name, 0, 1, 2, 3)
+    rig.connect()
+    for seed in range(data.draw(st.integers(1, 6))):
+        held = data.draw(st.sets(st.sampled_from("ab")), label="held")
+        rig.hold_replies_of(*(worker for worker in rig.workers if worker.worker_id in held))
+        sizes = data.draw(st.lists(st.integers(1, 32), min_size=1, max_size=2), label="sizes")
+        rig.dispatcher.begin_step(len(sizes))
+        steps = [random_step(size, seed=seed + size) for size in sizes]
+        pendings = [rig.dispatcher.dispatch(LAYER, *step) for step in steps]
+        for step, pending in zip(steps, pendings, strict=True):
+            torch.testing.assert_close(pending.combine(), expected(LAYER, *step))
+        if data.draw(st.booleans(), label="release"):
+            rig.transport.release()
+    assert rig.dispatcher.void_rows() == {}
+    rig.transport.release()
+    rig.run(4)
+    while rig.num_frames_held:
+        rig.dispatcher.poll()
+    rig.end()
+
+
+# Answers that cannot be used.
+
+
+class Rogue:
+    """A worker that answers every dispatch at once, as it likes."""
+
+    def __init__(self, rig: Rig, answer: Callable[[wire.Frame, torch.Tensor], None]) -> None:
+        self.worker_id = "rogue"
+        transport = rig.hub.transport()
+        self.address = transport.address
+        self.max_rows = 64
+        self.experts = [ExpertId(LAYER, index) for index in range(NUM_EXPERTS)]
+        self.num_dispatches = 0
+        self.plane = self
+
+        def deliver(tag: int, payload: torch.Tensor) -> None:
+            self.num_dispatches += 1
+            answer(wire.decode(tag), payload)
+
+        transport.deliver = deliver  # type: ignore[method-assign]
+
+    def connect(self, gateway_id: str, address: bytes, reply_session: int) -> int:
+        self.reply_session = reply_session
+        return 5
+
+    def stop(self) -> None:
+        pass
+
+
+def test_a_worker_that_answers_with_garbage_is_taken_off_and_reported(rig: Rig) -> None:
+    gateway = rig.transport
+
+    def too_long(frame: wire.Frame, payload: torch.Tensor) -> None:
+        tag = frame._replace(kind=wire.Kind.REPLY, session=rogue.reply_session)
+        gateway.deliver(wire.encode(*tag), torch.ones(9999, dtype=torch.uint8))
+
+    def too_short(frame: wire.Frame, payload: torch.Tensor) -> None:
+        tag = frame._replace(kind=wire.Kind.REPLY, session=rogue.reply_session)
+        gateway.deliver(wire.encode(*tag), payload[:-4])
+
+    def of_other_rows(frame: wire.Frame, payload: torch.Tensor) -> None:
+        tag = frame._replace(kind=wire.Kind.REPLY, session=rogue.reply_session, rows=frame.rows + 1)
+        gateway.deliver(wire.encode(*tag), payload)
+
+    def no_memory(frame: wire.Frame, payload: torch.Tensor) -> None:
+        tag = frame._replace(kind=wire.Kind.REFUSE, session=rogue.reply_session)
+        code = int(wire.Refusal.OUT_OF_MEMORY)
+        gateway.deliver(wire.encode(*tag._replace(rows=code)), payload[:1])
+
+    def unheard_of(frame: wire.Frame, payload: torch.Tensor) -> None:
+        tag = frame._replace(kind=wire.Kind.REFUSE, session=rogue.reply_session, rows=999)
+        gateway.deliver(wire.encode(*tag), payload[:1])
+
+    for epoch, (answer, words) in enumerate(
+        [
+            (too_long, "another length"),
+            (too_short, "another length"),
+            (of_other_rows, "rows of 3.2 where"),
+            (no_memory, "out_of_memory"),
+            (unheard_of, "refusal 999"),
+        ],
+        start=1,
+    ):
+        rogue = Rogue(rig, answer)
+        rig.workers = [rogue, rig.worker(f"good {epoch}", 0, 1, 2, 3)]  # type: ignore[list-item]
+        rig.connect(epoch)
+        x_TD, _, weights_TK = random_step(6, k=1)
+        ids_TK = torch.full((6, 1), 2)
+        for seed in range(12):
+            x_TD = random_step(6, seed=seed)[0]
+            rig.dispatcher.begin_step(1)
+            got = rig.dispatcher.dispatch(LAYER, x_TD, ids_TK, weights_TK).combine()
+            torch.testing.assert_close(got, expected(LAYER, x_TD, ids_TK, weights_TK))
+        assert rogue.num_dispatches == 3
+        (fault,) = rig.dispatcher.expert_faults()
+        assert (fault.worker_id, fault.expert.index) == ("rogue", 2)
+        assert words in fault.reason
+        assert rig.dispatcher.lost_peers() == []
+        rig.workers[1].plane.stop()
+    rig.workers = []
+
+
+def test_one_good_answer_excuses_the_bad_ones_before_it(rig: Rig) -> None:
+    fails = [True, True, False, True, True, False]
+
+    def load(expert: ExpertId) -> Callable[[torch.Tensor], torch.Tensor]:
+        def run(x_RD: torch.Tensor) -> torch.Tensor:
+            if fails.pop(0):
+                raise torch.OutOfMemoryError("no memory left")
+            return x_RD * factor_of(expert)
+
+        return run
+
+    rig.worker("w", 2, load=load)
+    rig.connect()
+    step = (random_step(1)[0], torch.full((1, 1), 2), torch.ones(1, 1))
+    for num_void in (1, 1, 0, 1, 1, 0):
+        rig.dispatcher.begin_step(1)
+        rig.dispatcher.dispatch(LAYER, *step).combine()
+        assert len(rig.dispatcher.void_rows()) == num_void
+    assert rig.dispatcher.expert_faults() == []
+
+
+def test_a_draining_worker_is_left_alone_after_one_refusal(rig: Rig) -> None:
+    leaving = rig.worker("leaving", 0, 1, 2, 3)
+    rig.worker("staying", 0, 1, 2, 3)
+    rig.connect()
+    leaving.plane.drain(timeout_s=1.0)
+    for seed in range(4):
+        got, want = rig.run(16, seed=seed)
+        torch.testing.assert_close(got, want)
+    assert leaving.plane.stats().refused == {"draining": 1}
+    assert rig.dispatcher.void_rows() == {}
 
 
 def test_a_silent_worker_is_given_up_after_the_reply_timeout(rig: Rig) -> None:
@@ -176,8 +520,8 @@ def test_a_silent_worker_is_given_up_after_the_reply_timeout(rig: Rig) -> None:
     rig.transports["silent"].faults.drop = lambda tag: True
     rig.run(4)
     assert len(rig.dispatcher.void_rows()) == 4
-    ((worker_id, reason),) = rig.dispatcher.lost_peers()
-    assert (worker_id, reason) == ("silent", "no reply within 1 s")
+    (lost,) = rig.dispatcher.lost_peers()
+    assert (lost.worker_id, lost.reason) == ("silent", "no reply within 1 s")
 
 
 def test_a_refusal_moves_the_rows_to_a_replica(rig: Rig) -> None:
@@ -210,7 +554,7 @@ def test_an_expert_that_fails_is_refused_and_the_worker_serves_on(rig: Rig) -> N
         rig.dispatcher.begin_step(1)
         rig.dispatcher.dispatch(LAYER, x_TD, torch.tensor(ids), weights_TK).combine()
         assert len(rig.dispatcher.void_rows()) == void
-    assert worker.plane.stats().refused == {"failed": 2}
+    assert worker.plane.stats().refused == {"out_of_memory": 2}
 
 
 def test_a_call_to_a_data_plane_that_ended_fails_at_once(rig: Rig) -> None:
@@ -225,7 +569,7 @@ def test_a_draining_worker_refuses_what_is_new(rig: Rig) -> None:
     rig.connect()
     worker.plane.drain(timeout_s=1.0)
     rig.run(2)
-    assert worker.plane.stats().refused.keys() == {"draining"}
+    assert worker.plane.stats().refused == {"draining": 1}
     assert len(rig.dispatcher.void_rows()) == 2
 
 

@@ -178,6 +178,27 @@ def test_the_plan_comes_when_enough_workers_are_there_and_names_only_what_is_res
     assert mesh.coordinator.states() == ["ready", "ready"]
 
 
+def test_the_plan_says_which_lost_experts_are_on_their_way():
+    mesh = running(num_workers=2)
+    lost = [e for e, ids in mesh.served.items() if ids == ("w0",)]
+    assert len(lost) == 2
+
+    def pending() -> list[ExpertId]:
+        return [expert_from_proto(e) for e in mesh.coordinator.current_plan().pending]
+
+    assert pending() == []
+    mesh.coordinator.drop("lease-w0-1")
+    mesh.coordinator.publish()
+    assert pending() == lost  # nobody has thought yet about where they go
+    mesh.turn()
+    assert pending() == []  # nowhere
+    mesh.register("w2")
+    mesh.turn()
+    assert pending() == lost  # it loads them
+    mesh.settle()
+    assert (mesh.coordinator.current_plan().complete, pending()) == (True, [])
+
+
 def test_min_workers_are_waited_for():
     mesh = Mesh(config=replace(CONFIG, min_workers=3))
     mesh.register("w0")
@@ -291,6 +312,18 @@ def test_an_epoch_that_somebody_has_seen_is_never_given_again():
     mesh.gateway(epoch=40)
     mesh.turn()
     assert mesh.coordinator.plan.epoch == 41
+
+
+def test_orders_are_never_older_than_what_their_worker_has_heard_of():
+    mesh = Mesh()
+    for name in ("w0", "w1"):
+        mesh.register(name, last_epoch=41)  # restarted, and with nothing loaded
+    orders = mesh.turn()
+    assert mesh.coordinator.plan is None
+    assert {name: (order.epoch, len(order.load)) for name, order in orders.items()} == {
+        "w0": (41, 2),
+        "w1": (41, 2),
+    }
 
 
 def test_a_draining_worker_hands_over_before_it_leaves():

@@ -24,6 +24,7 @@ from mesh.errors import (
 
 SIZE = 2
 UNAVAILABLE = ExpertUnavailable(3, 7, "no worker of the plan serves it")
+COMING = ExpertUnavailable(3, 7, "its worker was lost", coming=True)
 
 
 def make_scheduler(
@@ -33,7 +34,7 @@ def make_scheduler(
     max_waiting: int = 8,
     patience_s: float = 0.4,
 ) -> Scheduler:
-    limits = Limits(max_batch_tokens, max_running, max_waiting, patience_s)
+    limits = Limits(max_batch_tokens, max_running, max_waiting, patience_s, 60.0)
     return Scheduler(BlockAllocator(num_blocks, SIZE), limits)
 
 
@@ -183,6 +184,31 @@ def test_a_request_is_not_stalled_for_longer_than_the_patience() -> None:
     assert scheduler.expire(0.4) == [request]
     assert request.end == ("error", "", UNAVAILABLE)
     assert scheduler.next_event_s() == math.inf
+
+
+def test_a_request_waits_for_an_expert_that_is_being_loaded_until_nobody_does_any_more() -> None:
+    scheduler = make_scheduler(patience_s=0.4)
+    request = make_request("a")
+    scheduler.add(request)
+    for now in (0.0, 10.0, 59.0):
+        parts = scheduler.schedule(now)
+        scheduler.advance(parts, {}, {request: COMING}, now)
+        assert scheduler.expire(now) == []
+    assert scheduler.next_event_s() == 59.05
+    for now in (59.1, 59.3):
+        scheduler.advance(scheduler.schedule(now), {}, {request: UNAVAILABLE}, now)
+    assert scheduler.expire(59.4) == []
+    assert scheduler.expire(59.5) == [request]
+
+
+def test_waiting_for_an_expert_that_is_being_loaded_has_an_end() -> None:
+    scheduler = make_scheduler()
+    request = make_request("a")
+    scheduler.add(request)
+    for now in (0.0, 59.9):
+        scheduler.advance(scheduler.schedule(now), {}, {request: COMING}, now)
+    assert scheduler.expire(60.0) == [request]
+    assert request.end == ("error", "", COMING)
 
 
 def test_the_deadline_ends_a_request_wherever_it_is() -> None:

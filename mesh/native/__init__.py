@@ -1,0 +1,132 @@
+"""The compiled hot calls: posting to many peers at once, answering, the MLP of small experts.
+
+Plain C behind ctypes, without Python's headers: built when the project is installed (setup.py).
+``native.h`` says what each function does; the callers are :mod:`mesh.transport.ucx` and
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, c_char_p, c_int32, c_int64, c_uint64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import libucx
+
+DONE = 0
+IN_PROGRESS = 1
+SHORT = -1000
+"""Of an operation, beside UCX's own negative ones: a message of another length came."""
+
+
+class Postbox(Structure):
+    """See ``postbox`` of native.h."""
+
+    _fields_ = [
+        ("worker", c_void_p),
+        ("event_fd", c_int32),
+        ("attention", c_int32),
+        ("num_operations", c_int32),
+        ("num_free", c_int32),
+        ("first_free", c_int32),
+        ("status", POINTER(c_int32)),
+        ("ended_us", POINTER(c_int64)),
+        ("operations", c_void_p),
+    ]
+
+
+class RoundTrip(Structure):
+    """See ``round_trip`` of native.h."""
+
+    _fields_ = [
+        ("endpoint", c_uint64),
+        ("send_address", c_uint64),
+        ("send_bytes", c_uint64),
+        ("send_tag", c_uint64),
+        ("receive_address", c_uint64),
+        ("receive_bytes", c_uint64),
+        ("receive_tag", c_uint64),
+    ]
+
+
+class Arrival(Structure):
+    """See ``arrival`` of native.h."""
+
+    _fields_ = [("tag", c_uint64), ("bytes", c_uint64), ("message", c_uint64)]
+
+
+class Session(Structure):
+    """See ``session`` of native.h."""
+
+    _fields_ = [("endpoint", c_uint64), ("reply_session", c_uint64)]
+
+
+class Answerer(Structure):
+    """See ``answerer`` of native.h."""
+
+    _fields_ = [("mlp", c_void_p), ("rows", c_uint64), ("microseconds", c_uint64)]
+
+
+class Answering(Structure):
+    """See ``answering`` of native.h."""
+
+    _fields_ = [
+        ("box", c_void_p),
+        ("sessions", POINTER(Session)),
+        ("answerers", POINTER(Answerer)),
+        ("works", c_void_p),
+        ("scratch", c_void_p),
+        ("scratch_floats", c_int64),
+        ("row_bytes", c_int32),
+        ("max_rows", c_int32),
+        ("in_hand", c_int32),
+        ("last_progress_us", c_int64),
+    ]
+
+
+_SHORT: dict[str, tuple[Any, list[Any]]] = {
+    "gated_mlp_new": (c_void_p, [c_void_p, c_void_p, c_int64, c_int64]),
+    "gated_mlp_free": (None, [c_void_p]),
+    "gated_mlp_scratch_floats": (c_int64, [c_void_p, c_int64]),
+    "postbox_new": (POINTER(Postbox), [c_uint64]),
+    "postbox_free": (None, [POINTER(Postbox)]),
+    "postbox_send": (c_int32, [POINTER(Postbox), c_uint64, c_uint64, c_uint64, c_uint64]),
+    "postbox_receive": (c_int32, [POINTER(Postbox), c_uint64, c_uint64, c_uint64, c_uint64]),
+    "postbox_take": (c_int32, [POINTER(Postbox), c_uint64, c_uint64, c_uint64]),
+    "postbox_exchange": (c_int32, [POINTER(Postbox), c_int32, c_void_p, c_void_p]),
+    "postbox_cancel": (None, [POINTER(Postbox), c_int32]),
+    "postbox_cancel_receives": (None, [POINTER(Postbox), c_uint64]),
+    "postbox_release": (None, [POINTER(Postbox), c_int32]),
+    "postbox_progress": (c_int32, [POINTER(Postbox)]),
+    "postbox_probe": (c_int32, [POINTER(Postbox), c_int32, POINTER(Arrival)]),
+    "status_text": (c_char_p, [c_int32]),
+    "answering_new": (POINTER(Answering), [POINTER(Postbox), c_int32, c_int32]),
+    "answering_free": (None, [POINTER(Answering)]),
+}
+_LONG: dict[str, tuple[Any, list[Any]]] = {
+    "gated_mlp_run": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_void_p]),
+    "postbox_wait": (None, [POINTER(Postbox), c_int32, c_void_p, c_int32, c_int32]),
+    "answering_look": (None, [POINTER(Answering)]),
+    "answering_run": (None, [POINTER(Answering), c_int32, c_int32]),
+}
+
+
+def _load() -> tuple[ctypes.CDLL, ctypes.CDLL]:
+    libucx.load_library()
+    here = Path(__file__).parent
+    built = sorted(here.glob("libmesh*.so"))
+    if not built:
+        raise ImportError(
+            f"there is no compiled library in {here}: install the project with "
+            "`pip install -c constraints.txt -e .`, which builds it"
+        )
+    libraries = ctypes.PyDLL(str(built[0])), ctypes.CDLL(str(built[0]))
+    for library, signatures in zip(libraries, (_SHORT, _LONG), strict=True):
+        for name, (result, arguments) in signatures.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    return libraries
+
+
+short, long = _load()
+"""Functions that return at once, called with Python's lock held; and those that give it up."""

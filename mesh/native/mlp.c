@@ -1,0 +1,168 @@
+/* The gated MLP of small experts in float32, on one core.
+ *
+ * Legend: R rows, D hidden size of the model, H hidden size of the expert.
+ *
+ * A worker that shares its core with fifteen others finds the caches filled by them on every
+ * message: what counts is how little is touched, and each matrix is read once, in order. Weights
+ * lie in panels of LANES outputs, inputs outermost within a panel, so that a row's input is
+ * broadcast against a vector of outputs and no sum crosses lanes. The sum of each output runs over
+ * its inputs in ascending order whatever the number of rows, so that a row's result does not depend
+ * on the rows beside it.
+ */
+#include "native.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum { LANES = 16, BLOCK = 6 };
+
+typedef float lanes __attribute__((vector_size(LANES * sizeof(float))));
+
+/* One build for each kind of x86-64; the loader picks. */
+#if defined(__x86_64__) && defined(__linux__)
+#define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FOR_EACH_CPU
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+struct gated_mlp {
+    int64_t hidden, width;           /* D, H */
+    int64_t up_panels, down_panels;  /* of H, of D */
+    float *gate_up;                  /* up_panels x D x (LANES of gate, LANES of up) */
+    float *down;                     /* down_panels x H x LANES */
+};
+
+static int64_t panels(int64_t outputs) { return (outputs + LANES - 1) / LANES; }
+
+/* matrix[output][input] into panel[input][lane], `stride` floats from input to input. */
+static void pack(float *panel, int64_t stride, const float *matrix, int64_t first, int64_t outputs,
+                 int64_t inputs) {
+    for (int64_t i = 0; i < inputs; i++)
+        for (int64_t lane = 0; lane < LANES; lane++)
+            panel[i * stride + lane] =
+                first + lane < outputs ? matrix[(first + lane) * inputs + i] : 0.0f;
+}
+
+static float *floats(int64_t count) {
+    void *memory = NULL;
+    return posix_memalign(&memory, 64, (size_t)count * sizeof(float)) ? NULL : memory;
+}
+
+gated_mlp *gated_mlp_new(const float *gate_up_HD, const float *down_DH, int64_t hidden,
+                         int64_t width) {
+    gated_mlp *mlp = calloc(1, sizeof *mlp);
+    if (!mlp) return NULL;
+    mlp->hidden = hidden;
+    mlp->width = width;
+    mlp->up_panels = panels(width);
+    mlp->down_panels = panels(hidden);
+    mlp->gate_up = floats(mlp->up_panels * hidden * 2 * LANES);
+    mlp->down = floats(mlp->down_panels * width * LANES);
+    if (!mlp->gate_up || !mlp->down) {
+        gated_mlp_free(mlp);
+        return NULL;
+    }
+    for (int64_t p = 0; p < mlp->up_panels; p++) {
+        float *panel = mlp->gate_up + p * hidden * 2 * LANES;
+        pack(panel, 2 * LANES, gate_up_HD, p * LANES, width, hidden);
+        pack(panel + LANES, 2 * LANES, gate_up_HD + width * hidden, p * LANES, width, hidden);
+    }
+    for (int64_t p = 0; p < mlp->down_panels; p++)
+        pack(mlp->down + p * width * LANES, LANES, down_DH, p * LANES, hidden, width);
+    return mlp;
+}
+
+void gated_mlp_free(gated_mlp *mlp) {
+    free(mlp->gate_up);
+    free(mlp->down);
+    free(mlp);
+}
+
+int64_t gated_mlp_scratch_floats(const gated_mlp *mlp, int64_t num_rows) {
+    return num_rows * mlp->up_panels * LANES;
+}
+
+/* e^x to 2 units in the last place: Cephes' expf, which compilers turn into vectors. */
+INLINE float exponential(float of) {
+    float x = of > 88.0f ? 88.0f : of < -87.0f ? -87.0f : of;
+    float n = __builtin_floorf(x * 1.44269504088896341f + 0.5f);
+    x = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float y = 1.9875691500e-4f;
+    y = y * x + 1.3981999507e-3f;
+    y = y * x + 8.3334519073e-3f;
+    y = y * x + 4.1665795894e-2f;
+    y = y * x + 1.6666665459e-1f;
+    y = y * x + 5.0000001201e-1f;
+    y = y * x * x + x + 1.0f;
+    union { int32_t bits; float value; } power = {((int32_t)n + 127) << 23};
+    return of > 88.0f ? __builtin_inff() : y * power.value;
+}
+
+/* hidden[r] = silu(gate . x[r]) * (up . x[r]) for one panel and `rows` rows. */
+INLINE void up_block(const float *panel, const float *x_RD, int64_t inputs, float *hidden,
+                     int64_t stride, int rows) {
+    lanes gate[BLOCK] = {0}, up[BLOCK] = {0};
+    for (int64_t i = 0; i < inputs; i++) {
+        lanes g, u;
+        memcpy(&g, panel + i * 2 * LANES, sizeof g);
+        memcpy(&u, panel + i * 2 * LANES + LANES, sizeof u);
+        for (int r = 0; r < rows; r++) {
+            gate[r] += g * x_RD[r * inputs + i];
+            up[r] += u * x_RD[r * inputs + i];
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        float *h = hidden + r * stride;
+        for (int lane = 0; lane < LANES; lane++) {
+            float g = gate[r][lane];
+            h[lane] = g / (1.0f + exponential(-g)) * up[r][lane];
+        }
+    }
+}
+
+/* y[r] = down . hidden[r] for one panel, of which `outputs` lanes count, and `rows` rows. */
+INLINE void down_block(const float *panel, const float *hidden, int64_t inputs, int64_t stride,
+                       float *y_RD, int64_t width, int64_t outputs, int rows) {
+    lanes sum[BLOCK] = {0};
+    for (int64_t i = 0; i < inputs; i++) {
+        lanes w;
+        memcpy(&w, panel + i * LANES, sizeof w);
+        for (int r = 0; r < rows; r++) sum[r] += w * hidden[r * stride + i];
+    }
+    for (int r = 0; r < rows; r++) memcpy(y_RD + r * width, &sum[r], (size_t)outputs * sizeof(float));
+}
+
+/* `block` on BLOCK rows at a time and on what is left, each with its number of rows a constant. */
+#define FOR_EACH_BLOCK(block)                                      \
+    for (int64_t r = 0; r < num_rows; r += BLOCK) switch (num_rows - r) { \
+        case 1: block(1); break;                                   \
+        case 2: block(2); break;                                   \
+        case 3: block(3); break;                                   \
+        case 4: block(4); break;                                   \
+        case 5: block(5); break;                                   \
+        default: block(BLOCK);                                     \
+    }
+
+FOR_EACH_CPU
+static void run(const gated_mlp *mlp, const float *x_RD, float *y_RD, int64_t num_rows,
+                float *hidden) {
+    int64_t D = mlp->hidden, H = mlp->width, stride = mlp->up_panels * LANES;
+    for (int64_t p = 0; p < mlp->up_panels; p++) {
+        const float *panel = mlp->gate_up + p * D * 2 * LANES;
+#define UP(rows) up_block(panel, x_RD + r * D, D, hidden + r * stride + p * LANES, stride, rows)
+        FOR_EACH_BLOCK(UP)
+    }
+    for (int64_t p = 0; p < mlp->down_panels; p++) {
+        const float *panel = mlp->down + p * H * LANES;
+        int64_t outputs = D - p * LANES < LANES ? D - p * LANES : LANES;
+#define DOWN(rows) \
+    down_block(panel, hidden + r * stride, H, stride, y_RD + r * D + p * LANES, D, outputs, rows)
+        FOR_EACH_BLOCK(DOWN)
+    }
+}
+
+void gated_mlp_run(const gated_mlp *mlp, const float *x_RD, float *y_RD, int64_t num_rows,
+                   float *scratch) {
+    run(mlp, x_RD, y_RD, num_rows, scratch);
+}

@@ -1,0 +1,121 @@
+/* What mesh/native/__init__.py calls by ctypes, and what these files share. */
+#ifndef MESH_NATIVE_H
+#define MESH_NATIVE_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <ucp/api/ucp.h>
+
+#define EXPORT __attribute__((visibility("default")))
+
+/* ---- mlp.c: see mesh/mlp.py ---- */
+
+typedef struct gated_mlp gated_mlp;
+
+/* Copies the weights; NULL when there is no memory for that. */
+EXPORT gated_mlp *gated_mlp_new(const float *gate_up_HD, const float *down_DH, int64_t hidden,
+                                int64_t width);
+EXPORT void gated_mlp_free(gated_mlp *mlp);
+/* What gated_mlp_run needs beside its rows. */
+EXPORT int64_t gated_mlp_scratch_floats(const gated_mlp *mlp, int64_t num_rows);
+EXPORT void gated_mlp_run(const gated_mlp *mlp, const float *x_RD, float *y_RD, int64_t num_rows,
+                          float *scratch);
+
+/* ---- postbox.c: see mesh/transport/ucx.py ---- */
+
+enum { DONE = 0, IN_PROGRESS = 1, SHORT = -1000 }; /* else a ucs_status_t, which is negative */
+
+typedef struct postbox postbox;
+
+typedef struct {
+    postbox *box;
+    ucs_status_ptr_t request; /* NULL once UCX is done with it */
+    uint64_t endpoint;        /* of a receive: whose death ends it; else 0 */
+    uint64_t expected;        /* of a receive: a message of any other length fails it */
+    int32_t next_free;
+    int32_t released;
+} operation;
+
+struct postbox {
+    ucp_worker_h worker;
+    int32_t event_fd;  /* UCX's */
+    int32_t attention; /* set by whoever wants a wait to end: an endpoint died */
+    int32_t num_operations;
+    int32_t num_free; /* of those, in the list that starts with first_free */
+    int32_t first_free;
+    int32_t *status;   /* of each operation */
+    int64_t *ended_us; /* when that stopped being IN_PROGRESS; CLOCK_MONOTONIC */
+    operation *operations;
+};
+
+typedef struct {
+    uint64_t endpoint, send_address, send_bytes, send_tag, receive_address, receive_bytes,
+        receive_tag;
+} round_trip;
+
+typedef struct {
+    uint64_t tag, bytes, message;
+} arrival;
+
+EXPORT postbox *postbox_new(uint64_t worker);
+EXPORT void postbox_free(postbox *box);
+/* An operation each, or -1 when there are too many. */
+EXPORT int32_t postbox_send(postbox *box, uint64_t endpoint, uint64_t address, uint64_t bytes,
+                            uint64_t tag);
+EXPORT int32_t postbox_receive(postbox *box, uint64_t endpoint, uint64_t address, uint64_t bytes,
+                               uint64_t tag);
+EXPORT int32_t postbox_take(postbox *box, uint64_t message, uint64_t address, uint64_t bytes);
+/* All receives, then all sends: operations[2 i] and [2 i + 1]. 0, or -1 with nothing posted. */
+EXPORT int32_t postbox_exchange(postbox *box, int32_t count, const round_trip *trips,
+                                int32_t *operations);
+EXPORT void postbox_cancel(postbox *box, int32_t operation);
+EXPORT void postbox_cancel_receives(postbox *box, uint64_t endpoint);
+/* The caller will not ask for this operation again; its number is used anew once it is done. */
+EXPORT void postbox_release(postbox *box, int32_t operation);
+EXPORT int32_t postbox_progress(postbox *box);
+/* 1 when a message is there that no receive was posted for; `remove` takes it off the queue. */
+EXPORT int32_t postbox_probe(postbox *box, int32_t remove, arrival *found);
+EXPORT int64_t now_us(void); /* CLOCK_MONOTONIC */
+/* Give way once: yield for the first spin_us of idleness, then sleep until UCX has work. 0 when
+ * time is up (INT64_MAX: never) or wake_fd (-1: none) has become readable. */
+EXPORT int32_t postbox_idle(postbox *box, int64_t idle_since_us, int32_t spin_us, int64_t until_us,
+                            int32_t wake_fd);
+/* Returns when all operations are done, or anything else wants to be looked at, or time is up. */
+EXPORT void postbox_wait(postbox *box, int32_t count, const int32_t *operations, int32_t spin_us,
+                         int32_t timeout_us);
+EXPORT const char *status_text(int32_t status);
+
+/* ---- answering.c: see mesh/transport/base.py's Answering ---- */
+
+typedef struct {
+    uint64_t endpoint; /* 0: no such session */
+    uint64_t reply_session;
+} session;
+
+typedef struct {
+    const gated_mlp *mlp; /* NULL: not one of ours */
+    uint64_t rows, microseconds;
+} answerer;
+
+typedef struct work work;
+
+typedef struct {
+    postbox *box;
+    session *sessions;   /* by number */
+    answerer *answerers; /* by layer << EXPERT_BITS | expert */
+    work *works;
+    float *scratch;
+    int64_t scratch_floats;
+    int32_t row_bytes, max_rows;
+    int32_t in_hand;
+    int64_t last_progress_us; /* CLOCK_MONOTONIC */
+} answering;
+
+EXPORT answering *answering_new(postbox *box, int32_t row_bytes, int32_t max_rows);
+EXPORT void answering_free(answering *all);
+/* Bring what is in hand forward; take nothing new. */
+EXPORT void answering_look(answering *all);
+/* Answer what is regular; returns when something else wants to be looked at, wake_fd included. */
+EXPORT void answering_run(answering *all, int32_t spin_us, int32_t wake_fd);
+
+#endif
