@@ -187,8 +187,8 @@ def test_the_plan_says_which_lost_experts_are_on_their_way():
         return [expert_from_proto(e) for e in mesh.coordinator.current_plan().pending]
 
     assert pending() == []
-    mesh.coordinator.drop("lease-w0-1")
-    mesh.coordinator.publish()
+    mesh.coordinator.drop("lease-w0-1", mesh.now)
+    mesh.coordinator.publish(mesh.now)
     assert pending() == lost  # nobody has thought yet about where they go
     mesh.turn()
     assert pending() == []  # nowhere
