@@ -29,6 +29,8 @@ _MANAGED = (
     "gateways_on_device",
 )
 MAX_WORKERS = 4096
+# Requests wait so long for an expert that nobody serves: the worker that died is back in less.
+_RESTART_PATIENCE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ class MeshSpec:
             placement.expert_shards or 1,
         )
         worker = build(WorkerConfig, {**values, "port": 0, "drain_s": config.drain_s})
-        gateway = build(GatewayConfig, {**values, "port": 0})
+        patience = {"expert_patience_s": _RESTART_PATIENCE_S} if config.restart else {}
+        gateway = build(GatewayConfig, {**patience, **values, "port": 0})
         num_workers = config.workers or rules.workers_needed
         if num_workers < rules.workers_needed:
             raise PlacementError(
