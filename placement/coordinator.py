@@ -299,12 +299,12 @@ class Coordinator:
             experts_per_worker=self._rules.experts_per_worker,
             note=self._note(self.target),
             complete=len(serving) == len(self._experts),
-            expert_shards=self._rules.shards,
             # Also what a worker had that died since the target was made: a new one is on its way.
             pending=[
                 expert_to_proto(e)
                 for e in sorted(self._experts - serving.keys() - set(self.target.missing))
             ],
+            expert_shards=self._rules.shards,
         )
         if fresh == self.plan or (self.plan is None and not serving):
             return False

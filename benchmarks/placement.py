@@ -1,0 +1,361 @@
+"""Where the planner seats experts on made-up clusters, and how long that takes.
+
+    python -m benchmarks.placement
+
+Each cluster has hosts with NVLink inside and a network between, gateways on its first host, and a
+Mixture of Experts whose experts are busy by Zipf's law, 1.2, another one in each layer. For every
+placement the same model says
+
+* how much of a token's rows crosses between hosts, there and back, and
+* the slowest path: in each layer the worker, or the host's link, that is done last; all layers.
+
+Beside ours: random seats, round robin, and first-fit (each expert, and then each replica, to the
+first worker with a free seat). All keep the rules: one expert of a layer on a worker, its memory.
+
+Then planning is timed: 58 layers of 256 experts on 256 workers, on one core; every plan is checked
+against the rules before its time counts.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mesh.config import PlacementConfig
+from mesh.plan import ExpertId, expert_to_proto
+from placement.coordinator import Coordinator
+from placement.improve import Budget
+from placement.planner import plan
+from placement.rules import Rules, Target, WorkerSpec
+from placement.topology import Topology
+from protos import placement_pb2 as pb
+
+Traffic = Mapping[ExpertId, float]
+
+ROW_BYTES = 7168 * 2
+"""One row there, and as much back."""
+INSIDE_GBIT_PER_S = 3600.0
+ROWS_PER_S = 5e6
+"""What a worker computes."""
+EXPERT_BYTES = 1
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Hosts of workers, and the links from the gateways' host, ``host-0``, to each of them."""
+
+    name: str
+    gbit_per_s: tuple[float, ...]
+    """Of the link to each host; of the first, inside it."""
+    workers_per_host: int
+    num_experts: int
+    memory: tuple[int, ...] = ()
+    """Experts that the workers of a host have room for, host by host; absent: enough."""
+
+    @property
+    def hosts(self) -> list[str]:
+        return [f"host-{i}" for i in range(len(self.gbit_per_s))]
+
+    def workers(self) -> list[WorkerSpec]:
+        topology = Topology(
+            {
+                frozenset({"host-0", host}): 1.0 if host == "host-0" else 1.0 + 400.0 / speed
+                for host, speed in zip(self.hosts, self.gbit_per_s, strict=True)
+            }
+        )
+        room = self.memory or (1 << 20,) * len(self.hosts)
+        return [
+            WorkerSpec(
+                f"{host}-{i}",
+                memory_bytes=room[h] * EXPERT_BYTES,
+                expert_bytes=EXPERT_BYTES,
+                link_cost=topology.link_cost(pb.WorkerInfo(host=host), ["host-0"]),
+                host=host,
+            )
+            for h, host in enumerate(self.hosts)
+            for i in range(self.workers_per_host)
+        ]
+
+
+NUM_LAYERS = 8
+CLUSTERS = (
+    Cluster("2 x 8, NVLink, 400 Gb/s", (INSIDE_GBIT_PER_S, 400), 8, 12),
+    Cluster("4 x 8, NVLink, 400 Gb/s", (INSIDE_GBIT_PER_S, 400, 400, 400), 8, 28),
+    Cluster("8 x 8, one link of 100 Gb/s", (INSIDE_GBIT_PER_S, *[400] * 6, 100), 8, 56),
+    Cluster("4 x 8, uneven memory", (INSIDE_GBIT_PER_S, 400, 400, 400), 8, 24, (8, 8, 6, 4)),
+)
+
+
+def zipf(layers: Collection[int], num_experts: int, seed: int, power: float = 1.2) -> Traffic:
+    """Rows of each expert, of 1000 in all a layer; chance decides which expert is how busy."""
+    rng = np.random.default_rng(seed)
+    rates = 1.0 / np.arange(1, num_experts + 1) ** power
+    rates *= 1000.0 / rates.sum()
+    return {
+        ExpertId(layer, int(i)): float(rate)
+        for layer in layers
+        for i, rate in zip(rng.permutation(num_experts), rates, strict=True)
+    }
+
+
+# The peers.
+
+
+def fill(
+    rules: Rules,
+    workers: Sequence[WorkerSpec],
+    order: Callable[[list[int]], list[int]],
+) -> Target:
+    """Experts one after another, each to the first worker with a seat and room; then copies the
+    same way until every seat is taken. ``order`` says in which order each layer asks."""
+    room = [rules.room(w) for w in workers]
+    placed: dict[ExpertId, list[int]] = {e: [] for e in rules.experts}
+    taken: set[tuple[int, int]] = set()
+    for is_copy in (False, True):
+        for layer in rules.layers:
+            asked = order(list(range(len(workers))))
+            free = [w for w in asked if room[w] and (layer, w) not in taken]
+            if not is_copy:
+                # What first-fit must be told, or it runs into a corner: the roomiest first.
+                free = sorted(free, key=lambda w: -min(room[w], len(rules.layers)))
+            experts = [e for e in rules.experts if e.layer == layer]
+            spare = sum(room) - (0 if is_copy else len(experts))
+            count = min(len(free), spare) if is_copy else len(experts)
+            for i, w in enumerate(free[:count]):
+                placed[experts[i % len(experts)]].append(w)
+                taken.add((layer, w))
+                room[w] -= 1
+    return Target({e: tuple(workers[w].worker_id for w in at) for e, at in placed.items()})
+
+
+def first_fit(rules: Rules, workers: Sequence[WorkerSpec], traffic: Traffic) -> Target:
+    return fill(rules, workers, lambda asked: asked)
+
+
+def round_robin(rules: Rules, workers: Sequence[WorkerSpec], traffic: Traffic) -> Target:
+    """Each layer goes on where the layer before ended."""
+    start = [0]
+
+    def turn(asked: list[int]) -> list[int]:
+        start[0] = (start[0] + rules.num_experts) % len(asked)
+        return asked[start[0] :] + asked[: start[0]]
+
+    return fill(rules, workers, turn)
+
+
+def at_random(seed: int) -> Callable[[Rules, Sequence[WorkerSpec], Traffic], Target]:
+    rng = random.Random(seed)
+    return lambda rules, workers, traffic: fill(
+        rules, workers, lambda asked: rng.sample(asked, len(asked))
+    )
+
+
+def ours(rules: Rules, workers: Sequence[WorkerSpec], traffic: Traffic) -> Target:
+    return plan(rules, workers, traffic=traffic)
+
+
+# The model.
+
+
+def check(rules: Rules, workers: Sequence[WorkerSpec], target: Target) -> None:
+    """Raises ValueError where a plan breaks the rules or serves less than all."""
+    by_worker = target.experts_by_worker()
+    for worker in workers:
+        experts = by_worker.pop(worker.worker_id, set())
+        if len(experts) > rules.room(worker) or len({e.layer for e in experts}) < len(experts):
+            raise ValueError(f"{worker.worker_id} holds more than it may")
+    if by_worker or any(not target.workers_by_expert.get(e) for e in rules.experts):
+        raise ValueError("not every expert has a worker")
+
+
+def judge(cluster: Cluster, target: Target, traffic: Traffic) -> dict[str, float]:
+    """Bytes between hosts of all layers, and the time of the slowest path."""
+    hosts = {w.worker_id: w.host for w in cluster.workers()}
+    speed = dict(zip(cluster.hosts, cluster.gbit_per_s, strict=True))
+    crossing, slowest_s = 0.0, 0.0
+    for layer in sorted({e.layer for e in traffic}):
+        rows_of_worker: dict[str, float] = {}
+        for expert, ids in target.workers_by_expert.items():
+            if expert.layer == layer:
+                for worker_id in ids:
+                    share = traffic[expert] / len(ids)
+                    rows_of_worker[worker_id] = rows_of_worker.get(worker_id, 0.0) + share
+        done_s, rows_of_host = 0.0, dict.fromkeys(cluster.hosts, 0.0)
+        for worker_id, rows in rows_of_worker.items():
+            host = hosts[worker_id]
+            rows_of_host[host] += rows
+            done_s = max(done_s, rows / ROWS_PER_S + _on_link_s(rows, speed[host]))
+        for host, rows in rows_of_host.items():
+            if host != "host-0":
+                crossing += 2 * rows * ROW_BYTES
+                done_s = max(done_s, _on_link_s(rows, speed[host]))
+        slowest_s += done_s
+    return {"cross_host_bytes": crossing, "slowest_path_s": slowest_s}
+
+
+def _on_link_s(rows: float, gbit_per_s: float) -> float:
+    return 2 * rows * ROW_BYTES * 8 / (gbit_per_s * 1e9)
+
+
+def compare(cluster: Cluster, seeds: int = 5) -> dict[str, dict[str, float]]:
+    """The mean over traffics of what each way to place comes to."""
+    rules = Rules(tuple(range(NUM_LAYERS)), cluster.num_experts)
+    workers = cluster.workers()
+    found: dict[str, list[dict[str, float]]] = {}
+    for seed in range(seeds):
+        traffic = zipf(rules.layers, rules.num_experts, seed)
+        ways = {
+            "ours": ours,
+            "random": at_random(seed),
+            "round robin": round_robin,
+            "first-fit": first_fit,
+        }
+        for name, way in ways.items():
+            target = way(rules, workers, traffic)
+            check(rules, workers, target)
+            found.setdefault(name, []).append(judge(cluster, target, traffic))
+    return {
+        name: {key: statistics.mean(r[key] for r in results) for key in results[0]}
+        for name, results in found.items()
+    }
+
+
+# The clock.
+
+
+def timed(rounds: int) -> list[dict[str, Any]]:
+    """How long plans take, each checked first: CPU seconds of one core."""
+    results = []
+    rules = Rules(tuple(range(58)), 256)
+    traffic = zipf(rules.layers, 256, seed=0)
+    for num_workers in (256, 288):
+        workers = [
+            WorkerSpec(f"w{i:03}", 1 << 20, 1, 1.0 if i < 8 else 2.0, f"host-{i // 8}")
+            for i in range(num_workers)
+        ]
+        first = plan(rules, workers, traffic=traffic)
+        check(rules, workers, first)
+        homes = first.experts_by_worker()
+        survivors = workers[:100] + workers[101:]
+        repaired = plan(rules, survivors, traffic=traffic, homes=homes, partial=True)
+        if num_workers > 256:
+            check(rules, survivors, repaired)
+        moved = sum(
+            len(set(ids) - set(first.workers_by_expert[e]))
+            for e, ids in repaired.workers_by_expert.items()
+        )
+        later = zipf(rules.layers, 256, seed=1)
+        ways: dict[str, Callable[[], Any]] = {
+            "first plan": lambda: plan(rules, workers, traffic=traffic),
+            "after one death": lambda: plan(
+                rules, survivors, traffic=traffic, homes=homes, partial=True
+            ),
+            "rebalance, other traffic": lambda: plan(
+                rules, workers, traffic=later, homes=homes, budget=Budget(moves=64)
+            ),
+        }
+        for name, way in ways.items():
+            results.append(
+                {"workers": num_workers, "what": name, **_clock(way, rounds)}
+                | ({"moved": moved} if name == "after one death" else {})
+            )
+        results.append(
+            {
+                "workers": num_workers,
+                "what": "a whole turn after one death",
+                **turn_after_death(rules, workers, traffic, rounds),
+            }
+        )
+    return results
+
+
+def _clock(way: Callable[[], Any], rounds: int) -> dict[str, float]:
+    taken = []
+    for _ in range(rounds):
+        began = time.thread_time()
+        way()
+        taken.append(time.thread_time() - began)
+    return {"p50_s": statistics.median(taken), "max_s": max(taken)}
+
+
+def turn_after_death(
+    rules: Rules, workers: Sequence[WorkerSpec], traffic: Traffic, rounds: int
+) -> dict[str, float]:
+    """Everything that the placement service computes from a death until its orders are out."""
+    taken = []
+    config = PlacementConfig()
+    home = plan(rules, workers, traffic=traffic).experts_by_worker()
+    for _ in range(rounds):
+        mesh = Coordinator(rules, "f" * 16, config)
+        for w in workers:
+            info = pb.WorkerInfo(
+                worker_id=w.worker_id,
+                grpc_address=f"{w.host}:1",
+                host=w.host,
+                memory_bytes=w.memory_bytes,
+                expert_bytes=w.expert_bytes,
+                ucx_address=b"x" * 200,
+            )
+            resident = map(expert_to_proto, sorted(home[w.worker_id]))
+            mesh.register(pb.RegisterRequest(worker=info, resident=resident), w.worker_id, 0.0)
+        load = [pb.ExpertLoad(expert=expert_to_proto(e), rows=int(r)) for e, r in traffic.items()]
+        mesh.gateway_report(pb.GatewayReport(gateway_id="g", host="host-0", load=load), 0.0)
+        listening = {w.worker_id for w in workers}
+        _turn(mesh, listening)
+        began = time.thread_time()
+        mesh.drop(workers[100].worker_id, 1.0)
+        _turn(mesh, listening - {workers[100].worker_id})
+        taken.append(time.thread_time() - began)
+        if mesh.plan is None or mesh.target is None:
+            raise ValueError("the mesh has no plan")
+    return {"p50_s": statistics.median(taken), "max_s": max(taken)}
+
+
+def _turn(mesh: Coordinator, listening: Collection[str]) -> None:
+    mesh.publish(1.0)
+    mesh.orders(1.0, listening)
+    if compute := mesh.next_target(1.0):
+        mesh.adopt(compute(), 1.0)
+        mesh.publish(1.0)
+        mesh.orders(1.0, listening)
+
+
+def main(
+    rounds: Annotated[int, typer.Option(help="Times that each plan is made.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Compare, time, and print tables."""
+    placed = {cluster.name: compare(cluster) for cluster in CLUSTERS}
+    clocked = timed(rounds)
+    if as_json:
+        print(json.dumps({"placements": placed, "times": clocked}))
+        return
+    table = Table("cluster", "placement", title="Where experts are; ours is 1")
+    for title in ("cross-host bytes", "slowest path"):
+        table.add_column(title, justify="right")
+    for name, ways in placed.items():
+        for way, found in ways.items():
+            ratios = [found[k] / ways["ours"][k] for k in ("cross_host_bytes", "slowest_path_s")]
+            table.add_row(name if way == "ours" else "", way, *(f"{r:.2f}" for r in ratios))
+    Console().print(table)
+    table = Table("58 layers x 256 experts", title="How long a plan takes, CPU time of one core")
+    for title in ("workers", "p50 ms", "max ms"):
+        table.add_column(title, justify="right")
+    for clock in clocked:
+        figures = (f"{clock[key] * 1e3:.0f}" for key in ("p50_s", "max_s"))
+        table.add_row(clock["what"], str(clock["workers"]), *figures)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
