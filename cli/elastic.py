@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +18,10 @@ from cli.placement_client import (
     TlsCert,
     TlsKey,
 )
+from mesh.errors import PlacementError
+
+if TYPE_CHECKING:
+    from protos import placement_pb2 as pb
 
 AsJsonLines = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
 MeshName = Annotated[
@@ -64,6 +69,9 @@ def drain(
     worker: Annotated[str, typer.Argument(help="Its id, as `status` shows it.")],
     target: Target = DEFAULT_TARGET,
     timeout_s: Annotated[float, typer.Option(help="How long to wait for its end.")] = 120.0,
+    force: Annotated[
+        bool, typer.Option("--force", help="Even where its experts then are nowhere.")
+    ] = False,
     as_json: AsJson = False,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
@@ -71,11 +79,27 @@ def drain(
 ) -> None:
     """Move everything away from a worker, and let it end."""
     with PlacementClient(target, tls_cert, tls_key, tls_ca) as placement:
+        if not force and (lack := lack_without(placement.status(), worker)):
+            raise PlacementError(f"{lack}; --force drains it all the same")
         reply = placement.drain(worker, timeout_s)
     if as_json:
         typer.echo(json.dumps({"worker": worker, "epoch": reply.epoch}))
     else:
         typer.echo(f"{worker} has left; epoch {reply.epoch}")
+
+
+def lack_without(mesh: pb.MeshStatus, worker_id: str) -> str:
+    """What cannot be without this worker, in words; empty where the others are enough."""
+    others = [w for w in mesh.workers if w.worker.worker_id != worker_id and w.state != "draining"]
+    crowd = max(mesh.plan.experts_per_worker, 1)
+    in_layer = Counter(e.expert.layer for e in mesh.plan.experts)
+    needed = -(-max(in_layer.values(), default=0) // crowd)
+    if len(others) >= needed:
+        return ""
+    return (
+        f"without {worker_id} there are {len(others)} workers, and every expert needs {needed} "
+        f"with {crowd} of a layer on each: start another first"
+    )
 
 
 def rebalance(

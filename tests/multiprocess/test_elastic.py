@@ -133,9 +133,9 @@ async def test_a_killed_worker_is_back_before_a_request_gives_up(small: RunningM
         await until(small, lambda status: bool(status["complete"]))
 
 
-def complaint(mesh: RunningMesh, *words: str) -> str:
+def complaint(*words: str) -> str:
     """The one line that a wish gets which is refused."""
-    command = [sys.executable, "-m", "cli.main", *words, "--mesh", mesh.name]
+    command = [sys.executable, "-m", "cli.main", *words]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
@@ -143,9 +143,11 @@ def complaint(mesh: RunningMesh, *words: str) -> str:
 
 
 def test_it_never_shrinks_below_what_the_rules_need(small: RunningMesh) -> None:
-    said = complaint(small, "scale", "3")
+    said = complaint("scale", "3", "--mesh", small.name)
     assert "3 workers cannot hold every expert" in said
     assert "4 can" in said
+    said = complaint("drain", "worker-00", "--target", small.placement)
+    assert "without worker-00 there are 3 workers" in said
     assert len(worker_ids(small)) == 4
 
 
@@ -154,7 +156,7 @@ def test_a_roll_that_is_broken_off_leaves_the_mesh_whole(small: RunningMesh) -> 
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as rolling:
         assert small.next_event("left")["name"] == "worker-00"
         assert small.next_event("replaced")["by"] == "worker-00.2"
-        assert "the mesh is rolling" in complaint(small, "scale", "6")
+        assert "the mesh is rolling" in complaint("scale", "6", "--mesh", small.name)
         rolling.kill()
     while len(left := worker_ids(small)) != NUM_EXPERTS or not small.status()["complete"]:
         pass  # until the test's own time limit
