@@ -236,6 +236,11 @@ class Mesh:
         """
         while True:
             self._take_end(await self._ended.get())
+            if self._supervisor.ended:
+                raise Unavailable(
+                    "the process that starts all others has ended, and they with it; "
+                    f"the logs are in {self._supervisor.log_dir}"
+                )
             if not (self._spec.up.restart or any(g.process.alive for g in self.gateways)):
                 raise Unavailable(f"no gateway is left; the logs are in {self._supervisor.log_dir}")
 
@@ -245,7 +250,7 @@ class Mesh:
         end = process.exited.result()
         if end.was_asked_for and (member is None or member in self.workers):
             # By us, by an operator's drain or by a signal: somebody wants one fewer.
-            if member:
+            if member and not member.rolling:
                 self.workers.remove(member)
             self._say("left", name=process.name, pid=process.pid, workers=len(self.workers))
             return
@@ -262,8 +267,8 @@ class Mesh:
 
     def _tend(self, member: Member) -> None:
         """Start a member again if it is dead and nobody else does."""
-        cared_for = member.process.alive or member.rolling or member.restarting or self.draining
-        if cared_for or not self._spec.up.restart:
+        cared_for = member.process.alive or member.rolling or member.restarting
+        if cared_for or not self._spec.up.restart or self.draining or self._supervisor.ended:
             return
         pause_s = member.backoff.pause_s(time.monotonic() - member.began_s)
         self._say(
@@ -301,7 +306,9 @@ class Mesh:
             if (more := num_workers - len(self.workers)) > 0:
                 await self._grow(more)
             else:
-                await asyncio.gather(*map(self._let_go, self.workers[num_workers:]))
+                leaving = self.workers[num_workers:]
+                del self.workers[num_workers:]
+                await asyncio.gather(*map(self._let_go, leaving))
 
     async def _grow(self, count: int) -> None:
         comers: list[Member] = []
@@ -323,7 +330,6 @@ class Mesh:
         return next(n for n in itertools.count() if self._spec.worker(n).worker_id not in taken)
 
     async def _let_go(self, member: Member) -> None:
-        self.workers.remove(member)
         if member.restarting:
             member.restarting.cancel()
         await self._end(member.process)

@@ -91,6 +91,8 @@ class Supervisor:
         self._grace_s = grace_s
         self.processes: dict[str, Process] = {}
         """Those that live, by name."""
+        self.ended = False
+        """Nothing can be started any more."""
 
     async def __aenter__(self) -> Supervisor:
         # Libraries that start a thread when imported would make the fork unsafe.
@@ -153,6 +155,7 @@ class Supervisor:
                 process.ready.set_result(fields)
             else:
                 self._ended(process, Exit(fields["code"], fields["signal"]))
+        self.ended = True
         # The server's end is theirs.
         for process in list(self.processes.values()):
             self._ended(process, Exit(None, signal.SIGKILL))

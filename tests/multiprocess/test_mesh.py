@@ -208,6 +208,15 @@ def test_nothing_outlives_a_supervisor_that_is_killed(small: RunningMesh) -> Non
     assert small.survivors() == []
 
 
+def test_the_end_of_the_fork_server_is_the_end_of_up(tmp_path: Path) -> None:
+    with running_mesh("--model", make_token_is_expert(tmp_path / "model")) as mesh:
+        (fork_server,) = psutil.Process(mesh.up.pid).children()
+        fork_server.kill()
+        assert mesh.up.wait() == 1
+        assert "the process that starts all others has ended" in mesh.stderr()
+        assert mesh.survivors() == []
+
+
 def test_the_end_of_the_last_gateway_is_the_end_of_up(small: RunningMesh) -> None:
     (gateway,) = (p for p in small.processes if _listens_on(p, small.gateway))
     gateway.kill()
