@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -93,10 +93,13 @@ def status_as_dict(mesh: pb.MeshStatus) -> dict[str, Any]:
         "experts_per_worker": mesh.plan.experts_per_worker,
         "balancedness": mesh.balancedness,
         "balancedness_before": mesh.balancedness_before,
-        "rebalanced_at_unix_s": mesh.rebalanced_at_unix_s,
+        "rebalanced_at_unix_s": round(mesh.rebalanced_at_unix_s, 3),
         "moves": mesh.moves,
         "replicas": mesh.replicas,
-        "events": [{"at_unix_s": e.at_unix_s, "kind": e.kind, "text": e.text} for e in mesh.events],
+        "events": [
+            {"at_unix_s": round(e.at_unix_s, 3), "kind": e.kind, "text": e.text}
+            for e in mesh.events
+        ],
         "gateways": [
             {
                 "id": g.gateway.gateway_id,
@@ -179,7 +182,7 @@ def _plan_summary(plan: pb.Plan) -> str:
 def summary(mesh: pb.MeshStatus) -> str:
     """The plan in a line, and its balance in another."""
     parts = [f"balance {mesh.balancedness:.2f}"]
-    if mesh.rebalanced_at_unix_s:
+    if mesh.balancedness_before:
         at = clock(mesh.rebalanced_at_unix_s)
         parts[0] += f" ({mesh.balancedness_before:.2f} before the rebalance of {at})"
     parts += [f"{mesh.replicas} replicas", f"{mesh.moves} moves"]
@@ -249,19 +252,20 @@ def workers_table(mesh: pb.MeshStatus, width: int, most: int | None = None) -> T
     return workers
 
 
-def events_table(events: Iterable[pb.MeshEvent]) -> Table:
-    """When, what kind, and in words; the newest last."""
+def events_table(events: Sequence[pb.MeshEvent]) -> Table:
+    """When, what kind, and in words, cut where the line ends; the newest last."""
     from rich.text import Text
 
     from cli.tables import plain_table
 
     table = plain_table()
     table.show_header = False
-    for _ in range(2):
-        table.add_column(no_wrap=True)
-    table.add_column(overflow="ellipsis", no_wrap=True)
-    for event in events:
-        table.add_row(clock(event.at_unix_s), event.kind, Text(event.text))
+    rows = [(clock(event.at_unix_s), event.kind, event.text) for event in events]
+    for column in (0, 1):
+        table.add_column(no_wrap=True, min_width=max(len(row[column]) for row in rows))
+    table.add_column(no_wrap=True, overflow="ellipsis")
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table
 
 

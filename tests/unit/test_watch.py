@@ -94,6 +94,7 @@ def test_it_fits_on_eighty_columns_and_the_lines_there_are() -> None:
         assert len(lines) <= height
         assert max(map(len, lines)) <= 80
         assert any("worker-" in line for line in lines)
+        assert lines[-1].split()[1:4] == ["worker_gone", "the", "19th"]
 
 
 def test_where_not_all_workers_fit_those_in_trouble_are_shown() -> None:
