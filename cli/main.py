@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from cli.bench import serve as bench_serve
+from cli.bench_layer import layer as bench_layer
 from cli.doctor import doctor
 from cli.elastic import drain, rebalance, roll, scale
 from cli.generate import generate
@@ -84,6 +85,7 @@ app.command("gateway")(command(options_of(GatewayConfig), _gateway))
 for tool in (generate, status, plan, scale, roll, drain, rebalance, doctor):
     app.command()(tool)
 bench.command("serve")(bench_serve)
+bench.command("layer")(bench_layer)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

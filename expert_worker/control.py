@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
 import structlog
 
 from expert_worker.data_plane import DataPlane, DataPlaneStats
+from expert_worker.expert_reader import ExpertReader, tensor_facts
 from expert_worker.expert_store import ExpertStore
 from expert_worker.placement_link import PlacementLink
 from expert_worker.residency import Residency
+from expert_worker.weights import CHUNK_BYTES, chunks_of
 from mesh.config import WorkerConfig
-from mesh.errors import InvalidInput, ModelMismatch, Overloaded, Unavailable
+from mesh.errors import InvalidInput, MeshError, ModelMismatch, Overloaded, Unavailable
 from mesh.grpc_server import TlsFiles, until_first_ends
 from mesh.model_config import ModelConfig
 from mesh.plan import ExpertId, expert_from_proto, expert_to_proto
@@ -49,6 +51,7 @@ class WorkerService(rpc.ExpertWorkerServicer):
         info: placement_pb2.WorkerInfo,
         dtype: str,
         store: ExpertStore,
+        reader: ExpertReader,
         plane: DataPlane,
         stop: asyncio.Event,
     ) -> None:
@@ -58,6 +61,7 @@ class WorkerService(rpc.ExpertWorkerServicer):
         self._max_rows = config.max_rows
         self._drain_s = config.drain_s
         self._store = store
+        self._reader = reader
         self._plane = plane
         self._stop = stop
         self._changed = asyncio.Event()
@@ -69,10 +73,11 @@ class WorkerService(rpc.ExpertWorkerServicer):
             TlsFiles.of(config),
             info,
             resident=lambda: store.resident,
+            expert_shards=lambda: self._residency.expert_shards,
             make_report=self._make_report,
             on_order=self._take_order,
         )
-        self._residency = Residency(store, self._on_change)
+        self._residency = Residency(store, reader, self._cut, self._on_change)
 
     async def run(self, set_ready: Callable[[str, bool], Awaitable[None]]) -> None:
         """Register, obey and watch until told to stop; end when what is in hand is served.
@@ -125,6 +130,7 @@ class WorkerService(rpc.ExpertWorkerServicer):
             raise InvalidInput(f"ucx_address must have 1 to {_MAX_ADDRESS_BYTES} bytes")
         if not 0 <= request.reply_session < MAX_SESSIONS:
             raise InvalidInput(f"reply_session must be below {MAX_SESSIONS}")
+        units = self._model.num_experts * max(1, request.expert_shards)
         theirs = (request.model_fingerprint, request.hidden_size, request.dtype)
         ours = (self._model.fingerprint, self._model.hidden_size, self._dtype)
         if theirs != ours:
@@ -139,7 +145,11 @@ class WorkerService(rpc.ExpertWorkerServicer):
         if self._plane.stats().sessions >= _MAX_GATEWAY_SESSIONS:
             raise Overloaded(f"{_MAX_GATEWAY_SESSIONS} gateways are connected, which is the limit")
         session = await asyncio.to_thread(
-            self._plane.connect, request.gateway_id, request.ucx_address, request.reply_session
+            self._plane.connect,
+            request.gateway_id,
+            request.ucx_address,
+            request.reply_session,
+            units,
         )
         log.info("gateway_connected", gateway_id=request.gateway_id, session=session)
         return worker_pb2.ConnectReply(
@@ -163,6 +173,43 @@ class WorkerService(rpc.ExpertWorkerServicer):
     ) -> worker_pb2.UnloadExpertsReply:
         await self._residency.unload(self._checked(request.experts))
         return worker_pb2.UnloadExpertsReply(resident=map(expert_to_proto, self._store.resident))
+
+    async def SendExpert(
+        self, request: worker_pb2.SendExpertRequest, context: Any
+    ) -> AsyncIterator[worker_pb2.ExpertOffer]:
+        expert = expert_from_proto(request.expert)
+        # Before the check of what the id counts: a cut between them then shows.
+        mlp = self._store.experts.get(expert)
+        theirs = (request.model_fingerprint, request.dtype, max(1, request.expert_shards))
+        ours = (self._model.fingerprint, self._dtype, self._reader.shards)
+        if theirs != ours:
+            raise ModelMismatch(
+                "worker {} wants weights of model {} in {} and {} slices, this worker {} has model "
+                "{} in {} and {} slices".format(
+                    request.worker_id, *theirs, self._info.worker_id, *ours
+                )
+            )
+        if mlp is None:
+            raise Unavailable(f"worker {self._info.worker_id} does not have expert {expert}")
+        tensors = mlp.tensors()
+        device = next(iter(tensors.values())).device
+        chunk_bytes = CHUNK_BYTES[device.type]
+        chunks = chunks_of(tensors, chunk_bytes)
+        giving = await asyncio.to_thread(
+            self._plane.weights, lambda w: w.give(request.ucx_address, request.session, chunks)
+        )
+        log.info("giving_expert", expert=str(expert), worker_id=request.worker_id)
+        try:
+            yield worker_pb2.ExpertOffer(
+                session=giving.session,
+                ucx_address=self._info.ucx_address,
+                chunk_bytes=chunk_bytes,
+                tensors=tensor_facts(tensors),
+            )
+            await asyncio.wait((asyncio.wrap_future(giving.ended),))
+        finally:
+            with suppress(MeshError):
+                await asyncio.to_thread(self._plane.weights, lambda w: w.end(giving))
 
     async def Info(
         self, request: worker_pb2.WorkerInfoRequest, context: Any
@@ -202,6 +249,17 @@ class WorkerService(rpc.ExpertWorkerServicer):
             error=self._residency.error,
             draining=self._draining,
         )
+
+    def _cut(self, shards: int) -> None:
+        """Ids count slices, so many to an expert, from here on. On the thread that loads.
+
+        First nothing is resident, then rows of gateways that count otherwise are refused: none
+        meets what its id was not.
+        """
+        log.info("cut", expert_shards=shards)
+        self._store.cut(-(-self._info.expert_bytes // shards))
+        self._plane.cut(self._model.num_experts * shards)
+        self._reader.shards = shards
 
     def _on_change(self) -> None:
         self._changed.set()
@@ -249,7 +307,7 @@ class WorkerService(rpc.ExpertWorkerServicer):
         for expert in checked:
             if (
                 expert.layer not in self._model.moe_layers
-                or expert.index >= self._model.num_experts
+                or expert.index >= self._model.num_experts * self._reader.shards
             ):
                 raise InvalidInput(f"the model has no expert {expert} (layer.expert)")
         return checked

@@ -6,12 +6,11 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 
-import torch
-
 from mesh.errors import PlacementError
+from mesh.mlp import Mlp
 from mesh.plan import ExpertId
 
-Expert = Callable[[torch.Tensor], torch.Tensor]
+Expert = Mlp
 """y_RD = expert(x_RD), same dtype and device."""
 
 
@@ -69,6 +68,12 @@ class ExpertStore:
             for expert in missing:
                 loaded = self._load_expert(expert)
                 self._experts = MappingProxyType({**self._experts, expert: loaded})
+
+    def cut(self, expert_bytes: int) -> None:
+        """Forget every expert: ids name other slices from here on, of so many bytes each."""
+        with self._writing:
+            self._experts = MappingProxyType({})
+            self._expert_bytes = expert_bytes
 
     def unload(self, experts: Iterable[ExpertId]) -> None:
         """Forget experts; batches that hold them finish."""

@@ -8,6 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from expert_worker.data_plane import DataPlane
+from expert_worker.expert_reader import Paces
 from expert_worker.expert_store import ExpertStore
 from mesh.telemetry import METRIC_PREFIX, bound_expert_series
 
@@ -15,8 +16,9 @@ from mesh.telemetry import METRIC_PREFIX, bound_expert_series
 class WorkerMetrics(Collector):
     """Read from the data plane when they are scraped: serving pays nothing for them."""
 
-    def __init__(self, plane: DataPlane, store: ExpertStore) -> None:
+    def __init__(self, plane: DataPlane, store: ExpertStore, paces: Paces) -> None:
         self._plane = plane
+        self._paces = paces
         self._store = store
 
     def collect(self) -> Iterator[Metric]:
@@ -36,6 +38,14 @@ class WorkerMetrics(Collector):
         for reason, count in stats.refused.items():
             refused.add_metric([reason], count)
         yield refused
+        pace = GaugeMetricFamily(
+            METRIC_PREFIX + "expert_read_bytes_per_second",
+            "Of late, by where experts were read from.",
+            labels=["way"],
+        )
+        for way, bytes_per_s in self._paces.bytes_per_s.items():
+            pace.add_metric([way], bytes_per_s)
+        yield pace
         for name, text, value in (
             ("queue_rows", "Rows that wait.", stats.queue_rows),
             ("sessions", "Gateways connected.", stats.sessions),

@@ -40,6 +40,7 @@ class PlacementLink:
         tls: TlsFiles | None,
         info: pb.WorkerInfo,
         resident: Callable[[], Iterable[ExpertId]],
+        expert_shards: Callable[[], int],
         make_report: Callable[[], pb.WorkerReport],
         on_order: Callable[[pb.WorkerOrder], None],
     ) -> None:
@@ -47,6 +48,7 @@ class PlacementLink:
         self._tls = tls
         self._info = info
         self._resident = resident
+        self._expert_shards = expert_shards
         self._make_report = make_report
         self._on_order = on_order
         self._due = asyncio.Event()
@@ -101,6 +103,7 @@ class PlacementLink:
             worker=self._info,
             resident=map(expert_to_proto, self._resident()),
             last_epoch=self._epoch,
+            expert_shards=self._expert_shards(),
         )
         lease: pb.RegisterReply = await stub.Register(request, timeout=_REGISTER_TIMEOUT_S)
         self._epoch = max(self._epoch, lease.epoch)

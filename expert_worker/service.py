@@ -11,6 +11,7 @@ import asyncio
 import functools
 import os
 import socket
+from contextlib import AbstractContextManager, nullcontext
 
 import structlog
 import torch
@@ -19,14 +20,14 @@ from prometheus_client import CollectorRegistry
 from expert_worker import host
 from expert_worker.control import SERVICE_NAME, WorkerService
 from expert_worker.data_plane import DataPlane
-from expert_worker.expert_mlp import load_expert
+from expert_worker.expert_reader import ExpertReader
 from expert_worker.expert_store import ExpertStore
 from expert_worker.metrics import WorkerMetrics
 from mesh import telemetry
-from mesh.checkpoint import Checkpoint
+from mesh.checkpoint import Checkpoint, has_weights
 from mesh.config import WorkerConfig, default_name, resolve_dtype
 from mesh.device import open_device
-from mesh.grpc_server import GrpcServer, stop_signals
+from mesh.grpc_server import GrpcServer, TlsFiles, stop_signals
 from mesh.http import HttpServer
 from mesh.model_config import ModelConfig
 from mesh.transport.ucx import UcxTransport
@@ -69,9 +70,18 @@ async def run(config: WorkerConfig, worker_id: str, stop: asyncio.Event) -> None
         gpu=host.gpu_facts(device),
         expert_bytes=model.expert_bytes(dtype),
     )
-    with Checkpoint(config.model) as checkpoint:
+    with _open_checkpoint(config) as checkpoint:
+        reader = ExpertReader(
+            checkpoint,
+            model,
+            device=device,
+            dtype=torch_dtype,
+            worker_id=worker_id,
+            tls=TlsFiles.of(config),
+            loop=asyncio.get_running_loop(),
+        )
         store = ExpertStore(
-            lambda e: load_expert(checkpoint, model, e.layer, e.index, device, torch_dtype),
+            reader,
             expert_bytes=info.expert_bytes,
             memory_bytes=info.memory_bytes,
             worker_id=worker_id,
@@ -88,15 +98,23 @@ async def run(config: WorkerConfig, worker_id: str, stop: asyncio.Event) -> None
             spin_s=SPIN_S[device.type],
             threads=config.threads,
         )
+        reader.plane = plane
         registry = telemetry.new_registry()
-        registry.register(WorkerMetrics(plane, store))
+        registry.register(WorkerMetrics(plane, store, reader.paces))
         plane.start()
         try:
             info.ucx_address = await asyncio.to_thread(plane.wait_started)
-            service = WorkerService(config, model, info, dtype, store, plane, stop)
+            service = WorkerService(config, model, info, dtype, store, reader, plane, stop)
             await _listen(config, service, info, registry)
         finally:
             await asyncio.to_thread(plane.stop)
+
+
+def _open_checkpoint(config: WorkerConfig) -> AbstractContextManager[Checkpoint | None]:
+    if has_weights(config.model):
+        return Checkpoint(config.model)
+    log.warning("no_weights_here", model=str(config.model), remedy="experts come from other hosts")
+    return nullcontext()
 
 
 async def _listen(

@@ -1,7 +1,7 @@
 """Dispatch and combine: rows out to experts, rows back, weighted and summed.
 
 Legend: T tokens of a micro-batch, K experts a token, R = T x K routed rows, E experts of a
-layer, D hidden size, F rows of a frame.
+layer, D hidden size, F rows of a frame. Where experts are cut, K and E count slices.
 
 Rows travel in *frames*: equal parts of one send arena and one reply arena. A message to a worker
 is a run of rows inside a frame, and its reply lands in the same rows of the reply arena, so one
@@ -24,6 +24,7 @@ import structlog
 import torch
 
 from gateway.balance import Balancer
+from gateway.layout import CpuLayout, IntArray, Layout, Sorted
 from mesh import wire
 from mesh.errors import ExpertUnavailable, MessageTruncated, TransportError
 from mesh.model_config import ModelConfig
@@ -139,6 +140,15 @@ class Pending:
         return self.dispatcher.combine(self)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """Rows that are in order of expert, on their way to :meth:`Dispatcher.send`."""
+
+    micro_batch: int
+    laid: Sorted
+    weights_TK: torch.Tensor
+
+
 class Dispatcher:
     """The routed experts of every layer; see :class:`gateway.model.batch.Experts`.
 
@@ -160,11 +170,11 @@ class Dispatcher:
     ) -> None:
         self._transport = transport
         self._num_experts = config.num_experts
+        self._max_choices = max_tokens * config.experts_per_token
+        self._row_bytes = config.hidden_size * dtype.itemsize
         self._hidden_size = config.hidden_size
         self._device = device
         self._dtype = dtype
-        self._max_routed_rows = max_tokens * config.experts_per_token
-        self._header_rows = -(-config.num_experts * 4 // (config.hidden_size * dtype.itemsize))
         self._reply_timeout_s = reply_timeout_s
         self._spin_s = spin_s
         self._scratch = transport.wrap(torch.zeros(64, dtype=torch.uint8))
@@ -183,9 +193,14 @@ class Dispatcher:
         self._calls: Counter[int] = Counter()
         self._away: list[Pending] = []
         self._void: dict[tuple[int, int], ExpertUnavailable] = {}
+        self.layout: Layout = CpuLayout()
+        self.arena_version = 0
+        """Counts the times that :attr:`arenas` were replaced."""
         self._frame_rows = self._num_frames = 0
         self._parked_frames: set[int] = set()
         self._num_moves = 0
+        self._shards = 0
+        self._cut(shards=1)
         self._allocate(num_peers=0, max_rows=wire.MAX_ROWS)
         self.on_late: Callable[[], None] = lambda: None
         """Called over and over while a step waits for rows that are late: a chance to pass on
@@ -231,6 +246,7 @@ class Dispatcher:
         self._expected = set(self._routes) | set(map(expert_from_proto, routing.pending))
         self._balancer.keep_only(self._peers, self._routes)
         self._faults.clear()
+        self._cut(max(1, routing.expert_shards))
         self._allocate(
             num_peers=len(self._peers),
             max_rows=min((peer.max_rows for peer in routing.peers), default=wire.MAX_ROWS),
@@ -313,31 +329,42 @@ class Dispatcher:
 
     # In a step.
 
+    @property
+    def arenas(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where rows leave from and come back to."""
+        return self._send_RD, self._reply_RD
+
     def dispatch(
-        self, layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+        self, layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> Pending:
         """See :class:`gateway.model.batch.Experts`."""
-        pending = Pending(self, self._calls[layer] % self._num_micro_batches, weights_TK)
+        return self.send(layer, x_TD, self.prepare(self._micro_batch(layer), ids_TK, weights_TK))
+
+    def prepare(self, micro_batch: int, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> Prepared:
+        """The part of a dispatch that the device does for itself: a graph may hold it."""
+        ids_TK, weights_TK = self._units(ids_TK, weights_TK)
+        laid = self.layout.sort(micro_batch, ids_TK, self._num_units)
+        return Prepared(micro_batch, laid, weights_TK)
+
+    def send(self, layer: int, x_TD: torch.Tensor, prepared: Prepared) -> Pending:
+        """The part for which the host must know what goes where."""
+        pending = Pending(self, prepared.micro_batch, prepared.weights_TK)
         self._calls[layer] += 1
         self._away.append(pending)
-        expert_ids_R = expert_ids_TK.reshape(-1).cpu().numpy()
-        counts_E = np.bincount(expert_ids_R, minlength=self._num_experts).tolist()
+        counts_E = prepared.laid.counts()
         messages = [
             (peer, runs)
             for peer, counts in self._group_by_worker(layer, counts_E)
             for runs in self._place(pending, counts)
         ]
-        pending.rows_TK = self._rows_of(expert_ids_R, messages).view(expert_ids_TK.shape)
-        self._send_RD.index_copy_(
-            0,
-            pending.rows_TK.view(-1),
-            x_TD.repeat_interleave(expert_ids_TK.shape[1], dim=0),
+        headers: dict[int, IntArray] = {
+            runs[0].start - self._header_rows: self._counts_of(runs)
+            for _, runs in messages
+            if len(runs) > 1
+        }
+        pending.rows_TK = prepared.laid.scatter(
+            x_TD, _rows_in_order(messages), headers, self._send_RD
         )
-        for _, runs in messages:
-            if len(runs) > 1:
-                self._write_counts(runs)
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
         self._post(pending, [(peer, runs) for peer, runs in messages if peer is not None])
         for peer, runs in messages:
             if peer is None:
@@ -345,8 +372,16 @@ class Dispatcher:
                     self._give_up(pending, run, "no worker of the plan serves it")
         return pending
 
+    def _micro_batch(self, layer: int) -> int:
+        return self._calls[layer] % self._num_micro_batches
+
     def combine(self, pending: Pending) -> torch.Tensor:
         """Wait until every row of ``pending`` is back or void, then sum; frees its frames."""
+        self.wait(pending)
+        return self.layout.combine(self._reply_RD, pending.rows_TK, pending.weights_TK)
+
+    def wait(self, pending: Pending) -> None:
+        """Until every row of ``pending`` is back or void; frees its frames."""
         started = pending.waiting_since_s = time.monotonic()
         while pending.messages:
             self._wait_once(pending)
@@ -354,12 +389,8 @@ class Dispatcher:
         self.expert_wait_s += waited_s
         if pending.failed_over:
             self.pause_s += waited_s
-        rows_TK = pending.rows_TK
-        y_TKD = self._reply_RD.index_select(0, rows_TK.view(-1)).view(*rows_TK.shape, -1)
-        y_TD = (y_TKD * pending.weights_TK.unsqueeze(-1)).sum(dim=1).to(self._dtype)
         self._release(pending)
         self._away.remove(pending)
-        return y_TD
 
     def _group_by_worker(
         self, layer: int, counts_E: list[int]
@@ -445,24 +476,12 @@ class Dispatcher:
                 count -= taken
         yield tuple(runs)
 
-    def _rows_of(
-        self, expert_ids_R: np.ndarray, messages: list[tuple[_Peer | None, tuple[_Run, ...]]]
-    ) -> torch.Tensor:
-        """The arena row of every routed row: those of an expert fill its runs in order."""
-        runs = sorted((run for _, runs in messages for run in runs), key=lambda r: r.expert)
-        rows_R = np.empty(len(expert_ids_R), dtype=np.int64)
-        rows_R[np.argsort(expert_ids_R, kind="stable")] = np.concatenate(
-            [np.arange(run.start, run.start + run.num_rows) for run in runs]
-        )
-        return torch.from_numpy(rows_R).to(self._device)
-
-    def _write_counts(self, runs: tuple[_Run, ...]) -> None:
-        """Put the counts of a message for several experts ahead of its rows."""
-        counts_E = torch.zeros(self._num_experts, dtype=torch.int32)
+    def _counts_of(self, runs: tuple[_Run, ...]) -> IntArray:
+        """What a message for several experts says ahead of its rows."""
+        counts_E = np.zeros(self._num_units, dtype=np.int32)
         for run in runs:
             counts_E[run.expert.index] = run.num_rows
-        header_RD = self._send_RD[runs[0].start - self._header_rows : runs[0].start]
-        header_RD.view(-1).view(torch.int32)[: self._num_experts] = counts_E.to(self._device)
+        return counts_E
 
     def _post(self, pending: Pending, messages: list[tuple[_Peer, tuple[_Run, ...]]]) -> None:
         """Post the receives of all replies, then the sends."""
@@ -682,7 +701,12 @@ class Dispatcher:
     def _give_up(self, pending: Pending, run: _Run, reason: str) -> None:
         """Void the tokens that have a row in ``run``."""
         self._reply_RD[run.start : run.start + run.num_rows] = 0
-        error = ExpertUnavailable(*run.expert, reason, coming=run.expert in self._expected)
+        index, part = divmod(run.expert.index, self._shards)
+        if self._shards > 1:
+            reason = f"slice {part} of {self._shards}: {reason}"
+        error = ExpertUnavailable(
+            run.expert.layer, index, reason, coming=run.expert in self._expected
+        )
         in_run_TK = (pending.rows_TK >= run.start) & (pending.rows_TK < run.start + run.num_rows)
         for token in in_run_TK.any(dim=1).nonzero().view(-1).tolist():
             self._void.setdefault((pending.micro_batch, token), error)
@@ -766,6 +790,30 @@ class Dispatcher:
 
     # Frames.
 
+    def _cut(self, shards: int) -> None:
+        """Count in slices from here on, ``shards`` to an expert: all that was experts is units."""
+        if shards == self._shards:
+            return
+        self._shards = shards
+        self._num_units = self._num_experts * shards
+        self._max_routed_rows = self._max_choices * shards
+        self._header_rows = -(-self._num_units * 4 // self._row_bytes)
+        if self._device.type == "cuda":
+            from gateway.gpu_layout import GpuLayout
+
+            self.layout = GpuLayout(self._max_routed_rows, self._device)
+            self.arena_version += 1
+
+    def _units(
+        self, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a token goes to, with K as many times more: an expert is the sum of its slices."""
+        if self._shards == 1:
+            return expert_ids_TK, weights_TK
+        slices = torch.arange(self._shards, device=expert_ids_TK.device)
+        units_TKS = expert_ids_TK.unsqueeze(-1) * self._shards + slices
+        return units_TKS.flatten(1), weights_TK.repeat_interleave(self._shards, dim=1)
+
     def _allocate(self, num_peers: int, max_rows: int) -> None:
         """Arenas for the worst step, anew only when that has grown.
 
@@ -784,6 +832,10 @@ class Dispatcher:
         shape = (num_frames * frame_rows, self._hidden_size)
         self._send_RD = torch.zeros(shape, dtype=self._dtype, device=self._device)
         self._reply_RD = torch.zeros_like(self._send_RD)
+        self.arena_version += 1
+        if self._device.type == "cuda":
+            # The transport writes into it on a stream of its own.
+            torch.cuda.current_stream(self._device).synchronize()
         self._free_frames = list(range(num_frames))
         self._parked_frames.clear()
         for abandoned in self._abandoned:
@@ -797,3 +849,9 @@ class Dispatcher:
             wrapped = self._transport.wrap(arena_RD[start : start + num_rows])
             self._wrapped[key] = wrapped
         return wrapped
+
+
+def _rows_in_order(messages: list[tuple[_Peer | None, tuple[_Run, ...]]]) -> IntArray:
+    """The arena row of every routed row in order of expert: those of one fill its runs."""
+    runs = sorted((run for _, runs in messages for run in runs), key=lambda run: run.expert)
+    return np.concatenate([np.arange(run.start, run.start + run.num_rows) for run in runs])

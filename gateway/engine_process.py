@@ -66,6 +66,10 @@ def run_engine(config: GatewayConfig, sock: socket.socket) -> int:
         reply_timeout_s=config.reply_timeout_s,
         spin_s=REPLY_SPIN_S[device.type],
     )
+    if device.type == "cuda":
+        from gateway.model.decode_graphs import DecodeGraphs
+
+        decoder.use_graphs(DecodeGraphs(decoder, kv, dispatcher, max_model_len))
     limits = Limits(
         config.max_batch_tokens,
         config.max_running,

@@ -20,8 +20,8 @@ from gateway.engine_link import EngineLink
 from mesh.config import GatewayConfig
 from mesh.grpc_server import TlsFiles, open_channel
 from mesh.model_config import ModelConfig
-from mesh.plan import ExpertId, expert_from_proto, expert_to_proto
-from mesh.wire import MAX_SESSIONS
+from mesh.plan import ExpertId, expert_from_proto, expert_to_proto, shards_of
+from mesh.wire import MAX_EXPERTS, MAX_SESSIONS
 from protos import engine_pb2, placement_pb2, placement_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 log = structlog.get_logger()
@@ -56,13 +56,15 @@ def routing_for(
         peers=[peers[worker_id] for worker_id in sorted(peers)],
         experts=[placed for placed in experts if placed.worker_ids],
         pending=[*plan.pending, *(p.expert for p in experts if not p.worker_ids)],
+        expert_shards=plan.expert_shards,
     )
 
 
 def missing_experts(model: ModelConfig, routing: engine_pb2.Routing) -> list[ExpertId]:
-    """Experts that no connected worker serves, ascending."""
+    """Experts, or slices of them, that no connected worker serves, ascending."""
     served = {expert_from_proto(placed.expert) for placed in routing.experts}
-    every = (ExpertId(layer, i) for layer in model.moe_layers for i in range(model.num_experts))
+    units = range(model.num_experts * max(1, routing.expert_shards))
+    every = (ExpertId(layer, i) for layer in model.moe_layers for i in units)
     return [expert for expert in every if expert not in served]
 
 
@@ -108,6 +110,8 @@ class Connection:
     worker: placement_pb2.WorkerInfo
     peer: engine_pb2.Peer
     channel: grpc.aio.Channel
+    expert_shards: int
+    """What the session's indices count; see :func:`mesh.plan.shards_of`."""
 
 
 class Router:
@@ -215,6 +219,13 @@ class Router:
                 ours=self._model.fingerprint,
                 remedy="start placement and gateway on the same checkpoint",
             )
+        elif self._model.num_experts * shards_of(plan) > MAX_EXPERTS:
+            log.error(
+                "plan_cuts_too_finely",
+                slices=self._model.num_experts * shards_of(plan),
+                most=MAX_EXPERTS,
+                remedy="start placement with fewer --expert-shards",
+            )
         else:
             log.info("plan", epoch=plan.epoch, workers=len(plan.workers), complete=plan.complete)
             self._plan = plan
@@ -241,7 +252,11 @@ class Router:
         wanted = self._wanted()
         for worker_id, connection in list(self._connections.items()):
             worker = wanted.get(worker_id)
-            if worker is None or worker.ucx_address != connection.worker.ucx_address:
+            if (
+                worker is None
+                or worker.ucx_address != connection.worker.ucx_address
+                or connection.expert_shards != shards_of(self._plan)
+            ):
                 self._retire(self._connections.pop(worker_id), self._plan.epoch)
                 self._retry_at_s.pop(worker_id, None)
         self._unreachable &= wanted.keys()
@@ -276,6 +291,7 @@ class Router:
     async def _connect(self, worker: placement_pb2.WorkerInfo) -> None:
         started = self._link.started.result()
         reply_session = self._new_session()
+        expert_shards = shards_of(self._plan)
         channel = open_channel(worker.grpc_address, self._tls)
         try:
             reply = await worker_pb2_grpc.ExpertWorkerStub(channel).Connect(
@@ -286,6 +302,7 @@ class Router:
                     model_fingerprint=self._model.fingerprint,
                     hidden_size=self._model.hidden_size,
                     dtype=started.dtype,
+                    expert_shards=expert_shards,
                 ),
                 timeout=_CONNECT_TIMEOUT_S,
             )
@@ -300,7 +317,7 @@ class Router:
             reply_session=reply_session,
             max_rows=reply.max_rows,
         )
-        self._connections[worker.worker_id] = Connection(worker, peer, channel)
+        self._connections[worker.worker_id] = Connection(worker, peer, channel, expert_shards)
         self._unreachable.discard(worker.worker_id)
         self._attempts.pop(worker.worker_id, None)
         log.info("worker_connected", worker_id=worker.worker_id, address=worker.grpc_address)
@@ -372,7 +389,8 @@ class Router:
 
     def _publish(self) -> None:
         """Tell the engine, where something changed."""
-        peers = {worker_id: c.peer for worker_id, c in self._connections.items()}
+        shards = shards_of(self._plan)
+        peers = {w: c.peer for w, c in self._connections.items() if c.expert_shards == shards}
         routing = routing_for(self._plan, peers)
         if routing != self._routing:
             self._routing = routing

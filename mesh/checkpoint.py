@@ -48,6 +48,16 @@ def layout_bytes(directory: Path) -> bytes:
         return file.read(length)
 
 
+def has_weights(directory: Path) -> bool:
+    """Whether any file of a checkpoint's tensors is there.
+
+    A host may have config.json and the index alone, and get its weights from other hosts.
+    """
+    if (directory / SINGLE_FILE).is_file():
+        return True
+    return any((directory / f).is_file() for f in _weight_map(_index_path(directory)).values())
+
+
 def _index_path(directory: Path) -> Path:
     index = directory / INDEX_FILE
     if not index.is_file():

@@ -17,6 +17,14 @@ class ExpertId(NamedTuple):
         return f"{self.layer}.{self.index}"
 
 
+def shards_of(message: pb.Plan | pb.WorkerOrder) -> int:
+    """Slices that each expert is cut into, 1 where experts are whole.
+
+    With n, an index counts slices: ``expert * n + slice``.
+    """
+    return max(1, message.expert_shards)
+
+
 def expert_to_proto(expert: ExpertId) -> pb.ExpertId:
     """As it crosses gRPC."""
     return pb.ExpertId(layer=expert.layer, index=expert.index)

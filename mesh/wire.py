@@ -3,7 +3,7 @@
 ====== ==== =========================================================================
 field  bits meaning
 ====== ==== =========================================================================
-kind      4 dispatch, reply, refuse
+kind      4 a :class:`Kind`
 session  16 chosen by the receiver of the message when gateway and worker connected
 slot      8 which of a gateway's outstanding dispatches to this worker
 layer    10 decoder layer
@@ -13,7 +13,11 @@ rows     16 rows that follow (of a refusal: the :class:`Refusal`)
 
 With ``SEVERAL`` the payload starts with one int32 count for every expert of the layer, in
 ascending order of index and padded to whole rows. All of them, not only those that the worker
-holds: the two sides need not agree on residency to agree on whose row is whose.
+holds: the two sides need not agree on residency to agree on whose row is whose. Where experts
+are cut into slices, all of this counts slices.
+
+Weights that go from worker to worker are asked for and sent in chunks. Their header has the
+length in bytes (28 bits) and the number (16 bits) of the chunk in place of slot to rows.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ MAX_EXPERTS = SEVERAL
 MAX_SLOTS = 1 << 8
 MAX_SESSIONS = 1 << 16
 MAX_ROWS = (1 << 16) - 1
+MAX_CHUNK_BYTES = (1 << 28) - 1
+MAX_CHUNKS = 1 << 16
 
 
 class Kind(IntEnum):
@@ -35,6 +41,8 @@ class Kind(IntEnum):
     DISPATCH = 1
     REPLY = 2
     REFUSE = 3
+    FETCH = 4
+    WEIGHTS = 5
 
 
 class Refusal(IntEnum):
@@ -82,3 +90,22 @@ def decode(tag: int) -> Frame:
 def expert_key(layer: int, index: int) -> int:
     """The layer and expert fields of a tag as one number."""
     return layer << 10 | index
+
+
+class Chunk(NamedTuple):
+    """One decoded tag of FETCH or WEIGHTS."""
+
+    kind: int
+    session: int
+    nbytes: int
+    chunk: int
+
+
+def encode_chunk(kind: int, session: int, nbytes: int, chunk: int) -> int:
+    """Pack a chunk's header. Fields must fit their widths: the caller checked them."""
+    return kind << 60 | session << 44 | nbytes << 16 | chunk
+
+
+def decode_chunk(tag: int) -> Chunk:
+    """Unpack a chunk's header. Total, as :func:`decode` is."""
+    return Chunk(tag >> 60, tag >> 44 & 0xFFFF, tag >> 16 & 0xFFFFFFF, tag & 0xFFFF)

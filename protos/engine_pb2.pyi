@@ -43,16 +43,18 @@ class Peer(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., ucx_address: _Optional[bytes] = ..., session: _Optional[int] = ..., reply_session: _Optional[int] = ..., max_rows: _Optional[int] = ...) -> None: ...
 
 class Routing(_message.Message):
-    __slots__ = ("epoch", "peers", "experts", "pending")
+    __slots__ = ("epoch", "peers", "experts", "expert_shards", "pending")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     PEERS_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_SHARDS_FIELD_NUMBER: _ClassVar[int]
     PENDING_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     peers: _containers.RepeatedCompositeFieldContainer[Peer]
     experts: _containers.RepeatedCompositeFieldContainer[_placement_pb2.ExpertPlacement]
+    expert_shards: int
     pending: _containers.RepeatedCompositeFieldContainer[_placement_pb2.ExpertId]
-    def __init__(self, epoch: _Optional[int] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., experts: _Optional[_Iterable[_Union[_placement_pb2.ExpertPlacement, _Mapping]]] = ..., pending: _Optional[_Iterable[_Union[_placement_pb2.ExpertId, _Mapping]]] = ...) -> None: ...
+    def __init__(self, epoch: _Optional[int] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., experts: _Optional[_Iterable[_Union[_placement_pb2.ExpertPlacement, _Mapping]]] = ..., expert_shards: _Optional[int] = ..., pending: _Optional[_Iterable[_Union[_placement_pb2.ExpertId, _Mapping]]] = ...) -> None: ...
 
 class DropPeer(_message.Message):
     __slots__ = ("worker_id", "reply_session", "reason")

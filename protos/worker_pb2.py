@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos import placement_pb2 as protos_dot_placement__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/worker.proto\x12\rexpertmesh.v1\x1a\x16protos/placement.proto\"\x8f\x01\n\x0e\x43onnectRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x13\n\x0bucx_address\x18\x02 \x01(\x0c\x12\x15\n\rreply_session\x18\x03 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\x12\r\n\x05\x64type\x18\x06 \x01(\t\"F\n\x0c\x43onnectReply\x12\x0f\n\x07session\x18\x01 \x01(\r\x12\x13\n\x0bucx_address\x18\x02 \x01(\x0c\x12\x10\n\x08max_rows\x18\x03 \x01(\r\"8\n\x11\x44isconnectRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\r\"\x11\n\x0f\x44isconnectReply\">\n\x12LoadExpertsRequest\x12(\n\x07\x65xperts\x18\x01 \x03(\x0b\x32\x17.expertmesh.v1.ExpertId\"=\n\x10LoadExpertsReply\x12)\n\x08resident\x18\x01 \x03(\x0b\x32\x17.expertmesh.v1.ExpertId\"@\n\x14UnloadExpertsRequest\x12(\n\x07\x65xperts\x18\x01 \x03(\x0b\x32\x17.expertmesh.v1.ExpertId\"?\n\x12UnloadExpertsReply\x12)\n\x08resident\x18\x01 \x03(\x0b\x32\x17.expertmesh.v1.ExpertId\"\x13\n\x11WorkerInfoRequest\"\xab\x02\n\x0fWorkerInfoReply\x12)\n\x06worker\x18\x01 \x01(\x0b\x32\x19.expertmesh.v1.WorkerInfo\x12)\n\x08resident\x18\x02 \x03(\x0b\x32\x17.expertmesh.v1.ExpertId\x12\'\n\x04load\x18\x03 \x03(\x0b\x32\x19.expertmesh.v1.ExpertLoad\x12\x10\n\x08sessions\x18\x04 \x01(\r\x12<\n\x07refused\x18\x05 \x03(\x0b\x32+.expertmesh.v1.WorkerInfoReply.RefusedEntry\x12\x19\n\x11memory_used_bytes\x18\x06 \x01(\x04\x1a.\n\x0cRefusedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x14\n\x12WorkerDrainRequest\"\x12\n\x10WorkerDrainReply2\xe8\x03\n\x0c\x45xpertWorker\x12\x45\n\x07\x43onnect\x12\x1d.expertmesh.v1.ConnectRequest\x1a\x1b.expertmesh.v1.ConnectReply\x12N\n\nDisconnect\x12 .expertmesh.v1.DisconnectRequest\x1a\x1e.expertmesh.v1.DisconnectReply\x12Q\n\x0bLoadExperts\x12!.expertmesh.v1.LoadExpertsRequest\x1a\x1f.expertmesh.v1.LoadExpertsReply\x12W\n\rUnloadExperts\x12#.expertmesh.v1.UnloadExpertsRequest\x1a!.expertmesh.v1.UnloadExpertsReply\x12H\n\x04Info\x12 .expertmesh.v1.WorkerInfoRequest\x1a\x1e.expertmesh.v1.WorkerInfoReply\x12K\n\x05\x44rain\x12!.expertmesh.v1.WorkerDrainRequest\x1a\x1f.expertmesh.v1.WorkerDrainReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/worker.proto\x12\rexpertmesh.v1\x1a\x16protos/placement.proto\"\xa6\x01\n\x0e\x43onnectRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x13\n\x0bucx_address\x18\x02 \x01(\x0c\x12\x15\n\rreply_session\x18\x03 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x15\n\rexpert_shards\x18\x07 \x01(\r\"F\n\x0c\x43onnectReply\x12\x0f\n\x07session\x18\x01 \x01(\r\x12\x13\n\x0bucx_address\x18\x02 \x01(\x0c\x12\x10\n\x08max_rows\x18\x03 \x01(\r\"8\n\x11\x44isconnectRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\r\"\x11\n\x0f\x44isconnectReply\">\n\x12LoadExpertsRequest\x12(\n\x07\x65xperts\x18\x01 \x03(\x0b\x32\x17.expertmesh.v1.ExpertId\"=\n\x10LoadExpertsReply\x12)\n\x08resident\x18\x01 \x03(\x0b\x32\x17.expertmesh.v1.ExpertId\"@\n\x14UnloadExpertsRequest\x12(\n\x07\x65xperts\x18\x01 \x03(\x0b\x32\x17.expertmesh.v1.ExpertId\"?\n\x12UnloadExpertsReply\x12)\n\x08resident\x18\x01 \x03(\x0b\x32\x17.expertmesh.v1.ExpertId\"\xb6\x01\n\x11SendExpertRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bucx_address\x18\x02 \x01(\x0c\x12\x0f\n\x07session\x18\x03 \x01(\r\x12\'\n\x06\x65xpert\x18\x04 \x01(\x0b\x32\x17.expertmesh.v1.ExpertId\x12\x15\n\rexpert_shards\x18\x05 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x06 \x01(\t\x12\r\n\x05\x64type\x18\x07 \x01(\t\"u\n\x0b\x45xpertOffer\x12\x0f\n\x07session\x18\x01 \x01(\r\x12\x13\n\x0bucx_address\x18\x02 \x01(\x0c\x12\x13\n\x0b\x63hunk_bytes\x18\x03 \x01(\r\x12+\n\x07tensors\x18\x04 \x03(\x0b\x32\x1a.expertmesh.v1.TensorFacts\"*\n\x0bTensorFacts\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\"\x13\n\x11WorkerInfoRequest\"\xab\x02\n\x0fWorkerInfoReply\x12)\n\x06worker\x18\x01 \x01(\x0b\x32\x19.expertmesh.v1.WorkerInfo\x12)\n\x08resident\x18\x02 \x03(\x0b\x32\x17.expertmesh.v1.ExpertId\x12\'\n\x04load\x18\x03 \x03(\x0b\x32\x19.expertmesh.v1.ExpertLoad\x12\x10\n\x08sessions\x18\x04 \x01(\r\x12<\n\x07refused\x18\x05 \x03(\x0b\x32+.expertmesh.v1.WorkerInfoReply.RefusedEntry\x12\x19\n\x11memory_used_bytes\x18\x06 \x01(\x04\x1a.\n\x0cRefusedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x14\n\x12WorkerDrainRequest\"\x12\n\x10WorkerDrainReply2\xb6\x04\n\x0c\x45xpertWorker\x12\x45\n\x07\x43onnect\x12\x1d.expertmesh.v1.ConnectRequest\x1a\x1b.expertmesh.v1.ConnectReply\x12N\n\nDisconnect\x12 .expertmesh.v1.DisconnectRequest\x1a\x1e.expertmesh.v1.DisconnectReply\x12Q\n\x0bLoadExperts\x12!.expertmesh.v1.LoadExpertsRequest\x1a\x1f.expertmesh.v1.LoadExpertsReply\x12W\n\rUnloadExperts\x12#.expertmesh.v1.UnloadExpertsRequest\x1a!.expertmesh.v1.UnloadExpertsReply\x12L\n\nSendExpert\x12 .expertmesh.v1.SendExpertRequest\x1a\x1a.expertmesh.v1.ExpertOffer0\x01\x12H\n\x04Info\x12 .expertmesh.v1.WorkerInfoRequest\x1a\x1e.expertmesh.v1.WorkerInfoReply\x12K\n\x05\x44rain\x12!.expertmesh.v1.WorkerDrainRequest\x1a\x1f.expertmesh.v1.WorkerDrainReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,31 +35,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WORKERINFOREPLY_REFUSEDENTRY']._loaded_options = None
   _globals['_WORKERINFOREPLY_REFUSEDENTRY']._serialized_options = b'8\001'
   _globals['_CONNECTREQUEST']._serialized_start=63
-  _globals['_CONNECTREQUEST']._serialized_end=206
-  _globals['_CONNECTREPLY']._serialized_start=208
-  _globals['_CONNECTREPLY']._serialized_end=278
-  _globals['_DISCONNECTREQUEST']._serialized_start=280
-  _globals['_DISCONNECTREQUEST']._serialized_end=336
-  _globals['_DISCONNECTREPLY']._serialized_start=338
-  _globals['_DISCONNECTREPLY']._serialized_end=355
-  _globals['_LOADEXPERTSREQUEST']._serialized_start=357
-  _globals['_LOADEXPERTSREQUEST']._serialized_end=419
-  _globals['_LOADEXPERTSREPLY']._serialized_start=421
-  _globals['_LOADEXPERTSREPLY']._serialized_end=482
-  _globals['_UNLOADEXPERTSREQUEST']._serialized_start=484
-  _globals['_UNLOADEXPERTSREQUEST']._serialized_end=548
-  _globals['_UNLOADEXPERTSREPLY']._serialized_start=550
-  _globals['_UNLOADEXPERTSREPLY']._serialized_end=613
-  _globals['_WORKERINFOREQUEST']._serialized_start=615
-  _globals['_WORKERINFOREQUEST']._serialized_end=634
-  _globals['_WORKERINFOREPLY']._serialized_start=637
-  _globals['_WORKERINFOREPLY']._serialized_end=936
-  _globals['_WORKERINFOREPLY_REFUSEDENTRY']._serialized_start=890
-  _globals['_WORKERINFOREPLY_REFUSEDENTRY']._serialized_end=936
-  _globals['_WORKERDRAINREQUEST']._serialized_start=938
-  _globals['_WORKERDRAINREQUEST']._serialized_end=958
-  _globals['_WORKERDRAINREPLY']._serialized_start=960
-  _globals['_WORKERDRAINREPLY']._serialized_end=978
-  _globals['_EXPERTWORKER']._serialized_start=981
-  _globals['_EXPERTWORKER']._serialized_end=1469
+  _globals['_CONNECTREQUEST']._serialized_end=229
+  _globals['_CONNECTREPLY']._serialized_start=231
+  _globals['_CONNECTREPLY']._serialized_end=301
+  _globals['_DISCONNECTREQUEST']._serialized_start=303
+  _globals['_DISCONNECTREQUEST']._serialized_end=359
+  _globals['_DISCONNECTREPLY']._serialized_start=361
+  _globals['_DISCONNECTREPLY']._serialized_end=378
+  _globals['_LOADEXPERTSREQUEST']._serialized_start=380
+  _globals['_LOADEXPERTSREQUEST']._serialized_end=442
+  _globals['_LOADEXPERTSREPLY']._serialized_start=444
+  _globals['_LOADEXPERTSREPLY']._serialized_end=505
+  _globals['_UNLOADEXPERTSREQUEST']._serialized_start=507
+  _globals['_UNLOADEXPERTSREQUEST']._serialized_end=571
+  _globals['_UNLOADEXPERTSREPLY']._serialized_start=573
+  _globals['_UNLOADEXPERTSREPLY']._serialized_end=636
+  _globals['_SENDEXPERTREQUEST']._serialized_start=639
+  _globals['_SENDEXPERTREQUEST']._serialized_end=821
+  _globals['_EXPERTOFFER']._serialized_start=823
+  _globals['_EXPERTOFFER']._serialized_end=940
+  _globals['_TENSORFACTS']._serialized_start=942
+  _globals['_TENSORFACTS']._serialized_end=984
+  _globals['_WORKERINFOREQUEST']._serialized_start=986
+  _globals['_WORKERINFOREQUEST']._serialized_end=1005
+  _globals['_WORKERINFOREPLY']._serialized_start=1008
+  _globals['_WORKERINFOREPLY']._serialized_end=1307
+  _globals['_WORKERINFOREPLY_REFUSEDENTRY']._serialized_start=1261
+  _globals['_WORKERINFOREPLY_REFUSEDENTRY']._serialized_end=1307
+  _globals['_WORKERDRAINREQUEST']._serialized_start=1309
+  _globals['_WORKERDRAINREQUEST']._serialized_end=1329
+  _globals['_WORKERDRAINREPLY']._serialized_start=1331
+  _globals['_WORKERDRAINREPLY']._serialized_end=1349
+  _globals['_EXPERTWORKER']._serialized_start=1352
+  _globals['_EXPERTWORKER']._serialized_end=1918
 # @@protoc_insertion_point(module_scope)

@@ -55,6 +55,11 @@ class ExpertWorkerStub:
                 request_serializer=protos_dot_worker__pb2.UnloadExpertsRequest.SerializeToString,
                 response_deserializer=protos_dot_worker__pb2.UnloadExpertsReply.FromString,
                 _registered_method=True)
+        self.SendExpert = channel.unary_stream(
+                '/expertmesh.v1.ExpertWorker/SendExpert',
+                request_serializer=protos_dot_worker__pb2.SendExpertRequest.SerializeToString,
+                response_deserializer=protos_dot_worker__pb2.ExpertOffer.FromString,
+                _registered_method=True)
         self.Info = channel.unary_unary(
                 '/expertmesh.v1.ExpertWorker/Info',
                 request_serializer=protos_dot_worker__pb2.WorkerInfoRequest.SerializeToString,
@@ -97,6 +102,14 @@ class ExpertWorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SendExpert(self, request, context):
+        """Gives an expert's weights to another worker over UCX. The first message says what there
+        is; the worker then fetches it, and hangs up when it has all of it or no longer wants it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Info(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -132,6 +145,11 @@ def add_ExpertWorkerServicer_to_server(servicer, server):
                     servicer.UnloadExperts,
                     request_deserializer=protos_dot_worker__pb2.UnloadExpertsRequest.FromString,
                     response_serializer=protos_dot_worker__pb2.UnloadExpertsReply.SerializeToString,
+            ),
+            'SendExpert': grpc.unary_stream_rpc_method_handler(
+                    servicer.SendExpert,
+                    request_deserializer=protos_dot_worker__pb2.SendExpertRequest.FromString,
+                    response_serializer=protos_dot_worker__pb2.ExpertOffer.SerializeToString,
             ),
             'Info': grpc.unary_unary_rpc_method_handler(
                     servicer.Info,
@@ -253,6 +271,33 @@ class ExpertWorker:
             '/expertmesh.v1.ExpertWorker/UnloadExperts',
             protos_dot_worker__pb2.UnloadExpertsRequest.SerializeToString,
             protos_dot_worker__pb2.UnloadExpertsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SendExpert(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/expertmesh.v1.ExpertWorker/SendExpert',
+            protos_dot_worker__pb2.SendExpertRequest.SerializeToString,
+            protos_dot_worker__pb2.ExpertOffer.FromString,
             options,
             channel_credentials,
             insecure,

@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 
 from mesh.transport.base import Transport
 
@@ -61,7 +62,8 @@ class Waiter:
         """What woke us is being seen to."""
         if self._woken.is_set():
             self._woken.clear()
-            os.eventfd_read(self._event)
+            with suppress(BlockingIOError):  # read with the wake before, of another thread
+                os.eventfd_read(self._event)
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Give way once: yield while spinning, else sleep until there is work or time is up."""

@@ -42,6 +42,11 @@ def test_greedy_tokens_in_float32_are_those_of_the_cpu(
         "--model", DEMO_MODEL, "--device", "cuda", "--dtype", "float32", *flags
     ) as mesh:
         assert _answers(mesh.gateway) == cpu_answers
+        with Client(mesh.gateway) as client:
+            # Left in the middle: its blocks and rows are others' afterwards.
+            for _ in zip(range(3), client.generate(PROMPTS[3], max_tokens=200), strict=False):
+                pass
+        assert _answers(mesh.gateway) == cpu_answers
 
 
 def test_bfloat16_begins_as_float32_does(cpu_answers: list[list[int]]) -> None:
