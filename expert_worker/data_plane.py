@@ -412,6 +412,9 @@ class DataPlane(threading.Thread):
                 f"worker {self._num_experts}: one of them follows an old plan and will get the new"
             )
         endpoint = self._transport.connect(address)
+        # A gateway that comes again has given its last session up; that word may have been lost.
+        for earlier in [s for s in self._sessions.values() if s.gateway_id == gateway_id]:
+            self._close(gateway_id, earlier.number)
         while self._next_session in self._sessions or self._next_session == 0:
             self._next_session = (self._next_session + 1) % wire.MAX_SESSIONS
         number = self._next_session
