@@ -15,6 +15,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from cli import mps
+
 _LIBRARIES = ("expert-mesh", "torch", "ucxx-cu13", "grpcio", "protobuf")
 _RDMA_TRANSPORTS = ("rc", "dc", "ud")
 _SHM_TRANSPORTS = ("posix", "sysv", "xpmem")
@@ -148,15 +150,16 @@ def _gpus() -> Iterator[Finding]:
         return
     for index, name in enumerate(names):
         yield Finding(f"cuda:{index}", "ok", name)
-    pipes = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
-    if (pipes / "control").exists():
+    if mps.running():
         yield Finding("MPS", "ok", "on")
+    elif mps.installed():
+        yield Finding("MPS", "ok", "off; `expert-mesh up` starts it where processes share a GPU")
     else:
         yield Finding(
             "MPS",
             "warn",
-            "off: processes that share a GPU take turns on it",
-            "nvidia-cuda-mps-control -d, unless each process has a GPU of its own",
+            "not installed: processes that share a GPU take turns on it",
+            "install nvidia-cuda-mps-control (it comes with the driver), or a GPU for each process",
         )
 
 

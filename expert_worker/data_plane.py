@@ -14,7 +14,7 @@ import queue
 import random
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -24,6 +24,7 @@ import structlog
 import torch
 
 from expert_worker.batcher import Batcher
+from expert_worker.compute import Compute, CpuCompute, Part, Ticket
 from expert_worker.expert_store import Expert, ExpertStore
 from expert_worker.weights import WeightTransfers
 from mesh import wire
@@ -38,6 +39,7 @@ T = TypeVar("T")
 _SCRATCH_BYTES = 64
 _MAX_IN_HAND = 256
 _CALL_TIMEOUT_S = 10.0
+_WEIGHTS_SHARE = 0.25
 # Plain integers: an enum's member costs a microsecond to look up, on every message.
 _DISPATCH = int(wire.Kind.DISPATCH)
 _REPLY = int(wire.Kind.REPLY)
@@ -86,6 +88,20 @@ class _RowBuffer:
     ranges: dict[tuple[int, int], _Rows] = field(default_factory=dict)
 
 
+class Served(NamedTuple):
+    """When one dispatch went through its stages, in ``time.perf_counter()`` seconds."""
+
+    layer: int
+    rows: int
+    found_s: float
+    received_s: float
+    started_s: float
+    computed_s: float
+    sent_s: float
+    device_s: float
+    """What the device took for the batch that it was in."""
+
+
 @dataclass
 class _Work:
     """One dispatch that is being served."""
@@ -95,7 +111,12 @@ class _Work:
     buffer: _RowBuffer
     num_header_rows: int
     request: Request
+    found_s: float
     waiting_segments: int = 0
+    received_s: float = 0.0
+    started_s: float = 0.0
+    computed_s: float = 0.0
+    device_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -103,7 +124,15 @@ class _Segment:
     """The rows of one expert within a message."""
 
     work: _Work
-    x_RD: torch.Tensor
+    part: Part
+
+
+class _Batch(NamedTuple):
+    """What is being computed together, of one expert; None: one message of several."""
+
+    expert: ExpertId | None
+    segments: list[_Segment]
+    ticket: Ticket
 
 
 class _Command(Generic[T]):
@@ -166,12 +195,18 @@ class DataPlane(threading.Thread):
         self._receiving: list[_Work] = []
         self._sending: list[_Work] = []
         self._dropping: list[Request] = []
+        self._compute_on: Compute = CpuCompute()
+        if device.type == "cuda":
+            from expert_worker.gpu_compute import GpuCompute
+
+            self._compute_on = GpuCompute(device)
+        self._computing: deque[_Batch] = deque()
         self._batcher: Batcher[_Segment] = Batcher(merge_rows)
         self._rows: Counter[ExpertId] = Counter()
         self._compute_s: defaultdict[ExpertId, float] = defaultdict(float)
         self._refused: Counter[str] = Counter()
         self._last_progress_s = time.monotonic()
-        self._computing = False
+        self._starting = False
         self._longest_batch_s = 0.0
         self._draining = False
         self._stopping = False
@@ -179,6 +214,8 @@ class DataPlane(threading.Thread):
         self._served: Mapping[ExpertId, Expert] = {}
         self._bound: Future[bytes] = Future()
         self.failure: BaseException | None = None
+        self.on_served: Callable[[Served], None] | None = None
+        """Told of every dispatch on the thread, if anybody wants to know."""
 
     # Called from other threads.
 
@@ -231,7 +268,7 @@ class DataPlane(threading.Thread):
             self._batcher.queued_rows,
             len(self._sessions),
             last_progress_s,
-            self._computing or self._batcher.queued_rows > 0,
+            self._starting or bool(self._computing) or self._batcher.queued_rows > 0,
             self._longest_batch_s,
         )
 
@@ -276,6 +313,8 @@ class DataPlane(threading.Thread):
             # Woken by a gateway that has more to send, it must not take the core from it.
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         try:
+            # First: a transport must find the GPU's context on this thread.
+            self._compute_on.open()
             transport = self._transport = self._make_transport()
             self._scratch = transport.wrap(torch.zeros(_SCRATCH_BYTES, dtype=torch.uint8))
             self._weights = WeightTransfers(transport)
@@ -302,24 +341,29 @@ class DataPlane(threading.Thread):
 
     def _turn(self) -> None:
         """Receive, compute at most one batch, send; wait when there was nothing of it."""
+        began_s = time.monotonic()
         self._transport.progress()
         if self._answering is not None and self._answering.in_hand:
             self._answering.look()
         moved = self._accept()
         if self._receiving:
             moved |= self._received()
-        if self._batcher.queued_rows:
+        if self._batcher.queued_rows and len(self._computing) < self._compute_on.depth:
             self._compute()
             moved = True
+        if self._computing:
+            moved |= self._computed()
         if self._sending:
             moved |= self._sent()
         if self._weights.any:
-            moved |= self._weights.turn()
+            moved |= self._move_weights(began_s)
         while not self._commands.empty():
             self._commands.get().run()
             moved = True
         if moved:
             self._last_progress_s = time.monotonic()
+            self._waiter.busy()
+        elif self._computing:
             self._waiter.busy()
         elif self._answering is None or self._draining or self._in_hand() or self._weights.any:
             self._waiter.wait()
@@ -327,6 +371,17 @@ class DataPlane(threading.Thread):
         else:
             self._answer(self._answering)
             self._forget_dead_gateways()
+
+    def _move_weights(self, began_s: float) -> bool:
+        """Both ends have to be at it for a chunk to move, so give it a part of what rows took."""
+        now_s = time.monotonic()
+        until_s = now_s + _WEIGHTS_SHARE * (now_s - began_s)
+        moved = self._weights.turn()
+        while self._weights.any and time.monotonic() < until_s:
+            self._transport.progress()
+            moved |= self._accept()
+            moved |= self._weights.turn()
+        return moved
 
     def _answer(self, answering: Answering) -> None:
         """Let what is regular be answered without us, until we are needed."""
@@ -338,7 +393,9 @@ class DataPlane(threading.Thread):
         self._waiter.settle()
 
     def _in_hand(self) -> bool:
-        return bool(self._receiving or self._sending or self._batcher.queued_rows)
+        return bool(
+            self._receiving or self._sending or self._computing or self._batcher.queued_rows
+        )
 
     def _busy(self) -> bool:
         answering = self._answering is not None and self._answering.in_hand > 0
@@ -374,8 +431,10 @@ class DataPlane(threading.Thread):
         self._header_rows = -(-num_experts * 4 // self._row_bytes)
 
     def _cut(self, num_experts: int) -> None:
-        while self._batcher.queued_rows:
-            self._compute()
+        while self._batcher.queued_rows or self._computing:
+            if self._batcher.queued_rows:
+                self._compute()
+            self._computed()
         self._rows.clear()
         self._compute_s.clear()
         self._count(num_experts)
@@ -446,7 +505,7 @@ class DataPlane(threading.Thread):
             log.exception("no_buffer", rows=num_rows)
             raise _Refused(_refusal_for(error)) from error
         request = message.receive(self._range(buffer, 0, num_rows).wrapped)
-        return _Work(session, frame, buffer, num_header_rows, request)
+        return _Work(session, frame, buffer, num_header_rows, request, time.perf_counter())
 
     def _refuse(self, frame: wire.Frame, reason: wire.Refusal) -> None:
         """Tell the gateway, where it is known; a stranger gets no answer."""
@@ -480,8 +539,11 @@ class DataPlane(threading.Thread):
 
     def _queue(self, work: _Work) -> None:
         """Hand a message's rows to the batcher."""
+        work.received_s = time.perf_counter()
         if self._transport.failure(work.request) is not None:
             self._recycle(work.buffer)
+            return
+        if work.num_header_rows and self._start_several(work):
             return
         try:
             segments = self._segments(work)
@@ -491,7 +553,26 @@ class DataPlane(threading.Thread):
             return
         work.waiting_segments = len(segments)
         for expert, segment in segments:
-            self._batcher.put(expert, segment.x_RD.shape[0], segment)
+            self._batcher.put(expert, segment.part.num_rows, segment)
+
+    def _start_several(self, work: _Work) -> bool:
+        """Have the device compute a message of several experts by the counts that are there."""
+        if work.session.num_experts != self._num_experts:
+            return False
+        layer, rows = work.frame.layer, work.frame.rows
+        here = {e.index: x for e, x in self._store.experts.items() if e.layer == layer}
+        part = Part(work.buffer.rows_RD, work.num_header_rows, rows)
+        try:
+            ticket = self._compute_on.start_several(here, part, self._num_experts)
+        except RuntimeError:
+            log.exception("experts_failed", layer=layer)
+            return False
+        if ticket is None:
+            return False
+        work.waiting_segments = 1
+        work.started_s = time.perf_counter()
+        self._computing.append(_Batch(None, [_Segment(work, part)], ticket))
+        return True
 
     def _segments(self, work: _Work) -> list[tuple[ExpertId, _Segment]]:
         """Split a message by expert."""
@@ -499,60 +580,75 @@ class DataPlane(threading.Thread):
             raise _Refused(wire.Refusal.UNKNOWN_SESSION)
         frame, rows_RD = work.frame, work.buffer.rows_RD
         if frame.expert != wire.SEVERAL:
-            x_RD = self._range(work.buffer, 0, frame.rows).x_RD
-            return [(ExpertId(frame.layer, frame.expert), _Segment(work, x_RD))]
+            part = Part(rows_RD, 0, frame.rows)
+            return [(ExpertId(frame.layer, frame.expert), _Segment(work, part))]
         header = rows_RD[: work.num_header_rows].reshape(-1).view(torch.int32)
         counts = header[: self._num_experts].tolist()
-        if min(counts) < 0 or sum(counts) != frame.rows:
-            raise _Refused(wire.Refusal.BAD_COUNTS)
         segments = []
         start = work.num_header_rows
-        for index, count in enumerate(counts):
-            if count == 0:
-                continue
-            expert = ExpertId(frame.layer, index)
-            if expert not in self._store.experts:
-                raise _Refused(wire.Refusal.UNKNOWN_EXPERT)
-            segments.append((expert, _Segment(work, rows_RD[start : start + count])))
+        for expert, count in self._counted(frame, counts):
+            segments.append((expert, _Segment(work, Part(rows_RD, start, count))))
             start += count
         return segments
 
-    def _compute(self) -> None:
-        """Compute one batch; :meth:`stats` says so meanwhile."""
-        started = time.monotonic()
-        self._computing = True
-        self._compute_batch()
-        self._computing = False
-        self._longest_batch_s = max(self._longest_batch_s, time.monotonic() - started)
+    def _counted(self, frame: wire.Frame, counts: list[int]) -> list[tuple[ExpertId, int]]:
+        """The experts that a message's counts name, and the rows of each."""
+        if min(counts) < 0 or sum(counts) != frame.rows:
+            raise _Refused(wire.Refusal.BAD_COUNTS)
+        named = [(ExpertId(frame.layer, index), n) for index, n in enumerate(counts) if n]
+        if any(expert not in self._store.experts for expert, _ in named):
+            raise _Refused(wire.Refusal.UNKNOWN_EXPERT)
+        return named
 
-    def _compute_batch(self) -> None:
-        """Run one expert over its rows and reply to every message that is complete."""
-        started = time.perf_counter()
+    def _compute(self) -> None:
+        """Start to run one expert over its rows."""
         expert, segments = self._batcher.take()
         mlp = self._store.experts.get(expert)
         if mlp is None:
             for segment in segments:
                 self._finish(segment.work, wire.Refusal.UNKNOWN_EXPERT)
             return
-        parts = [segment.x_RD for segment in segments]
         try:
-            y_RD = mlp(parts[0] if len(parts) == 1 else torch.cat(parts))
+            self._starting = True
+            ticket = self._compute_on.start(mlp, [segment.part for segment in segments])
         except RuntimeError as error:
             # These rows can go elsewhere, the worker serves on.
             log.exception("expert_failed", expert=str(expert))
             for segment in segments:
                 self._finish(segment.work, _refusal_for(error))
             return
-        start = 0
-        for part in parts:
-            part.copy_(y_RD[start : start + len(part)])
-            start += len(part)
-        if y_RD.is_cuda:
-            torch.cuda.current_stream(self._device).synchronize()
-        self._rows[expert] += len(y_RD)
-        self._compute_s[expert] += time.perf_counter() - started
+        finally:
+            self._starting = False
+        now = time.perf_counter()
         for segment in segments:
-            self._finish(segment.work, None)
+            segment.work.started_s = now
+        self._computing.append(_Batch(expert, segments, ticket))
+
+    def _computed(self) -> bool:
+        """Reply to every message that is complete."""
+        moved = False
+        while self._computing and self._computing[0].ticket.done:
+            moved = True
+            expert, segments, ticket = self._computing.popleft()
+            seconds, refusal = ticket.seconds, None
+            self._longest_batch_s = max(self._longest_batch_s, seconds)
+            named: list[tuple[ExpertId, int]] = []
+            if expert is not None:
+                named = [(expert, sum(segment.part.num_rows for segment in segments))]
+            else:
+                try:
+                    named = self._counted(segments[0].work.frame, ticket.counts)
+                except _Refused as refused:
+                    refusal = refused.reason
+            for expert, num_rows in named:
+                self._rows[expert] += num_rows
+                self._compute_s[expert] += seconds / len(named)
+            now = time.perf_counter()
+            for segment in segments:
+                segment.work.computed_s = now
+                segment.work.device_s = seconds
+                self._finish(segment.work, refusal)
+        return moved
 
     def _finish(self, work: _Work, refusal: wire.Refusal | None) -> None:
         """One segment of a message is done; the last one sends the reply."""
@@ -577,7 +673,7 @@ class DataPlane(threading.Thread):
         rows = self._range(work.buffer, work.num_header_rows, frame.rows)
         work.request = work.session.endpoint.send(rows.wrapped, tag)
         if work.request.completed:
-            self._recycle(work.buffer)
+            self._done(work)
         else:
             self._sending.append(work)
 
@@ -587,8 +683,26 @@ class DataPlane(threading.Thread):
         if done:
             self._sending = [work for work in self._sending if not work.request.completed]
             for work in done:
-                self._recycle(work.buffer)
+                self._done(work)
         return bool(done)
+
+    def _done(self, work: _Work) -> None:
+        """A reply is out."""
+        self._recycle(work.buffer)
+        if self.on_served is not None:
+            frame = work.frame
+            self.on_served(
+                Served(
+                    frame.layer,
+                    frame.rows,
+                    work.found_s,
+                    work.received_s,
+                    work.started_s,
+                    work.computed_s,
+                    time.perf_counter(),
+                    work.device_s,
+                )
+            )
 
     def _buffer(self, num_rows: int) -> _RowBuffer:
         """A free buffer of the next power of two of rows, so that few sizes serve all."""
@@ -596,7 +710,11 @@ class DataPlane(threading.Thread):
         if self._free[capacity]:
             return self._free[capacity].pop()
         shape = (capacity, self._hidden_size)
-        return _RowBuffer(torch.zeros(shape, dtype=self._dtype, device=self._device))
+        buffer = _RowBuffer(torch.zeros(shape, dtype=self._dtype, device=self._device))
+        if self._device.type == "cuda":
+            # The transport writes into it on a stream of its own.
+            torch.cuda.current_stream(self._device).synchronize()
+        return buffer
 
     def _recycle(self, buffer: _RowBuffer) -> None:
         self._free[buffer.rows_RD.shape[0]].append(buffer)

@@ -117,6 +117,9 @@ class ExpertReader:
                     log.warning("expert_not_read", expert=str(expert), way=way, reason=str(error))
                     failures.append(error)
                     continue
+                if self._device.type == "cuda":
+                    # The stream that computes does not wait for this thread's.
+                    torch.cuda.current_stream(self._device).synchronize()
                 seconds = time.perf_counter() - started
                 num_bytes = sum(t.nbytes for t in mlp.tensors().values())
                 self.paces.observe(way, num_bytes, seconds)

@@ -24,6 +24,7 @@ import structlog
 import torch
 
 from gateway.balance import Balancer
+from gateway.layout import CpuLayout, IntArray, Layout, Sorted
 from mesh import wire
 from mesh.errors import ExpertUnavailable, MessageTruncated, TransportError
 from mesh.model_config import ModelConfig
@@ -101,7 +102,8 @@ class _Message:
     """As it was sent; ``runs`` may have lost some to another message since."""
 
     def __post_init__(self) -> None:
-        self.num_rows = sum(run.num_rows for run in self.runs)
+        first, last = self.runs[0], self.runs[-1]
+        self.num_rows = last.start + last.num_rows - first.start
 
     @property
     def ended(self) -> bool:
@@ -139,6 +141,15 @@ class Pending:
         return self.dispatcher.combine(self)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """Rows that are in order of expert, on their way to :meth:`Dispatcher.send`."""
+
+    micro_batch: int
+    laid: Sorted
+    weights_TK: torch.Tensor
+
+
 class Dispatcher:
     """The routed experts of every layer; see :class:`gateway.model.batch.Experts`.
 
@@ -171,10 +182,12 @@ class Dispatcher:
         self._peers: dict[str, _Peer] = {}
         self._routes: dict[ExpertId, list[_Peer]] = {}
         self._expected: set[ExpertId] = set()
+        """Experts that are served, or may soon be."""
         self._outstanding: dict[tuple[int, int], _Message] = {}
         self._abandoned: list[_Abandoned] = []
         self._balancer = Balancer()
         self._faults: Counter[tuple[str, ExpertId]] = Counter()
+        self._taken_off: dict[ExpertId, str] = {}
         self._lost: list[pb.PeerLost] = []
         self._ended_sessions: set[int] = set()
         self._late: list[pb.PeerLate] = []
@@ -183,9 +196,14 @@ class Dispatcher:
         self._calls: Counter[int] = Counter()
         self._away: list[Pending] = []
         self._void: dict[tuple[int, int], ExpertUnavailable] = {}
+        self.layout: Layout = CpuLayout()
+        self.arena_version = 0
+        """Counts the times that :attr:`arenas` or :attr:`layout` were replaced."""
+        self._shards = 0
         self._frame_rows = self._num_frames = 0
         self._parked_frames: set[int] = set()
         self._num_moves = 0
+        self._shards = 0
         self._cut(shards=1)
         self._allocate(num_peers=0, max_rows=wire.MAX_ROWS)
         self.on_late: Callable[[], None] = lambda: None
@@ -233,6 +251,7 @@ class Dispatcher:
         self._balancer.keep_only(self._peers, self._routes)
         self._faults.clear()
         self._cut(max(1, routing.expert_shards))
+        self._taken_off.clear()
         self._allocate(
             num_peers=len(self._peers),
             max_rows=min((peer.max_rows for peer in routing.peers), default=wire.MAX_ROWS),
@@ -315,41 +334,59 @@ class Dispatcher:
 
     # In a step.
 
+    @property
+    def arenas(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where rows leave from and come back to."""
+        return self._send_RD, self._reply_RD
+
     def dispatch(
-        self, layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+        self, layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> Pending:
         """See :class:`gateway.model.batch.Experts`."""
-        expert_ids_TK, weights_TK = self._units(expert_ids_TK, weights_TK)
-        pending = Pending(self, self._calls[layer] % self._num_micro_batches, weights_TK)
+        return self.send(layer, x_TD, self.prepare(self._micro_batch(layer), ids_TK, weights_TK))
+
+    def prepare(self, micro_batch: int, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> Prepared:
+        """The part of a dispatch that the device does for itself: a graph may hold it."""
+        ids_TK, weights_TK = self._units(ids_TK, weights_TK)
+        laid = self.layout.sort(micro_batch, ids_TK, self._num_units)
+        return Prepared(micro_batch, laid, weights_TK)
+
+    def send(self, layer: int, x_TD: torch.Tensor, prepared: Prepared) -> Pending:
+        """The part for which the host must know what goes where."""
+        pending = Pending(self, prepared.micro_batch, prepared.weights_TK)
         self._calls[layer] += 1
         self._away.append(pending)
-        expert_ids_R = expert_ids_TK.reshape(-1).cpu().numpy()
-        counts_E = np.bincount(expert_ids_R, minlength=self._num_units).tolist()
+        counts_E = prepared.laid.counts()
         messages = [
             (peer, runs)
             for peer, counts in self._group_by_worker(layer, counts_E)
             for runs in self._place(pending, counts)
         ]
-        pending.rows_TK = self._rows_of(expert_ids_R, messages).view(expert_ids_TK.shape)
-        self._send_RD.index_copy_(
-            0,
-            pending.rows_TK.view(-1),
-            x_TD.repeat_interleave(expert_ids_TK.shape[1], dim=0),
+        headers: dict[int, IntArray] = {
+            runs[0].start - self._header_rows: self._counts_of(runs)
+            for _, runs in messages
+            if len(runs) > 1
+        }
+        pending.rows_TK = prepared.laid.scatter(
+            x_TD, _rows_in_order(messages), headers, self._send_RD
         )
-        for _, runs in messages:
-            if len(runs) > 1:
-                self._write_counts(runs)
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
         self._post(pending, [(peer, runs) for peer, runs in messages if peer is not None])
         for peer, runs in messages:
             if peer is None:
                 for run in runs:
-                    self._give_up(pending, run, "no worker of the plan serves it")
+                    self._give_up(pending, run, self._why_unserved(run.expert))
         return pending
+
+    def _micro_batch(self, layer: int) -> int:
+        return self._calls[layer] % self._num_micro_batches
 
     def combine(self, pending: Pending) -> torch.Tensor:
         """Wait until every row of ``pending`` is back or void, then sum; frees its frames."""
+        self.wait(pending)
+        return self.layout.combine(self._reply_RD, pending.rows_TK, pending.weights_TK)
+
+    def wait(self, pending: Pending) -> None:
+        """Until every row of ``pending`` is back or void; frees its frames."""
         started = pending.waiting_since_s = time.monotonic()
         while pending.messages:
             self._wait_once(pending)
@@ -357,12 +394,8 @@ class Dispatcher:
         self.expert_wait_s += waited_s
         if pending.failed_over:
             self.pause_s += waited_s
-        rows_TK = pending.rows_TK
-        y_TKD = self._reply_RD.index_select(0, rows_TK.view(-1)).view(*rows_TK.shape, -1)
-        y_TD = (y_TKD * pending.weights_TK.unsqueeze(-1)).sum(dim=1).to(self._dtype)
         self._release(pending)
         self._away.remove(pending)
-        return y_TD
 
     def _group_by_worker(
         self, layer: int, counts_E: list[int]
@@ -448,24 +481,12 @@ class Dispatcher:
                 count -= taken
         yield tuple(runs)
 
-    def _rows_of(
-        self, expert_ids_R: np.ndarray, messages: list[tuple[_Peer | None, tuple[_Run, ...]]]
-    ) -> torch.Tensor:
-        """The arena row of every routed row: those of an expert fill its runs in order."""
-        runs = sorted((run for _, runs in messages for run in runs), key=lambda r: r.expert)
-        rows_R = np.empty(len(expert_ids_R), dtype=np.int64)
-        rows_R[np.argsort(expert_ids_R, kind="stable")] = np.concatenate(
-            [np.arange(run.start, run.start + run.num_rows) for run in runs]
-        )
-        return torch.from_numpy(rows_R).to(self._device)
-
-    def _write_counts(self, runs: tuple[_Run, ...]) -> None:
-        """Put the counts of a message for several experts ahead of its rows."""
-        counts_E = torch.zeros(self._num_units, dtype=torch.int32)
+    def _counts_of(self, runs: tuple[_Run, ...]) -> IntArray:
+        """What a message for several experts says ahead of its rows."""
+        counts_E = np.zeros(self._num_units, dtype=np.int32)
         for run in runs:
             counts_E[run.expert.index] = run.num_rows
-        header_RD = self._send_RD[runs[0].start - self._header_rows : runs[0].start]
-        header_RD.view(-1).view(torch.int32)[: self._num_units] = counts_E.to(self._device)
+        return counts_E
 
     def _post(self, pending: Pending, messages: list[tuple[_Peer, tuple[_Run, ...]]]) -> None:
         """Post the receives of all replies, then the sends."""
@@ -550,14 +571,16 @@ class Dispatcher:
         peer.busy_slots.discard(message.slot)
         del self._outstanding[peer.reply_session, message.slot]
         if message.refusal is not None:
-            self._note_answer(peer)
+            if peer.late_s is not None:
+                self._note_answer(peer)
             return message.refusal
         failure = self._transport.failure(message.reply)
         if failure is None:
             ended_s = message.reply.ended_s
             seconds = ended_s - message.sent_s
             self._balancer.observe(peer.worker_id, message.num_rows, seconds, ended_s)
-            self._note_answer(peer)
+            if peer.late_s is not None:
+                self._note_answer(peer)
             if self._faults:
                 for run in message.runs:
                     self._faults.pop((peer.worker_id, run.expert), None)
@@ -605,9 +628,8 @@ class Dispatcher:
         )
 
     def _note_answer(self, peer: _Peer) -> None:
-        if peer.late_s is not None:
-            peer.late_s = None
-            log.info("worker_answers_again", worker_id=peer.worker_id)
+        peer.late_s = None
+        log.info("worker_answers_again", worker_id=peer.worker_id)
 
     def _move(self, pending: Pending, message: _Message) -> None:
         """Send late rows again, each run to a worker that is not late itself, if there is one.
@@ -737,9 +759,9 @@ class Dispatcher:
             self._lose(peer, "it does not know our session")
         elif code == wire.Refusal.DRAINING:
             for expert in self._routes:
-                self._take_off(peer, expert)
+                self._take_off(peer, expert, message.refusal)
         elif code == wire.Refusal.UNKNOWN_EXPERT and len(message.runs) == 1:
-            self._take_off(peer, message.runs[0].expert)
+            self._take_off(peer, message.runs[0].expert, message.refusal)
         else:
             self._note_fault(message, message.refusal)
         self._transport.cancel(message.reply)
@@ -763,23 +785,39 @@ class Dispatcher:
         if self._faults[peer.worker_id, expert] < _MAX_FAULTS:
             return
         log.error("expert_faulty", worker_id=peer.worker_id, expert=str(expert), reason=reason)
-        self._take_off(peer, expert)
+        self._take_off(peer, expert, reason)
+        if not self._routes[expert]:
+            self._expected.discard(expert)
         self._expert_faults.append(
             pb.ExpertFault(worker_id=peer.worker_id, expert=expert_to_proto(expert), reason=reason)
         )
 
-    def _take_off(self, peer: _Peer, expert: ExpertId) -> None:
+    def _take_off(self, peer: _Peer, expert: ExpertId, reason: str) -> None:
         """Send a worker no more rows for an expert before the next plan."""
-        self._routes[expert] = [p for p in self._routes[expert] if p is not peer]
+        if peer in self._routes[expert]:
+            self._routes[expert] = [p for p in self._routes[expert] if p is not peer]
+            self._taken_off[expert] = f"worker {peer.worker_id}: {reason}"
+
+    def _why_unserved(self, expert: ExpertId) -> str:
+        lost = [f"worker {p.worker_id}: {p.lost}" for p in self._routes.get(expert, ()) if p.lost]
+        unserved = "no worker of the plan serves it"
+        return "; ".join(lost) or self._taken_off.get(expert, unserved)
 
     # Frames.
 
     def _cut(self, shards: int) -> None:
         """Count in slices from here on, ``shards`` to an expert: all that was experts is units."""
+        if shards == self._shards:
+            return
         self._shards = shards
         self._num_units = self._num_experts * shards
         self._max_routed_rows = self._max_choices * shards
         self._header_rows = -(-self._num_units * 4 // self._row_bytes)
+        if self._device.type == "cuda":
+            from gateway.gpu_layout import GpuLayout
+
+            self.layout = GpuLayout(self._max_routed_rows, self._device)
+            self.arena_version += 1
 
     def _units(
         self, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
@@ -809,6 +847,10 @@ class Dispatcher:
         shape = (num_frames * frame_rows, self._hidden_size)
         self._send_RD = torch.zeros(shape, dtype=self._dtype, device=self._device)
         self._reply_RD = torch.zeros_like(self._send_RD)
+        self.arena_version += 1
+        if self._device.type == "cuda":
+            # The transport writes into it on a stream of its own.
+            torch.cuda.current_stream(self._device).synchronize()
         self._free_frames = list(range(num_frames))
         self._parked_frames.clear()
         for abandoned in self._abandoned:
@@ -822,3 +864,9 @@ class Dispatcher:
             wrapped = self._transport.wrap(arena_RD[start : start + num_rows])
             self._wrapped[key] = wrapped
         return wrapped
+
+
+def _rows_in_order(messages: list[tuple[_Peer | None, tuple[_Run, ...]]]) -> IntArray:
+    """The arena row of every routed row in order of expert: those of one fill its runs."""
+    runs = sorted((run for _, runs in messages for run in runs), key=lambda run: run.expert)
+    return np.concatenate([np.arange(run.start, run.start + run.num_rows) for run in runs])

@@ -66,6 +66,10 @@ def run_engine(config: GatewayConfig, sock: socket.socket) -> int:
         reply_timeout_s=config.reply_timeout_s,
         spin_s=REPLY_SPIN_S[device.type],
     )
+    if device.type == "cuda":
+        from gateway.model.decode_graphs import DecodeGraphs
+
+        decoder.use_graphs(DecodeGraphs(decoder, kv, dispatcher, max_model_len))
     limits = Limits(
         config.max_batch_tokens,
         config.max_running,
@@ -224,10 +228,14 @@ def size_kv(
         )
     memory_bytes = config.kv_memory_bytes or _CPU_KV_BYTES
     if device.type == "cuda" and not config.kv_memory_bytes:
-        memory_bytes = int(torch.cuda.mem_get_info(device)[0] * _GPU_KV_FRACTION)
+        free, total = torch.cuda.mem_get_info(device)
+        # Workers that share the GPU may not have loaded yet, or may: what they take counts once.
+        share = (total - config.reserved_bytes) // config.gateways_on_device
+        ours = min(free, share - torch.cuda.memory_reserved(device))
+        memory_bytes = int(ours * _GPU_KV_FRACTION)
     block_bytes = KvCache.bytes_per_block(model, config.kv_block_size, dtype)
     num_blocks = memory_bytes // block_bytes
-    if num_blocks == 0:
+    if num_blocks <= 0:
         raise ConfigError(
             f"one KV block takes {block_bytes} bytes and there are {memory_bytes} for all; raise "
             "kv_memory_bytes, or lower kv_block_size"

@@ -151,9 +151,13 @@ class WorkerConfig(ServerConfig):
     max_rows: int = option(4096, "Rows of one message; larger batches are split by the gateway.")
     merge_rows: int = option(8192, "Rows that waiting messages for one expert are merged up to.")
     threads: int = option(1, "CPU threads for compute.")
+    drain_s: float = option(
+        60.0, "How long it waits, once told to end, for others to take its experts over."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require(0 <= self.drain_s < math.inf, "drain_s must not be negative")
         _require(1 <= self.max_rows <= 65535, "max_rows must be 1 to 65535")
         _require(self.merge_rows >= self.max_rows, "merge_rows must not be below max_rows")
         _require(self.threads >= 1, "threads must be 1 or more")
@@ -177,6 +181,10 @@ class GatewayConfig(ServerConfig):
     kv_memory_bytes: int = option(
         0, "Memory for KV blocks; 0: 256 MiB on a CPU, what is free on a GPU."
     )
+    reserved_bytes: int = option(
+        0, "Memory of this GPU that other processes will take; `up` says it of the workers there."
+    )
+    gateways_on_device: int = option(1, "Gateways that share this one's GPU; `up` says it.")
     kv_block_size: int = option(16, "Tokens of one KV block.")
     max_model_len: int = option(0, "Longest prompt + output in tokens; 0: the checkpoint's.")
     max_batch_tokens: int = option(512, "Tokens of one step: decode rows and prefill chunks.")
@@ -197,9 +205,21 @@ class GatewayConfig(ServerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("kv_block_size", "max_batch_tokens", "max_running", "threads"):
+        for name in (
+            "kv_block_size",
+            "max_batch_tokens",
+            "max_running",
+            "threads",
+            "gateways_on_device",
+        ):
             _require(getattr(self, name) >= 1, f"{name} must be 1 or more")
-        for name in ("kv_memory_bytes", "max_model_len", "max_waiting", "expert_patience_s"):
+        for name in (
+            "kv_memory_bytes",
+            "reserved_bytes",
+            "max_model_len",
+            "max_waiting",
+            "expert_patience_s",
+        ):
             _require(getattr(self, name) >= 0, f"{name} must not be negative")
         _require(
             self.expert_loading_patience_s >= self.expert_patience_s,

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -173,6 +173,14 @@ class PagedAttention:
         bias = torch.zeros(unseen.shape, dtype=self._dtype).masked_fill_(unseen, -torch.inf)
         return bias.to(self._device)
 
+    def turn_and_store(
+        self, layer: int, qkv_TX: Tensor, cis_T1C: Tensor, q_width: int, qk_width: int
+    ) -> None:
+        """Turn queries and keys in place, and :meth:`store` the keys with the values."""
+        head_dim = 2 * cis_T1C.shape[-1]
+        rotate_(qkv_TX[:, :qk_width].view(len(qkv_TX), -1, head_dim), cis_T1C)
+        self.store(layer, qkv_TX[:, q_width:])
+
     def store(self, layer: int, kv_TW: Tensor) -> None:
         """Write the step's tokens into a layer's cache, before it is read."""
         self._kv.rows[layer].index_copy_(0, self._new_slots_T, kv_TW)
@@ -253,6 +261,23 @@ def _add_sinks(bias: Tensor, sinks_H: Tensor, q: Tensor) -> Tensor:
     return torch.cat([seen, sinks], dim=-1)
 
 
+class Paged(Protocol):
+    """What the attention of grouped heads asks of a step's pages."""
+
+    def turn_and_store(
+        self, layer: int, qkv_TX: Tensor, cis_T1C: Tensor, q_width: int, qk_width: int
+    ) -> None: ...
+
+    def __call__(
+        self,
+        layer: int,
+        q_THK: Tensor,
+        layout: KvLayout,
+        window: int | None = None,
+        sinks_H: Tensor | None = None,
+    ) -> Tensor: ...
+
+
 class AttentionBlock(Protocol):
     """One layer's attention, projections and all."""
 
@@ -262,7 +287,7 @@ class AttentionBlock(Protocol):
         x_TD: Tensor,
         residual_TD: Tensor,
         cis_T1C: Tensor,
-        paged: PagedAttention,
+        paged: Any,
     ) -> Tensor:
         """``residual_TD`` plus the attention of the normed ``x_TD``."""
         ...
@@ -324,7 +349,7 @@ class GroupedBlock:
         x_TD: Tensor,
         residual_TD: Tensor,
         cis_T1C: Tensor,
-        paged: PagedAttention,
+        paged: Paged,
     ) -> Tensor:
         weights = self._weights
         qkv_TX = F.linear(x_TD, weights.qkv_XD, weights.qkv_bias_X)
@@ -337,8 +362,7 @@ class GroupedBlock:
         qk_TYK = qkv_TX[:, : self._qk_width].view(-1, self._num_turning, self._head_dim)
         if weights.head_norm is not None:
             qk_TYK.copy_(weights.head_norm(qk_TYK))
-        rotate_(qk_TYK, cis_T1C)
-        paged.store(layer, qkv_TX[:, self._q_width :])
+        paged.turn_and_store(layer, qkv_TX, cis_T1C, self._q_width, self._qk_width)
         q_THK = qk_TYK[:, : self._num_heads]
         out_THV = paged(layer, q_THK, self._layout, self._window, weights.sinks_H)
         return weights.output(residual_TD, out_THV.reshape(-1, self._q_width))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,9 @@ from gateway.model.router import Router
 from mesh.checkpoint import Checkpoint
 from mesh.mlp import Mlp
 from mesh.model_config import GroupedAttention, ModelConfig
+
+if TYPE_CHECKING:
+    from gateway.model.decode_graphs import DecodeGraphs
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,20 @@ class Layer:
     shared: SharedExpert | None = None
 
 
-class _MicroBatch:
+class Flight(Protocol):
     """A batch on its way through the layers, and its rows that are away at their experts."""
+
+    def begin(self, index: int, layer: Layer, experts: Experts) -> None:
+        """Run a layer up to where its rows are away at their experts."""
+        ...
+
+    def finish(self) -> Tensor:
+        """Wait for the rows that are away; ``x_TD`` behind the last layer that was begun."""
+        ...
+
+
+class _MicroBatch:
+    """See :class:`Flight`. Any batch, one call after the other."""
 
     def __init__(self, x_TD: Tensor, cis_T1C: Tensor, paged: PagedAttention) -> None:
         self._x_TD = x_TD
@@ -58,14 +74,14 @@ class _MicroBatch:
         self._pending: PendingExperts | None = None
 
     def finish(self) -> Tensor:
-        """Wait for the rows that are away; ``x_TD`` behind the last layer that was begun."""
+        """See :class:`Flight`."""
         if self._pending is not None:
             self._x_TD = self._x_TD + self._pending.combine()
             self._pending = None
         return self._x_TD
 
     def begin(self, index: int, layer: Layer, experts: Experts) -> None:
-        """Run a layer up to where its rows are away at their experts."""
+        """See :class:`Flight`."""
         x_TD = self.finish()
         x_TD = layer.attention(index, layer.attention_norm(x_TD), x_TD, self._cis_T1C, self._paged)
         normed_TD = layer.mlp_norm(x_TD)
@@ -87,14 +103,21 @@ class Decoder:
         head_VD: Tensor,
     ) -> None:
         self.config = config
-        self._embedding_VD = embedding_VD
-        self._layers = layers
+        self.embedding_VD = embedding_VD
+        self.layers = layers
         self._norm = norm
         self._head_VD = head_VD
-        self._rope = Rope(config.rope, embedding_VD.device)
+        self.rope = Rope(config.rope, embedding_VD.device)
         self._windows = frozenset(config.windows)
         attention = config.attention
         self._sinks = isinstance(attention, GroupedAttention) and attention.sinks
+        self._graphs: DecodeGraphs | None = None
+        self._paged: type[PagedAttention] = PagedAttention
+        if embedding_VD.is_cuda and isinstance(attention, GroupedAttention):
+            from gateway.model.gpu_attention import MAX_KEY_DIM, GpuPagedAttention
+
+            if attention.head_dim <= MAX_KEY_DIM:
+                self._paged = GpuPagedAttention
 
     @classmethod
     def load(
@@ -135,8 +158,8 @@ class Decoder:
         attention runs. Keys and values of a layer are written before they are read, so a chunk
         of a prompt sees all of the prompt that came before it, in this step or an earlier one.
         """
-        flights = [self._start(batch, kv) for batch in batches]
-        for index, layer in enumerate(self._layers):
+        flights = [self._start(n, batch, kv) for n, batch in enumerate(batches)]
+        for index, layer in enumerate(self.layers):
             for flight in flights:
                 flight.begin(index, layer, experts)
         return [
@@ -144,11 +167,19 @@ class Decoder:
             for flight, batch in zip(flights, batches, strict=True)
         ]
 
-    def _start(self, batch: ForwardBatch, kv: KvCache) -> _MicroBatch:
-        paged = PagedAttention(batch.slices, kv, self._windows, self._sinks)
-        token_ids_T = batch.token_ids_T.to(self._embedding_VD.device)
-        x_TD = F.embedding(token_ids_T, self._embedding_VD)
-        return _MicroBatch(x_TD, self._rope(paged.positions_T), paged)
+    def use_graphs(self, graphs: DecodeGraphs) -> None:
+        """Take batches through these graphs from here on, where they are made for them."""
+        self._graphs = graphs
+
+    def _start(self, micro_batch: int, batch: ForwardBatch, kv: KvCache) -> Flight:
+        if self._graphs is not None:
+            graphed = self._graphs.start(batch, micro_batch)
+            if graphed is not None:
+                return graphed
+        paged = self._paged(batch.slices, kv, self._windows, self._sinks)
+        token_ids_T = batch.token_ids_T.to(self.embedding_VD.device)
+        x_TD = F.embedding(token_ids_T, self.embedding_VD)
+        return _MicroBatch(x_TD, self.rope(paged.positions_T), paged)
 
     def _logits(self, x_TD: Tensor, rows_N: Tensor) -> Tensor:
         x_ND = self._norm(x_TD.index_select(0, rows_N.to(x_TD.device)))

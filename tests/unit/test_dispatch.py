@@ -119,6 +119,28 @@ def test_answers_do_not_depend_on_where_the_experts_are() -> None:
     assert torch.equal(answers[0], answers[2])
 
 
+def test_a_token_goes_to_every_slice_of_its_experts(rig: Rig) -> None:
+    # Experts in two slices: unit 2e + s multiplies by 2e + s + 1, and their sum is the expert.
+    for number, units in enumerate([(0, 3), (1, 2), (4, 5, 6), (7,)]):
+        rig.worker(f"w{number}", *units).plane.cut(2 * NUM_EXPERTS)
+    routing = connect(rig.dispatcher, rig.transport, rig.workers)
+    routing.expert_shards = 2
+    rig.dispatcher.set_routing(routing)
+    x_TD, ids_TK, weights_TK = random_step(64)
+    rig.dispatcher.begin_step(1)
+    y_TD = rig.dispatcher.dispatch(LAYER, x_TD, ids_TK, weights_TK).combine()
+    factors_TK = (2 * (100.0 * LAYER) + 4 * ids_TK + 3) * weights_TK
+    torch.testing.assert_close(y_TD, factors_TK.sum(dim=1, keepdim=True) * x_TD)
+    rig.workers[3].plane.stop()
+    rig.transports["w3"].die()
+    rig.dispatcher.poll()
+    rig.dispatcher.begin_step(1)
+    rig.dispatcher.dispatch(LAYER, x_TD, ids_TK, weights_TK).combine()
+    void = rig.dispatcher.void_rows()
+    assert {row for _, row in void} == set((ids_TK == 3).any(dim=1).nonzero().view(-1).tolist())
+    assert "expert 3 of layer 3 is unavailable: slice 1 of 2: " in str(next(iter(void.values())))
+
+
 def test_a_batch_larger_than_a_worker_takes_is_split(rig: Rig) -> None:
     for index in range(NUM_EXPERTS):
         rig.worker(f"w{index}", index, max_rows=5)
@@ -540,6 +562,28 @@ def test_one_good_answer_excuses_the_bad_ones_before_it(rig: Rig) -> None:
         rig.dispatcher.dispatch(LAYER, *step).combine()
         assert len(rig.dispatcher.void_rows()) == num_void
     assert rig.dispatcher.expert_faults() == []
+
+
+def test_nobody_waits_for_an_expert_whose_only_worker_cannot_compute_it(rig: Rig) -> None:
+    def load(expert: ExpertId) -> Callable[[torch.Tensor], torch.Tensor]:
+        def run(x_RD: torch.Tensor) -> torch.Tensor:
+            raise torch.OutOfMemoryError("no memory left")
+
+        return run
+
+    rig.worker("w", 2, load=load)
+    rig.connect()
+    step = (random_step(1)[0], torch.full((1, 1), 2), torch.ones(1, 1))
+    coming = []
+    for _ in range(5):
+        rig.dispatcher.begin_step(1)
+        rig.dispatcher.dispatch(LAYER, *step).combine()
+        (error,) = rig.dispatcher.void_rows().values()
+        coming.append(error.coming)
+        assert "worker w: refused the rows: out_of_memory" in str(error)
+    assert coming == [True, True, False, False, False]
+    (fault,) = rig.dispatcher.expert_faults()
+    assert "out_of_memory" in fault.reason
 
 
 def test_a_draining_worker_is_left_alone_after_one_refusal(rig: Rig) -> None:

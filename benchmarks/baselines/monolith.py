@@ -1,0 +1,135 @@
+"""The baseline on one GPU: the same decoder with its experts in the same process.
+
+TP = 1 and PP = 1. Every kernel is the mesh's own; a decode step is one CUDA graph from embedding
+to the last layer, so nothing of it waits for Python. Experts are dense GEMMs where a layer has
+one, grouped ones where it has several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from expert_worker.expert_mlp import load_expert
+from expert_worker.gpu_compute import capture
+from gateway import gpu_kernels
+from gateway.model.batch import ForwardBatch
+from gateway.model.decode_graphs import _Batch
+from gateway.model.decoder import Decoder
+from gateway.model.gpu_attention import Decoding
+from gateway.model.kv_cache import KvCache
+from mesh.checkpoint import Checkpoint
+from mesh.mlp import StackedMlps
+from mesh.model_config import ModelConfig
+
+
+class _Computed:
+    def __init__(self, y_TD: Tensor) -> None:
+        self._y_TD = y_TD
+
+    def combine(self) -> Tensor:
+        return self._y_TD
+
+
+class ExpertsHere:
+    """See :class:`gateway.engine.MeshExperts`: nothing is ever away."""
+
+    epoch = refused = replayed_rows = 0
+    expert_wait_s = 0.0
+    rows_by_expert: Mapping[Any, int] = {}
+
+    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, device: torch.device) -> None:
+        self._num_experts = config.num_experts
+        self._layers: dict[int, Any] = {}
+        for layer in config.moe_layers:
+            mlps = {
+                index: load_expert(checkpoint, config, layer, index, device, torch.bfloat16)
+                for index in range(config.num_experts)
+            }
+            self._layers[layer] = mlps[0] if len(mlps) == 1 else StackedMlps.of(mlps)
+
+    def begin_step(self, num_micro_batches: int) -> None: ...
+
+    def void_rows(self) -> Mapping[tuple[int, int], Any]:
+        return {}
+
+    def set_routing(self, routing: Any) -> None: ...
+
+    def dispatch(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> _Computed:
+        mlp = self._layers[layer]
+        if self._num_experts == 1:
+            return _Computed((mlp(x_TD) * weights_TK).to(x_TD.dtype))
+        num_rows = ids_TK.numel()
+        new = {"dtype": torch.int32, "device": x_TD.device}
+        positions_R, counts_E = torch.empty(num_rows, **new), torch.empty(self._num_experts, **new)
+        gpu_kernels.sort_by_expert(ids_TK.reshape(-1), positions_R, counts_E)
+        rows_TK = torch.empty_like(ids_TK)
+        x_RD = x_TD.new_empty(num_rows, x_TD.shape[1])
+        identity_R = torch.arange(num_rows, **new)
+        gpu_kernels.scatter(x_TD, positions_R, identity_R, rows_TK, x_RD)
+        return _Computed(gpu_kernels.combine(mlp(x_RD, counts_E), rows_TK, weights_TK))
+
+
+class WholeStep:
+    """In place of :class:`gateway.model.decode_graphs.DecodeGraphs`."""
+
+    def __init__(
+        self, decoder: Decoder, kv: KvCache, experts: ExpertsHere, max_model_len: int
+    ) -> None:
+        self._decoder, self._kv, self._experts = decoder, kv, experts
+        self._max_model_len = max_model_len
+        self._found: dict[int, tuple[_Batch, torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def start(self, batch: ForwardBatch, micro_batch: int) -> _Flight | None:
+        count = len(batch.slices)
+        if any(one.num_tokens != 1 for one in batch.slices):
+            return None
+        size = 1 << (count - 1).bit_length()
+        if size not in self._found:
+            self._found[size] = self._capture(size)
+        filled, graph, x_TD = self._found[size]
+        filled.fill(batch, self._kv.block_size)
+        return _Flight(graph, x_TD[:count])
+
+    def _capture(self, size: int) -> tuple[_Batch, torch.cuda.CUDAGraph, Tensor]:
+        device = self._kv.rows[0].device
+        batch = _Batch(size, -(-self._max_model_len // self._kv.block_size), device)
+        batch.facts_4B[2].fill_(-1)
+        decoding = Decoding(
+            self._kv, batch.facts_4B[2], batch.tables_BM, batch.lengths_B, self._max_model_len
+        )
+        made: dict[str, Tensor] = {}
+
+        def run() -> None:
+            decoder = self._decoder
+            cis = decoder.rope(batch.positions_B)
+            x_TD = F.embedding(batch.tokens_B, decoder.embedding_VD)
+            for index, layer in enumerate(decoder.layers):
+                x_TD = layer.attention(index, layer.attention_norm(x_TD), x_TD, cis, decoding)
+                normed = layer.mlp_norm(x_TD)
+                assert layer.router is not None
+                away = self._experts.dispatch(index, normed, *layer.router(normed))
+                x_TD = x_TD + away.combine()
+            made["x"] = x_TD
+
+        torch.cuda.synchronize(device)
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            run()
+            torch.cuda.synchronize(device)
+            graph = capture(run)
+        return batch, graph, made["x"]
+
+
+class _Flight:
+    def __init__(self, graph: torch.cuda.CUDAGraph, x_TD: Tensor) -> None:
+        self._graph, self._x_TD = graph, x_TD
+
+    def begin(self, index: int, layer: Any, experts: Any) -> None: ...
+
+    def finish(self) -> Tensor:
+        self._graph.replay()
+        return self._x_TD

@@ -1,0 +1,416 @@
+"""The papers' comparison on the GPUs there are: a mesh, a monolith and ``transformers``.
+
+    python -m benchmarks.papers --model one --model many
+
+One model, random weights, the same for all three, whose greedy tokens are compared first. Prefill
+in tokens/s over prompts of 10,000; decoding in ms a token (TPOT) with 1, 32 and 128 sequences
+behind prompts of 1,000. Ours and the monolith are driven through the engine (scheduler, sampler
+and all) without the front; ``transformers`` by hand with a growing cache.
+
+The floor of TPOT is the bytes that a step must read (weights that have rows, keys and values)
+over the bandwidth that a copy reaches in the same run.
+
+On one GPU the papers' "experts per layer = number of GPUs" is one expert: a dense model. ``many``
+is their 16 x 16 with as many workers, which share the GPU under MPS. The baseline's tensor and
+pipeline parallelism are 1 x 1 there; other splits need more GPUs and are not written.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import random
+import subprocess
+import sys
+import time
+import traceback
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import structlog
+import torch
+import typer
+
+from benchmarks.random_model import checkpoint_on, config_of, mesh_of
+from cli import mps
+from gateway.engine import Engine, MeshExperts
+from gateway.kv_blocks import BlockAllocator
+from gateway.model.decoder import Decoder
+from gateway.model.kv_cache import KvCache
+from gateway.request import Request, Sampling
+from gateway.sampler import Sampler
+from gateway.scheduler import Limits, Scheduler
+from mesh.device import open_device
+from mesh.model_config import ModelConfig
+
+_BLOCK = 16
+_PAPERS = {
+    "model_type": "mixtral",
+    "architectures": ["MixtralForCausalLM"],
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 16384,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 16384,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+MODELS: dict[str, tuple[dict[str, Any], int]] = {
+    "one": (_PAPERS | {"num_local_experts": 1, "num_experts_per_tok": 1}, 1),
+    "many": (_PAPERS | {"num_local_experts": 16, "num_experts_per_tok": 2}, 16),
+    "colocated": (
+        _PAPERS
+        | {
+            "num_local_experts": 128,
+            "num_experts_per_tok": 8,
+            "hidden_size": 2048,
+            "intermediate_size": 768,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+        },
+        1,
+    ),
+    "tiny": (
+        _PAPERS
+        | {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "vocab_size": 256,
+        },
+        2,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is asked of each side."""
+
+    prefill_prompts: int
+    prefill_len: int
+    decode_len: int
+    num_new: int
+    batches: tuple[int, ...]
+    max_batch_tokens: int
+
+    @property
+    def max_len(self) -> int:
+        return max(self.prefill_len + 1, self.decode_len + self.num_new)
+
+
+def prompt(length: int, vocab_size: int, seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(vocab_size) for _ in range(length)]
+
+
+class Side:
+    """An engine over some experts."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        decoder: Decoder,
+        kv: KvCache,
+        experts: MeshExperts,
+        work: Work,
+        micro_batches: int,
+    ) -> None:
+        self._config, self._work = config, work
+        self._engine = Engine(
+            Scheduler(
+                BlockAllocator(kv.num_blocks, _BLOCK, prefix_cache=False),
+                Limits(work.max_batch_tokens, max(work.batches), 4096, 1.0, 1.0),
+            ),
+            lambda batches, rows: decoder.forward(batches, kv, rows),
+            experts,
+            Sampler(),
+            micro_batches=micro_batches,
+        )
+
+    def run(self, count: int, length: int, num_new: int) -> tuple[list[float], list[list[int]]]:
+        """Seconds of each step until all are through, and the tokens of each."""
+        requests = [
+            Request(
+                str(n),
+                array("q", prompt(length, self._config.vocab_size, n)),
+                Sampling(num_new, temperature=0.0),
+            )
+            for n in range(count)
+        ]
+        for request in requests:
+            self._engine.submit(request)
+        times = []
+        while self._engine.num_requests:
+            began_s = time.perf_counter()
+            self._engine.step()
+            times.append(time.perf_counter() - began_s)
+        ends = [output for output in self._engine.take_outputs() if output.finish_reason]
+        wrong = [output.finish_reason for output in ends if output.finish_reason != "length"]
+        if wrong:
+            raise SystemExit(f"requests ended with {wrong}")
+        return times, [list(request.token_ids[length:]) for request in requests]
+
+    def measure(self) -> dict[str, Any]:
+        """Every cell."""
+        work = self._work
+        self.run(2, work.prefill_len, 1)
+        times, _ = self.run(work.prefill_prompts, work.prefill_len, 1)
+        found: dict[str, Any] = {
+            "prefill_tokens_per_s": work.prefill_prompts * work.prefill_len / sum(times),
+            "tpot_ms": {},
+        }
+        for batch in work.batches:
+            self.run(batch, 32, 6)
+            times, tokens = self.run(batch, work.decode_len, work.num_new)
+            # Behind the steps with prompts, each gives every sequence a token.
+            decoding = times[-(work.num_new - 2) :]
+            found["tpot_ms"][batch] = median(decoding) * 1e3
+            found["tokens"] = found.get("tokens", tokens[0])
+        return found
+
+
+@contextmanager
+def decoder_of(
+    config: ModelConfig, device: torch.device, work: Work
+) -> Iterator[tuple[Decoder, KvCache]]:
+    """The gateway's part of the model and room for all sequences."""
+    decoder = Decoder.load(config, checkpoint_on(device), device, torch.bfloat16)
+    blocks = max(
+        max(work.batches) * -(-(work.decode_len + work.num_new) // _BLOCK),
+        2 * -(-(work.prefill_len + 1) // _BLOCK) + 2,
+    )
+    yield decoder, KvCache(config, blocks, _BLOCK, device, torch.bfloat16)
+    del decoder
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def ours(
+    settings: dict[str, Any], workers: int, work: Work, micro_batches: int, where: str
+) -> dict[str, Any]:
+    """The mesh."""
+    device, config = open_device(where), config_of(settings)
+    with (
+        decoder_of(config, device, work) as (decoder, kv),
+        mesh_of(settings, workers, device, "bfloat16", work.max_batch_tokens) as dispatcher,
+    ):
+        if device.type == "cuda":
+            from gateway.model.decode_graphs import DecodeGraphs
+
+            decoder.use_graphs(DecodeGraphs(decoder, kv, dispatcher, work.max_len))
+        return Side(config, decoder, kv, dispatcher, work, micro_batches).measure()
+
+
+def monolith(settings: dict[str, Any], work: Work) -> dict[str, Any]:
+    """The baseline."""
+    from benchmarks.baselines.monolith import ExpertsHere, WholeStep
+
+    device, config = torch.device("cuda", 0), config_of(settings)
+    with decoder_of(config, device, work) as (decoder, kv):
+        experts = ExpertsHere(config, checkpoint_on(device), device)
+        graphs: Any = WholeStep(decoder, kv, experts, work.max_len)
+        decoder.use_graphs(graphs)
+        return Side(config, decoder, kv, experts, work, 1).measure()
+
+
+def transformers(settings: dict[str, Any], work: Work) -> dict[str, Any]:
+    """The peer, its weights under the same names."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
+
+    device = torch.device("cuda", 0)
+    kept = {k: v for k, v in settings.items() if k not in ("architectures", "torch_dtype")}
+    config = MixtralConfig(**kept, dtype=torch.bfloat16, attn_implementation="sdpa")
+    config._experts_implementation = "grouped_mm"
+    with torch.device("meta"):
+        model = MixtralForCausalLM(config).eval()
+    model.to(torch.bfloat16).to_empty(device=device)
+    model.model.rotary_emb = MixtralRotaryEmbedding(config).to(device)
+    checkpoint = checkpoint_on(device)
+    for name, parameter in model.named_parameters():
+        block, _, last = name.rpartition(".")
+        hidden = (settings["intermediate_size"], settings["hidden_size"])
+        if last == "gate_up_proj":
+            for index in range(len(parameter)):
+                for half, part in enumerate(("w1", "w3")):
+                    at = slice(half * hidden[0], (half + 1) * hidden[0])
+                    stored = _stored(block, index, part)
+                    parameter.data[index, at] = checkpoint.tensor(stored, hidden)
+        elif last == "down_proj":
+            for index in range(len(parameter)):
+                stored = _stored(block, index, "w2")
+                parameter.data[index] = checkpoint.tensor(stored, hidden[::-1])
+        else:
+            parameter.data.copy_(checkpoint.tensor(name, tuple(parameter.shape)))
+    vocab = settings["vocab_size"]
+    found: dict[str, Any] = {"tpot_ms": {}}
+
+    def prefill(count: int, length: int) -> Any:
+        ids = torch.tensor([prompt(length, vocab, n) for n in range(count)], device=device)
+        return model(ids, use_cache=True, logits_to_keep=1)
+
+    def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+        torch.cuda.synchronize()
+        began_s = time.perf_counter()
+        out = call()
+        torch.cuda.synchronize()
+        return time.perf_counter() - began_s, out
+
+    with torch.inference_mode():
+        prefill(1, work.prefill_len)
+        seconds = [timed(lambda: prefill(1, work.prefill_len))[0] for _ in range(4)]
+        found["prefill_tokens_per_s"] = work.prefill_len / median(seconds)
+        for batch in work.batches:
+            outs = [prefill(min(8, batch - n), work.decode_len) for n in range(0, batch, 8)]
+            cache = outs[0].past_key_values
+            for out in outs[1:]:
+                for mine, theirs in zip(cache.layers, out.past_key_values.layers, strict=True):
+                    mine.keys = torch.cat([mine.keys, theirs.keys])
+                    mine.values = torch.cat([mine.values, theirs.values])
+            token = torch.cat([out.logits[:, -1] for out in outs]).argmax(-1, keepdim=True)
+            if batch > 8:
+                token = token[:1].expand(batch, 1).contiguous()
+            del outs
+            tokens, times = [int(token[0])], []
+            for _ in range(min(16, work.num_new - 1)):
+                step = partial(model, token, past_key_values=cache, use_cache=True)
+                seconds_of, out = timed(step)
+                token = out.logits[:, -1].argmax(-1, keepdim=True)
+                times.append(seconds_of)
+                tokens.append(int(token[0]))
+            found["tpot_ms"][batch] = median(times[2:]) * 1e3
+            found["tokens"] = found.get("tokens", tokens)
+            del cache, out, step
+            torch.cuda.empty_cache()
+    return found
+
+
+def _stored(block: str, index: int, part: str) -> str:
+    layer = block.split(".")[2]
+    return f"model.layers.{layer}.block_sparse_moe.experts.{index}.{part}.weight"
+
+
+def floors(settings: dict[str, Any], work: Work) -> dict[str, Any]:
+    """TPOT that reading alone takes, and the share of a GEMM's rate that prefill is."""
+    a = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
+    b = torch.empty_like(a)
+    square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    copy_s, gemm_s = _seconds(lambda: b.copy_(a)), _seconds(lambda: square @ square)
+    bytes_per_s, flops = 2 * a.nbytes / copy_s, 2 * 8192**3 / gemm_s
+    d, h, layers = (settings[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    experts, k = settings["num_local_experts"], settings["num_experts_per_tok"]
+    heads = settings["num_attention_heads"]
+    head_dim = settings.get("head_dim", d // heads)
+    kv_width = 2 * settings["num_key_value_heads"] * head_dim
+    attention = d * (heads * head_dim * 2 + kv_width)
+    head = settings["vocab_size"] * d
+    tpot = {}
+    for batch in work.batches:
+        touched = experts * (1 - (1 - k / experts) ** batch)
+        weights = layers * (attention + touched * 3 * d * h) + head
+        context = work.decode_len + work.num_new / 2
+        kv = batch * layers * kv_width * context
+        tpot[batch] = 2 * (weights + kv) / bytes_per_s * 1e3
+    length = work.prefill_len
+    per_token = 2 * layers * (attention + k * 3 * d * h) + 2 * layers * heads * head_dim * length
+    return {
+        "tpot_ms": tpot,
+        "prefill_tokens_per_s": flops / per_token,
+        "tb_per_s": bytes_per_s / 1e12,
+        "tflops": flops / 1e12,
+    }
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    times = []
+    for _ in range(8):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return median(times[2:])
+
+
+def main(
+    model: Annotated[list[str], typer.Option(help=", ".join(MODELS))] = ["one"],  # noqa: B006
+    side: Annotated[list[str], typer.Option(help="ours, two, monolith, transformers")] = [  # noqa: B006
+        "ours",
+        "two",
+        "monolith",
+        "transformers",
+    ],
+    out: Annotated[Path | None, typer.Option(help="Where the JSON goes too.")] = None,
+    device: Annotated[str, typer.Option(help="cpu: ours alone, to see that it runs.")] = "cuda",
+    quick: Annotated[bool, typer.Option(help="Small, to see that it runs.")] = False,
+    only: Annotated[bool, typer.Option(help="One side of one model, in this process.")] = False,
+) -> None:
+    """Compare, and print a line for each side."""
+    work = Work(8, 10_000, 1_000, 34, (1, 32, 128), 20_480)
+    if quick:
+        work = Work(2, 200, 50, 10, (1, 4), 512)
+    quiet = structlog.make_filtering_bound_logger(logging.WARNING)
+    structlog.configure(wrapper_class=quiet)
+    if only:
+        # Before this process has a context: it must be a client of the service like its workers.
+        alone = side[0] in ("ours", "two")
+        with mps.sharing() if alone else nullcontext(), torch.inference_mode():
+            found = _measured(side[0], *MODELS[model[0]], work, device)
+            found["device"] = device if device == "cpu" else torch.cuda.get_device_name()
+        print(json.dumps(found), flush=True)
+        return
+    results: dict[str, Any] = {}
+    for name in model:
+        results[name] = {}
+        for one in (*(["floor"] if device != "cpu" else []), *side):
+            # A process for each: what one leaves on the GPU, or in its queue, is not the next's.
+            command = [sys.executable, "-m", "benchmarks.papers", "--only", "--model", name]
+            command += ["--side", one, "--device", device, *(["--quick"] if quick else [])]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+            found = results[name][one] = json.loads(lines[-1]) if lines else {"failed": "no word"}
+            print(f"{name:10} {one:13}", json.dumps(found)[:700], flush=True)
+            if out is not None:
+                out.write_text(json.dumps(results, indent=1))
+
+
+def _measured(
+    side: str, settings: dict[str, Any], workers: int, work: Work, device: str
+) -> dict[str, Any]:
+    try:
+        if side == "floor":
+            return floors(settings, work)
+        if side in ("ours", "two"):
+            return ours(settings, workers, work, 1 if side == "ours" else 2, device)
+        return (monolith if side == "monolith" else transformers)(settings, work)
+    except (Exception, SystemExit) as error:  # the other sides are still worth having
+        traceback.print_exc()
+        return {"failed": repr(error)[:300]}
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    typer.run(main)

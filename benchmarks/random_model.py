@@ -1,0 +1,194 @@
+"""Models of any size with random weights that no file holds: each tensor follows from its name.
+
+Workers are ``python -m benchmarks.random_model``, as :mod:`cli.layer_worker` but for a whole model.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from cli.bench_layer import WORKERS, _ask
+from expert_worker.data_plane import DataPlane, Served
+from expert_worker.expert_mlp import load_expert
+from expert_worker.expert_store import ExpertStore
+from gateway.dispatch import Dispatcher
+from mesh.checkpoint import INDEX_FILE, Checkpoint
+from mesh.device import open_device
+from mesh.model_config import ModelConfig
+from mesh.plan import ExpertId
+from mesh.transport.ucx import UcxTransport
+from mesh.transport.waiting import SPIN_S
+from protos import engine_pb2 as pb
+from protos import placement_pb2
+
+
+class RandomCheckpoint:
+    """What a decoder and a worker ask of :class:`mesh.checkpoint.Checkpoint`."""
+
+    directory = Path("random")
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def tensor(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """Ones for a norm, else normal and scaled so that activations stay about one."""
+        if "norm" in name:
+            return torch.ones(shape, device=self._device, dtype=dtype)
+        generator = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()))
+        made = torch.empty(shape, device=self._device)
+        made.normal_(std=0.02 if "embed" in name else shape[-1] ** -0.5, generator=generator)
+        return made.to(dtype or torch.float32)
+
+    def slice(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """A tensor to take a part of."""
+        return self.tensor(name, shape)
+
+    def __contains__(self, name: str) -> bool:
+        return "experts.gate_up_proj" not in name
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+
+def checkpoint_on(device: torch.device) -> Checkpoint:
+    """A random one, to be taken for a real one."""
+    return cast(Checkpoint, RandomCheckpoint(device))
+
+
+def config_of(settings: dict[str, Any]) -> ModelConfig:
+    """The model that a config.json of these settings describes."""
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_text(json.dumps(settings))
+        (Path(directory) / INDEX_FILE).write_text(json.dumps({"weight_map": {}}))
+        return ModelConfig.from_hf(Path(directory))
+
+
+@contextmanager
+def mesh_of(
+    settings: dict[str, Any], num_workers: int, device: torch.device, dtype: str, max_tokens: int
+) -> Iterator[Dispatcher]:
+    """Workers that hold every expert between them, and a dispatcher connected to them."""
+    config = config_of(settings)
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    transport = UcxTransport(cuda=device.type == "cuda")
+    routing = pb.Routing(epoch=1)
+    max_rows = min(65535, max_tokens * config.experts_per_token)
+    processes = WORKERS
+    processes.clear()
+    try:
+        for number in range(num_workers):
+            order = {
+                "settings": settings,
+                "number": number,
+                "of": num_workers,
+                "device": f"cuda:{(number + 1) % gpus}" if gpus else "cpu",
+                "dtype": dtype,
+                "max_rows": max_rows,
+            }
+            command = [sys.executable, "-m", "benchmarks.random_model", json.dumps(order)]
+            pipe = subprocess.PIPE
+            processes.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True))
+        for number, process in enumerate(processes):
+            address = _ask(process, None)["address"]
+            order = {"address": transport.address.hex(), "session": number}
+            routing.peers.add(
+                worker_id=f"worker-{number}",
+                ucx_address=bytes.fromhex(address),
+                session=_ask(process, order)["session"],
+                reply_session=number,
+                max_rows=max_rows,
+            )
+        for layer in config.moe_layers:
+            for index in range(config.num_experts):
+                routing.experts.add(
+                    expert=placement_pb2.ExpertId(layer=layer, index=index),
+                    worker_ids=[f"worker-{index % num_workers}"],
+                )
+        dispatcher = Dispatcher(
+            transport,
+            config,
+            device=device,
+            dtype=getattr(torch, dtype),
+            max_tokens=max_tokens,
+            reply_timeout_s=60.0,
+            spin_s=SPIN_S[device.type],
+        )
+        dispatcher.set_routing(routing)
+        yield dispatcher
+        dispatcher.close()
+    finally:
+        for process in processes:
+            if process.stdin is not None:
+                process.stdin.close()
+        for process in processes:
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def main() -> None:
+    """One worker, until its standard input ends."""
+    order = json.loads(sys.argv[1])
+    config, device = config_of(order["settings"]), open_device(order["device"])
+    dtype: torch.dtype = getattr(torch, order["dtype"])
+    checkpoint = checkpoint_on(device)
+    store = ExpertStore(
+        lambda e: load_expert(checkpoint, config, e.layer, e.index, device, dtype),
+        expert_bytes=1,
+        memory_bytes=1 << 40,
+        worker_id=str(order["number"]),
+    )
+    mine = range(order["number"], config.num_experts, order["of"])
+    store.load([ExpertId(layer, index) for layer in config.moe_layers for index in mine])
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+    plane = DataPlane(
+        functools.partial(UcxTransport, cuda=device.type == "cuda"),
+        store,
+        hidden_size=config.hidden_size,
+        dtype=dtype,
+        device=device,
+        num_experts=config.num_experts,
+        max_rows=order["max_rows"],
+        merge_rows=order["max_rows"],
+        spin_s=SPIN_S[device.type],
+        threads=1,
+    )
+    served: list[Served] = []
+    plane.on_served = served.append
+    plane.start()
+    print(json.dumps({"address": plane.wait_started().hex()}), flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if "served" in asked:
+            taken, served[:] = served[:], []
+            print(json.dumps({"served": [one._asdict() for one in taken]}), flush=True)
+            continue
+        session = plane.connect("bench", bytes.fromhex(asked["address"]), asked["session"])
+        print(json.dumps({"session": session}), flush=True)
+    plane.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,452 @@
+"""``expert-mesh bench layer``: one MoE layer there and back, beside what no mesh can beat.
+
+In one run and behind a check against float32: the *floor*, which is the busiest worker's expert
+alone on the GPU that it has; ours with one micro-batch; ours with two, whose rows pass each other
+under way. Each token goes to ``--top-k`` experts, drawn evenly.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from statistics import median, quantiles
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli import mps
+from mesh.errors import ConfigError, Unavailable
+
+if TYPE_CHECKING:
+    import torch
+
+    from gateway.dispatch import Dispatcher
+
+_MAX_ERROR = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}
+_WARM_UP = 8
+_GRAPH_ROWS = 256
+
+WORKERS: list[subprocess.Popen[str]] = []
+"""Those of the mesh that is there now."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is measured."""
+
+    hidden: int
+    mlp_hidden: int
+    kind: str
+    num_experts: int
+    top_k: int
+    workers: int
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """One number of rows. Times in microseconds."""
+
+    rows: int
+    busiest: int
+    """Rows of the busiest worker."""
+    error: float
+    """Against float32, by the norm."""
+    floor: float
+    ours: float
+    ours_p99: float
+    two: float
+    """A step with two micro-batches of half the rows each, one after the other all the time."""
+    two_p99: float
+
+    @property
+    def over(self) -> float:
+        """What the mesh adds to the floor."""
+        return self.ours - self.floor
+
+
+def layer(
+    hidden: Annotated[int, typer.Option(help="Width of a row.")] = 4096,
+    mlp_hidden: Annotated[int, typer.Option(help="Width inside an expert.")] = 16384,
+    kind: Annotated[str, typer.Option(help="gated or plain.")] = "gated",
+    workers: Annotated[int, typer.Option(help="Workers; on GPUs they take them in turn.")] = 0,
+    experts: Annotated[int, typer.Option(help="Experts of the layer; 0: one a worker.")] = 0,
+    top_k: Annotated[int, typer.Option(help="Experts of a token.")] = 1,
+    rows: Annotated[str, typer.Option(help="Tokens of a step, several by commas.")] = (
+        "1,8,32,128,512,2048,8192"
+    ),
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    repeat: Annotated[int, typer.Option(help="Steps of each size.")] = 200,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Measure one MoE layer over worker processes."""
+    if kind not in ("gated", "plain") or dtype not in _MAX_ERROR:
+        raise ConfigError("--kind is gated or plain, --dtype bfloat16, float16 or float32")
+    with ExitStack() as stack:
+        import torch
+
+        gpus = torch.cuda.device_count() if device == "cuda" else 0
+        if device == "cuda" and not gpus:
+            raise ConfigError("device cuda: no GPU here; `expert-mesh doctor` says what there is")
+        num_workers = workers or max(1, gpus)
+        shape = Shape(
+            hidden,
+            mlp_hidden,
+            kind,
+            experts or num_workers,
+            top_k,
+            num_workers,
+            device,
+            dtype,
+        )
+        if gpus:
+            shared = stack.enter_context(mps.sharing())
+            if not shared:
+                print(f"warning: {mps.OFF}", file=sys.stderr)
+        sizes = [int(size) for size in rows.split(",")]
+        found = run(shape, sizes, repeat)
+    if as_json:
+        typer.echo(json.dumps({**asdict(shape), "lines": [asdict(line) for line in found]}))
+        return
+    columns = ("rows", "busiest", "floor us", "ours us", "p99", "over", "two us", "p99", "error")
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None)
+    for column in columns:
+        table.add_column(column, justify="right")
+    for line in found:
+        times = (line.floor, line.ours, line.ours_p99, line.over, line.two, line.two_p99)
+        table.add_row(
+            str(line.rows), str(line.busiest), *(f"{t:.0f}" for t in times), f"{line.error:.1e}"
+        )
+    Console().print(table)
+
+
+def run(shape: Shape, sizes: Sequence[int], repeat: int) -> list[Line]:
+    """Measure every size over one set of workers."""
+    import torch
+
+    from mesh.device import open_device
+
+    device = open_device(shape.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.set_num_threads(1)
+    dtype: torch.dtype = getattr(torch, shape.dtype)
+    with torch.inference_mode(), _mesh(shape, device, dtype, max(sizes)) as dispatcher:
+        return [_measure(shape, dispatcher, device, dtype, size, repeat) for size in sizes]
+
+
+@contextmanager
+def _mesh(
+    shape: Shape,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_tokens: int,
+    reply_timeout_s: float = 20.0,
+) -> Iterator[Dispatcher]:
+    """Workers with their experts, and a dispatcher that is connected to them."""
+    from types import SimpleNamespace
+    from typing import cast
+
+    import torch
+
+    from gateway.dispatch import Dispatcher
+    from mesh.model_config import ModelConfig
+    from mesh.transport.ucx import UcxTransport
+    from mesh.transport.waiting import SPIN_S
+    from protos import engine_pb2 as pb
+    from protos import placement_pb2
+
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    max_rows = min(65535, max_tokens)
+    processes = WORKERS
+    processes.clear()
+    routing = pb.Routing(epoch=1)
+    transport = UcxTransport(cuda=device.type == "cuda")
+    try:
+        for number in range(shape.workers):
+            held = list(range(number, shape.num_experts, shape.workers))
+            order = {
+                "worker_id": f"worker-{number}",
+                "device": f"cuda:{(number + 1) % gpus}" if gpus else "cpu",
+                "dtype": shape.dtype,
+                "threads": 1,
+                "hidden": shape.hidden,
+                "mlp_hidden": shape.mlp_hidden,
+                "kind": shape.kind,
+                "experts": held,
+                "num_experts": shape.num_experts,
+                "max_rows": max_rows,
+            }
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "cli.layer_worker", json.dumps(order)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            for index in held:
+                routing.experts.add(
+                    expert=placement_pb2.ExpertId(layer=0, index=index),
+                    worker_ids=[f"worker-{number}"],
+                )
+        for number, process in enumerate(processes):
+            address = _ask(process, None)["address"]
+            session = _ask(process, {"address": transport.address.hex(), "session": number})
+            routing.peers.add(
+                worker_id=f"worker-{number}",
+                ucx_address=bytes.fromhex(address),
+                session=session["session"],
+                reply_session=number,
+                max_rows=max_rows,
+            )
+        config = SimpleNamespace(
+            num_experts=shape.num_experts,
+            hidden_size=shape.hidden,
+            experts_per_token=shape.top_k,
+        )
+        dispatcher = Dispatcher(
+            transport,
+            cast(ModelConfig, config),
+            device=device,
+            dtype=dtype,
+            max_tokens=max_tokens,
+            reply_timeout_s=reply_timeout_s,
+            spin_s=SPIN_S[device.type],
+        )
+        dispatcher.set_routing(routing)
+        yield dispatcher
+        dispatcher.close()
+    finally:
+        for process in processes:
+            if process.stdin is not None:
+                process.stdin.close()
+        for process in processes:
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _ask(process: subprocess.Popen[str], order: dict[str, Any] | None) -> dict[str, Any]:
+    """The next line of a worker that starts with a brace."""
+    if process.stdin is None or process.stdout is None:
+        raise RuntimeError("a subprocess without the pipes that it was to have")
+    if order is not None:
+        process.stdin.write(json.dumps(order) + "\n")
+        process.stdin.flush()
+    for line in process.stdout:
+        if line.startswith("{"):
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+    raise Unavailable(f"a worker ended with {process.wait()}; its words are above")
+
+
+def _measure(
+    shape: Shape,
+    dispatcher: Dispatcher,
+    device: torch.device,
+    dtype: torch.dtype,
+    size: int,
+    repeat: int,
+) -> Line:
+    import torch
+
+    from cli.layer_worker import random_expert
+
+    generator = torch.Generator().manual_seed(size)
+    x_TD = torch.randn(size, shape.hidden, generator=generator).to(device, dtype)
+    scores_TE = torch.rand(size, shape.num_experts, generator=generator)
+    weights_TK, ids_TK = scores_TE.topk(shape.top_k, dim=-1)
+    weights_TK, ids_TK = weights_TK.to(device), ids_TK.to(device)
+    counts = torch.bincount(ids_TK.flatten(), minlength=shape.num_experts).tolist()
+    by_worker = [sum(counts[n :: shape.workers]) for n in range(shape.workers)]
+
+    step = Step(dispatcher, [(x_TD, ids_TK, weights_TK)])
+    want_TD = torch.zeros(size, shape.hidden, device=device)
+    floor = 0.0
+    for index in range(shape.num_experts):
+        expert = random_expert(index, shape.hidden, shape.mlp_hidden, shape.kind, device, dtype)
+        tokens, ranks = (ids_TK == index).nonzero(as_tuple=True)
+        if len(tokens):
+            exact = _exact(expert, x_TD[tokens])
+            want_TD.index_add_(0, tokens, exact * weights_TK[tokens, ranks, None])
+        if index < shape.workers and by_worker[index] == max(by_worker) and not floor:
+            floor = _alone(expert, max(by_worker), shape, device, dtype)
+        del expert
+    got_TD = step.run()[0]
+    error = float((got_TD.float() - want_TD).norm() / want_TD.norm())
+    if not error < _MAX_ERROR[shape.dtype]:
+        raise SystemExit(f"wrong at {size} rows: relative error {error:.1e} against float32")
+    ours = _times(step.run, device, repeat)
+    halves = [slice(0, size // 2), slice(size // 2, size)] if size > 1 else [slice(0, 1)]
+    two = Step(dispatcher, [(x_TD[h], ids_TK[h], weights_TK[h]) for h in halves])
+    passing = _times(two.run_on, device, repeat, wait=False)
+    two.land()
+    return Line(
+        rows=size,
+        busiest=max(by_worker),
+        error=error,
+        floor=floor,
+        ours=median(ours),
+        ours_p99=_p99(ours),
+        two=median(passing),
+        two_p99=_p99(passing),
+    )
+
+
+class Step:
+    """One layer, over and over, with the rows of each micro-batch fixed.
+
+    As in the engine: what the device does for itself runs from graphs where batches are small.
+    """
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        micro_batches: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._micro_batches = micro_batches
+        self._away: list[Any] = []
+        self._graphs = [self._captured(n) for n in range(len(micro_batches))]
+
+    def _captured(self, micro_batch: int) -> Any:
+        """The sort, what it makes, and the sum; None where they are launched one by one."""
+        import torch
+
+        x_TD, ids_TK, weights_TK = self._micro_batches[micro_batch]
+        if not x_TD.is_cuda or len(x_TD) > _GRAPH_ROWS:
+            return None
+        from expert_worker.gpu_compute import capture
+
+        dispatcher = self._dispatcher
+        made: dict[str, Any] = {}
+
+        def prepare() -> None:
+            made["prepared"] = dispatcher.prepare(micro_batch, ids_TK, weights_TK)
+
+        def scatter() -> None:
+            made["prepared"].laid.launch(x_TD, dispatcher.arenas[0])
+
+        def combine() -> None:
+            laid = made["prepared"].laid
+            made["y"] = dispatcher.layout.combine(dispatcher.arenas[1], laid.rows_TK, weights_TK)
+
+        stream = torch.cuda.Stream(x_TD.device)
+        torch.cuda.synchronize(x_TD.device)
+        with torch.cuda.stream(stream):
+            for run in (prepare, scatter, combine):
+                run()
+            stream.synchronize()
+            sort = capture(prepare)
+            made["prepared"].laid.scatter_graph = capture(scatter)
+            return sort, made["prepared"], capture(combine), made["y"]
+
+    def _leave(self, micro_batch: int) -> Any:
+        graphs = self._graphs[micro_batch]
+        batch = self._micro_batches[micro_batch]
+        if graphs is None:
+            return self._dispatcher.dispatch(0, *batch)
+        graphs[0].replay()
+        return self._dispatcher.send(0, batch[0], graphs[1])
+
+    def _return(self, micro_batch: int, pending: Any) -> torch.Tensor:
+        graphs = self._graphs[micro_batch]
+        if graphs is None:
+            y_TD: torch.Tensor = pending.combine()
+            return y_TD
+        self._dispatcher.wait(pending)
+        graphs[2].replay()
+        y_TD = graphs[3]
+        return y_TD
+
+    def run(self) -> list[torch.Tensor]:
+        """All away, all back."""
+        self._dispatcher.begin_step(len(self._micro_batches))
+        away = [self._leave(n) for n in range(len(self._micro_batches))]
+        return [self._return(n, pending) for n, pending in enumerate(away)]
+
+    def run_on(self) -> None:
+        """Each micro-batch comes back and leaves again, while the others are under way."""
+        if not self._away:
+            self._dispatcher.begin_step(len(self._micro_batches))
+            self._away = [self._leave(n) for n in range(len(self._micro_batches))]
+        for n in range(len(self._micro_batches)):
+            self._return(n, self._away[n])
+            self._away[n] = self._leave(n)
+
+    def land(self) -> None:
+        """Bring back what is away."""
+        for n, pending in enumerate(self._away):
+            self._return(n, pending)
+        self._away = []
+
+
+def _exact(expert: Any, x_RD: torch.Tensor) -> torch.Tensor:
+    """The expert in float32."""
+    import torch.nn.functional as F
+
+    up, down = (tensor.float() for tensor in expert.tensors().values())
+    hidden = F.linear(x_RD.float(), up)
+    if up.shape[0] == 2 * down.shape[1]:
+        gate, up_RH = hidden.chunk(2, dim=-1)
+        hidden = F.silu(gate) * up_RH
+    else:
+        hidden = F.gelu(hidden)
+    return F.linear(hidden, down)
+
+
+def _alone(expert: Any, rows: int, shape: Shape, device: torch.device, dtype: torch.dtype) -> float:
+    """Microseconds of the expert on so many rows with nothing around it."""
+    import torch
+
+    x_RD = torch.randn(rows, shape.hidden, device=device, dtype=dtype)
+    if device.type != "cuda":
+        return median(_times(lambda: expert(x_RD), device, 20))
+    from expert_worker.gpu_compute import capture
+
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        for _ in range(3):
+            expert(x_RD)
+        graph = capture(lambda: expert(x_RD))
+        times: list[float] = []
+        for _ in range(30):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(float(start.elapsed_time(end)) * 1e3)
+    return median(times[5:])
+
+
+def _times(
+    run: Callable[[], object], device: torch.device, repeat: int, *, wait: bool = True
+) -> list[float]:
+    """Microseconds of each run, its device's work included."""
+    import torch
+
+    times = []
+    for _ in range(_WARM_UP + repeat):
+        began_s = time.perf_counter()
+        run()
+        if device.type == "cuda" and wait:
+            torch.cuda.current_stream(device).synchronize()
+        times.append((time.perf_counter() - began_s) * 1e6)
+    return times[_WARM_UP:]
+
+
+def _p99(times: Sequence[float]) -> float:
+    return quantiles(times, n=100)[98] if len(times) > 1 else times[0]

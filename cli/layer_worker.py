@@ -1,0 +1,84 @@
+"""A worker of ``expert-mesh bench layer``: a data plane with random experts of one layer.
+
+It says where it is, is told who asks, and serves until its standard input ends. One JSON object
+a line: ``{"address": hex}`` out, ``{"address": hex, "session": n}`` in, ``{"session": n}`` out;
+``{"served": true}`` in, ``{"served": [stages of each dispatch since]}`` out.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+
+import torch
+
+from expert_worker.data_plane import DataPlane, Served
+from expert_worker.expert_store import ExpertStore
+from mesh.device import open_device
+from mesh.mlp import GatedMlp, Mlp, PlainMlp
+from mesh.plan import ExpertId
+from mesh.transport.ucx import UcxTransport
+from mesh.transport.waiting import SPIN_S
+
+LAYER = 0
+
+
+def random_expert(
+    index: int, hidden: int, mlp_hidden: int, kind: str, device: torch.device, dtype: torch.dtype
+) -> Mlp:
+    """The same weights for the same index wherever it is made."""
+    generator = torch.Generator(device).manual_seed(1000 + index)
+    up_rows = 2 * mlp_hidden if kind == "gated" else mlp_hidden
+
+    def weight(rows: int, columns: int) -> torch.Tensor:
+        made = torch.empty(rows, columns, device=device, dtype=dtype)
+        return made.normal_(std=columns**-0.5, generator=generator)
+
+    up, down = weight(up_rows, hidden), weight(hidden, mlp_hidden)
+    return GatedMlp(up, down, "silu") if kind == "gated" else PlainMlp(up, down, "gelu")
+
+
+def main() -> None:
+    order = json.loads(sys.argv[1])
+    device, dtype = open_device(order["device"]), getattr(torch, order["dtype"])
+    torch.set_num_threads(order["threads"])
+    sizes = (order["hidden"], order["mlp_hidden"], order["kind"])
+    store = ExpertStore(
+        lambda e: random_expert(e.index, *sizes, device, dtype),
+        expert_bytes=1,
+        memory_bytes=1 << 40,
+        worker_id=order["worker_id"],
+    )
+    store.load([ExpertId(LAYER, index) for index in order["experts"]])
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    plane = DataPlane(
+        functools.partial(UcxTransport, cuda=device.type == "cuda"),
+        store,
+        hidden_size=order["hidden"],
+        dtype=dtype,
+        device=device,
+        num_experts=order["num_experts"],
+        max_rows=order["max_rows"],
+        merge_rows=order["max_rows"],
+        spin_s=SPIN_S[device.type],
+        threads=order["threads"],
+    )
+    served: list[Served] = []
+    plane.on_served = served.append
+    plane.start()
+    print(json.dumps({"address": plane.wait_started().hex()}), flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if "served" in asked:
+            taken, served[:] = served[:], []
+            print(json.dumps({"served": [one._asdict() for one in taken]}), flush=True)
+            continue
+        session = plane.connect("bench", bytes.fromhex(asked["address"]), asked["session"])
+        print(json.dumps({"session": session}), flush=True)
+    plane.stop()
+
+
+if __name__ == "__main__":
+    main()

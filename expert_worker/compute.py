@@ -1,0 +1,109 @@
+"""Where a worker's rows are computed: the seam between its loop and its device.
+
+Legend: R rows of a buffer, D hidden size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+
+from expert_worker.expert_store import Expert
+
+
+class Part(NamedTuple):
+    """Rows of one message: ``num_rows`` from ``start`` of its buffer."""
+
+    buffer_RD: torch.Tensor
+    start: int
+    num_rows: int
+
+    @property
+    def x_RD(self) -> torch.Tensor:
+        """The rows themselves."""
+        return self.buffer_RD[self.start : self.start + self.num_rows]
+
+
+class Ticket(Protocol):
+    """A batch that is being computed."""
+
+    @property
+    def done(self) -> bool:
+        """Its rows are replaced by the outputs, for everybody to read."""
+        ...
+
+    @property
+    def seconds(self) -> float:
+        """How long the device took. Valid once done."""
+        ...
+
+    @property
+    def counts(self) -> list[int]:
+        """Of a message for several experts, what its counts said. Valid once done."""
+        ...
+
+
+class Compute(Protocol):
+    """A device. One thread owns it, that of the data plane."""
+
+    depth: int
+    """Batches that should be under way at once: what waits longer can still be merged."""
+
+    def open(self) -> None:
+        """Called once on the owning thread, before anything else."""
+        ...
+
+    def start(self, expert: Expert, parts: Sequence[Part]) -> Ticket:
+        """Replace the parts' rows by the expert's outputs. Raises RuntimeError if it cannot."""
+        ...
+
+    def start_several(
+        self, experts: Mapping[int, Expert], part: Part, num_experts: int
+    ) -> Ticket | None:
+        """The same for a message of several experts, whose ``num_experts`` counts (int32) lie at
+        the start of the part's buffer, without bringing them to the host. None: not here."""
+        ...
+
+
+@dataclass(frozen=True)
+class Done:
+    """The ticket of what is computed at once."""
+
+    seconds: float
+    done: bool = True
+    counts: list[int] = field(default_factory=list)
+
+
+class CpuCompute:
+    """Computes while its caller waits."""
+
+    depth = 1
+
+    def open(self) -> None:
+        """Nothing to do."""
+
+    def start(self, expert: Expert, parts: Sequence[Part]) -> Done:
+        """See :class:`Compute`."""
+        started = time.perf_counter()
+        run(expert, parts)
+        return Done(time.perf_counter() - started)
+
+    def start_several(
+        self, experts: Mapping[int, Expert], part: Part, num_experts: int
+    ) -> Done | None:
+        """Counts are on the host already."""
+        return None
+
+
+def run(expert: Expert, parts: Sequence[Part]) -> None:
+    """All parts as one batch, and the outputs back into them."""
+    rows = [part.x_RD for part in parts]
+    y_RD = expert(rows[0] if len(rows) == 1 else torch.cat(rows))
+    start = 0
+    for x_RD in rows:
+        x_RD.copy_(y_RD[start : start + len(x_RD)])
+        start += len(x_RD)

@@ -1,0 +1,170 @@
+"""Kernels in Triton around the experts: sort, scatter, combine. Imported only on a GPU.
+
+Legend: T tokens, K experts a token, R = T x K routed rows, E experts, D hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ROWS = 64
+_SORT_ROWS = 2048
+"""Up to here, comparing every pair of rows is quicker than a sort."""
+
+
+@triton.jit
+def _positions_kernel(
+    ids, num_rows, positions, counts, num_experts, ROWS: tl.constexpr, EXPERTS: tl.constexpr
+):
+    block = tl.program_id(0)
+    num_blocks = tl.cdiv(num_rows, ROWS)
+    lane = tl.arange(0, ROWS)
+    if block < num_blocks:
+        row = block * ROWS + lane
+        mine = tl.load(ids + row, mask=row < num_rows, other=0).to(tl.int32)
+        before = tl.zeros([ROWS], dtype=tl.int32)
+        for start in range(0, num_rows, ROWS):
+            other_row = start + lane
+            other = tl.load(ids + other_row, mask=other_row < num_rows, other=1 << 30)
+            other = other.to(tl.int32)
+            less = other[None, :] < mine[:, None]
+            same = (other[None, :] == mine[:, None]) & (other_row[None, :] < row[:, None])
+            before += tl.sum((less | same).to(tl.int32), axis=1)
+        tl.store(positions + row, before, mask=row < num_rows)
+    else:
+        expert = (block - num_blocks) * EXPERTS + tl.arange(0, EXPERTS)
+        count = tl.zeros([EXPERTS], dtype=tl.int32)
+        for start in range(0, num_rows, ROWS):
+            other_row = start + lane
+            other = tl.load(ids + other_row, mask=other_row < num_rows, other=1 << 30)
+            same = other.to(tl.int32)[None, :] == expert[:, None]
+            count += tl.sum(same.to(tl.int32), axis=1)
+        tl.store(counts + expert, count, mask=expert < num_experts)
+
+
+def sort_by_expert(ids_R: Tensor, positions_R: Tensor, counts_E: Tensor) -> None:
+    """Where each row stands when rows are in order of expert (those of one as they came), and
+    how many each expert has. int32 out; an id past the experts counts for none and comes last."""
+    num_rows, num_experts = len(ids_R), len(counts_E)
+    if num_rows > _SORT_ROWS:
+        order_R = ids_R.to(torch.int32).sort(stable=True).indices
+        positions_R[order_R] = torch.arange(num_rows, dtype=torch.int32, device=ids_R.device)
+        counts_E.copy_(torch.bincount(ids_R, minlength=num_experts)[:num_experts])
+        return
+    grid = (triton.cdiv(num_rows, _ROWS) + triton.cdiv(num_experts, 32),)
+    _positions_kernel[grid](
+        ids_R, num_rows, positions_R, counts_E, num_experts, ROWS=_ROWS, EXPERTS=32
+    )
+
+
+@triton.jit
+def _scatter_kernel(
+    x, positions, row_of_position, rows, send, num_choices, width, BLOCK: tl.constexpr
+):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    value = tl.load(x + token * width + column, mask=inside)
+    for choice in range(0, num_choices):
+        row = tl.load(row_of_position + tl.load(positions + token * num_choices + choice))
+        row = row.to(tl.int64)
+        if row >= 0:
+            tl.store(send + row * width + column, value, mask=inside)
+        if tl.program_id(1) == 0:
+            tl.store(rows + token * num_choices + choice, row)
+
+
+def scatter(
+    x_TD: Tensor, positions_R: Tensor, row_of_position_R: Tensor, rows_TK: Tensor, send_RD: Tensor
+) -> None:
+    """Copy each token to the rows of ``send_RD`` that its K experts read.
+
+    ``row_of_position_R`` (int32) says which row the n-th in order of expert has, -1 for none;
+    ``rows_TK`` (int64) gets the row of each.
+    """
+    num_tokens, width = x_TD.shape
+    block = min(2048, triton.next_power_of_2(width))
+    _scatter_kernel[(num_tokens, triton.cdiv(width, block))](
+        x_TD,
+        positions_R,
+        row_of_position_R,
+        rows_TK,
+        send_RD,
+        rows_TK.shape[1],
+        width,
+        BLOCK=block,
+    )
+
+
+@triton.jit
+def _combine_kernel(
+    reply,
+    rows,
+    weights,
+    residual,
+    out,
+    num_choices,
+    width,
+    BLOCK: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for choice in range(0, num_choices):
+        row = tl.load(rows + token * num_choices + choice)
+        weight = tl.load(weights + token * num_choices + choice)
+        if row >= 0:
+            value = tl.load(reply + row * width + column, mask=inside, other=0.0)
+            total += value.to(tl.float32) * weight
+    if RESIDUAL:
+        total = total.to(out.dtype.element_ty).to(tl.float32)
+        total += tl.load(residual + token * width + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + token * width + column, total, mask=inside)
+
+
+def combine(
+    reply_RD: Tensor, rows_TK: Tensor, weights_TK: Tensor, residual_TD: Tensor | None = None
+) -> Tensor:
+    """The weighted sum of each token's rows, in float32 and in order of K, as y_TD; with a
+    residual, that plus the rounded sum."""
+    (num_tokens, num_choices), width = rows_TK.shape, reply_RD.shape[1]
+    out_TD = reply_RD.new_empty(num_tokens, width)
+    block = min(2048, triton.next_power_of_2(width))
+    _combine_kernel[(num_tokens, triton.cdiv(width, block))](
+        reply_RD,
+        rows_TK,
+        weights_TK,
+        reply_RD if residual_TD is None else residual_TD,
+        out_TD,
+        num_choices,
+        width,
+        BLOCK=block,
+        RESIDUAL=residual_TD is not None,
+    )
+    return out_TD
+
+
+@triton.jit
+def _headers_kernel(headers, words, num_words, words_per_row, WORDS: tl.constexpr):
+    header = headers + tl.program_id(0) * (num_words + 1)
+    to = words + tl.load(header).to(tl.int64) * words_per_row
+    word = tl.arange(0, WORDS)
+    inside = word < num_words
+    tl.store(to + word, tl.load(header + 1 + word, mask=inside), mask=inside)
+
+
+def write_headers(headers_ME: Tensor, send_ND: Tensor) -> None:
+    """Write each header (int32: an arena row, then the words) from the start of its row on."""
+    words = send_ND.view(-1).view(torch.int32)
+    _headers_kernel[(len(headers_ME),)](
+        headers_ME,
+        words,
+        headers_ME.shape[1] - 1,
+        len(words) // len(send_ND),
+        WORDS=triton.next_power_of_2(headers_ME.shape[1]),
+    )

@@ -1,0 +1,343 @@
+"""A step in which every sequence decodes one token, from CUDA graphs.
+
+Between two layers' experts lies a *segment*: the sum of what came back, attention, the router and
+the sort of its rows. Launched one by one its kernels take longer to start than to run; a graph
+starts them at once. A graph's addresses are fixed, so each size of batch (the next power of two)
+and each of the step's micro-batches has buffers and graphs of its own, captured at first use.
+
+Legend: B sequences, padded to the size of the graphs; T = B tokens; M blocks of the longest
+sequence that may be; D hidden size, K experts a token, C pairs that turn.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import structlog
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gateway.model.batch import Experts, ForwardBatch
+from gateway.model.gpu_attention import MAX_KEY_DIM, Decoding
+from gateway.model.kv_cache import KvCache
+from mesh.model_config import GroupedAttention
+
+if TYPE_CHECKING:
+    from gateway.model.decoder import Decoder, Layer
+
+log = structlog.get_logger()
+
+_MIN_BATCH = 1
+_MAX_BATCH = 256
+_MAX_MICRO_BATCHES = 2
+
+
+class DeviceExperts(Protocol):
+    """Experts whose dispatch has a part that a graph can hold; see
+    :class:`gateway.dispatch.Dispatcher`."""
+
+    arena_version: int
+
+    @property
+    def arenas(self) -> tuple[Tensor, Tensor]: ...
+
+    @property
+    def layout(self) -> Any: ...
+
+    def prepare(self, micro_batch: int, ids_TK: Tensor, weights_TK: Tensor) -> Any: ...
+
+    def send(self, layer: int, x_TD: Tensor, prepared: Any) -> Any: ...
+
+    def wait(self, pending: Any) -> None: ...
+
+
+@dataclass
+class _Segment:
+    """From what came back for one layer up to the sort for another's experts."""
+
+    graph: torch.cuda.CUDAGraph
+    layer: int | None
+    """Whose experts come next; None: the last segment."""
+    x_TD: Tensor
+    """The residual; of the last segment, what the final norm is taken of."""
+    normed_TD: Tensor | None
+    """What goes to the experts."""
+    prepared: Any
+    shared: torch.cuda.CUDAGraph | None
+    """What runs while they are away; it adds to ``x_TD``."""
+
+
+class _Batch:
+    """The buffers and segments of one size and one micro-batch."""
+
+    def __init__(self, size: int, width: int, device: torch.device) -> None:
+        def pair(*shape: int, fill: int = 0) -> tuple[Tensor, Tensor]:
+            on_host = torch.full(shape, fill, dtype=torch.int32, pin_memory=True)
+            return on_host, on_host.to(device)
+
+        self.size = size
+        self.host_4B, self.facts_4B = pair(4, size)
+        self.tables_on_host_BM, self.tables_BM = pair(size, width)
+        self.tables: list[tuple[int, ...]] = [()] * size
+        self.num_blocks = 0
+        self.segments: list[_Segment] = []
+        self.kept: list[Tensor] = []
+        """What several segments read: were it freed, the next graph would overwrite it."""
+
+    @property
+    def tokens_B(self) -> Tensor:
+        return self.facts_4B[0]
+
+    @property
+    def positions_B(self) -> Tensor:
+        return self.facts_4B[1]
+
+    @property
+    def lengths_B(self) -> Tensor:
+        return self.facts_4B[3]
+
+    def fill(self, batch: ForwardBatch, block_size: int) -> None:
+        """Bring a batch to the device. Rows past it have no slot, no length and no experts."""
+        slices, count = batch.slices, len(batch.slices)
+        tokens, positions, slots, lengths = self.host_4B.numpy()
+        tokens[:count] = batch.token_ids_T.numpy()
+        positions[:count] = [one.num_cached for one in slices]
+        lengths[:count] = positions[:count] + 1
+        tokens[count:] = positions[count:] = lengths[count:] = 0
+        slots[count:] = -1
+        table_rows = self.tables_on_host_BM.numpy()
+        changed = 0
+        for row, one in enumerate(slices):
+            table, position = one.block_table, one.num_cached
+            slots[row] = table[position // block_size] * block_size + position % block_size
+            if table != self.tables[row]:
+                self.tables[row] = table
+                table_rows[row, : len(table)] = table
+                changed = max(changed, len(table))
+        self.facts_4B.copy_(self.host_4B, non_blocking=True)
+        if changed:
+            self.num_blocks = max(map(len, self.tables))
+            self.tables_BM[:, : self.num_blocks].copy_(
+                self.tables_on_host_BM[:, : self.num_blocks], non_blocking=True
+            )
+
+
+class DecodeGraphs:
+    """The graphs of one decoder, its cache and its experts. One thread owns it."""
+
+    def __init__(
+        self, decoder: Decoder, kv: KvCache, experts: DeviceExperts, max_model_len: int
+    ) -> None:
+        self._decoder = decoder
+        self._kv = kv
+        self._experts = experts
+        self._max_model_len = max_model_len
+        self._device = kv.rows[0].device
+        # Graphs of two micro-batches run by turns: what one keeps must not be another's scratch.
+        self._pools = [torch.cuda.graph_pool_handle() for _ in range(_MAX_MICRO_BATCHES)]
+        self._batches: dict[tuple[int, int], _Batch] = {}
+        self._version = experts.arena_version
+        attention = decoder.config.attention
+        self._possible = (
+            isinstance(attention, GroupedAttention) and attention.head_dim <= MAX_KEY_DIM
+        )
+        self._stream = torch.cuda.Stream(self._device)
+
+    def start(self, batch: ForwardBatch, micro_batch: int) -> GraphedBatch | None:
+        """The batch on its way through graphs; None where it is none for them."""
+        count = len(batch.slices)
+        if not self._possible or count > _MAX_BATCH:
+            return None
+        if any(one.num_tokens != 1 for one in batch.slices):
+            return None
+        if self._version != self._experts.arena_version:
+            self._batches.clear()
+            self._version = self._experts.arena_version
+        size = max(_MIN_BATCH, 1 << (count - 1).bit_length())
+        key = (size, micro_batch)
+        found = self._batches.get(key)
+        if found is None:
+            found = self._batches[key] = self._capture(size, micro_batch)
+        found.fill(batch, self._kv.block_size)
+        return GraphedBatch(found, self._experts, count)
+
+    def _capture(self, size: int, micro_batch: int) -> _Batch:
+        began_s = time.monotonic()
+        width = -(-self._max_model_len // self._kv.block_size)
+        batch = _Batch(size, width, self._device)
+        batch.facts_4B[2].fill_(-1)
+        torch.cuda.synchronize(self._device)
+        with torch.cuda.stream(self._stream):
+            # Once for real: kernels are compiled and libraries set up. It writes nowhere.
+            _Capturing(self, batch, micro_batch, _call).run()
+            self._stream.synchronize()
+            captured = partial(self._captured, self._pools[micro_batch])
+            _Capturing(self, batch, micro_batch, captured).run()
+        log.info(
+            "decode_graphs_captured",
+            batch=size,
+            micro_batch=micro_batch,
+            graphs=len(batch.segments),
+            seconds=round(time.monotonic() - began_s, 3),
+        )
+        return batch
+
+    @staticmethod
+    def _captured(pool: Any, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            run()
+        finally:
+            graph.capture_end()
+        return graph
+
+
+def _call(run: Callable[[], None]) -> Any:
+    run()
+
+
+class _Capturing:
+    """Walks the layers once and makes the segments of a batch by ``capture``."""
+
+    def __init__(
+        self,
+        graphs: DecodeGraphs,
+        batch: _Batch,
+        micro_batch: int,
+        capture: Callable[[Callable[[], None]], Any],
+    ) -> None:
+        self._decoder = graphs._decoder
+        self._experts = graphs._experts
+        self._batch = batch
+        self._micro_batch = micro_batch
+        self._capture = capture
+        longest = graphs._max_model_len
+        self._decoding = Decoding(
+            graphs._kv, batch.facts_4B[2], batch.tables_BM, batch.lengths_B, longest
+        )
+        self._valid_B1 = self._cis_T1C = torch.empty(0)
+        self._no_expert = graphs._decoder.config.num_experts
+
+    def run(self) -> None:
+        """Leaves the segments in the batch."""
+        self._batch.segments = []
+        layers = list(enumerate(self._decoder.layers))
+        while True:
+            taken: list[tuple[int, Layer]] = []
+            while layers:
+                taken.append(layers.pop(0))
+                if taken[-1][1].router is not None:
+                    break
+            self._segment(taken)
+            if not taken or taken[-1][1].router is None:
+                return
+
+    def _segment(self, layers: Sequence[tuple[int, Layer]]) -> None:
+        made: dict[str, Any] = {}
+        before = self._batch.segments[-1] if self._batch.segments else None
+        index, last = layers[-1] if layers else (None, None)
+        routed = last is not None and last.router is not None
+
+        def attend() -> None:
+            x_TD = self._begin() if before is None else self._come_back(before)
+            for number, layer in layers:
+                x_TD = layer.attention(
+                    number, layer.attention_norm(x_TD), x_TD, self._cis_T1C, self._decoding
+                )
+                normed_TD = layer.mlp_norm(x_TD)
+                if layer.router is not None:
+                    ids_TK, weights_TK = layer.router(normed_TD)
+                    ids_TK = torch.where(self._valid_B1, ids_TK, self._no_expert)
+                    made["prepared"] = self._experts.prepare(self._micro_batch, ids_TK, weights_TK)
+                    made["normed"] = normed_TD
+                elif layer.dense is not None:
+                    x_TD = x_TD + layer.dense(normed_TD)
+            made["x"] = x_TD
+
+        graph = self._capture(attend)
+        if routed:
+            laid = made["prepared"].laid
+            laid.scatter_graph = self._capture(
+                lambda: laid.launch(made["normed"], self._experts.arenas[0])
+            )
+        shared_graph = None
+        if last is not None and routed and last.shared is not None:
+            shared = last.shared
+            shared_graph = self._capture(lambda: made["x"].add_(shared(made["normed"])))
+        self._batch.segments.append(
+            _Segment(
+                graph=graph,
+                layer=index if routed else None,
+                x_TD=made["x"],
+                normed_TD=made.get("normed"),
+                prepared=made.get("prepared"),
+                shared=shared_graph,
+            )
+        )
+
+    def _begin(self) -> Tensor:
+        """The first segment's own: embeddings, rotations, and which rows are there."""
+        batch = self._batch
+        self._valid_B1 = batch.lengths_B[:, None] > 0
+        self._cis_T1C = self._decoder.rope(batch.positions_B)
+        batch.kept = [self._valid_B1, self._cis_T1C]
+        return F.embedding(batch.tokens_B, self._decoder.embedding_VD)
+
+    def _come_back(self, before: _Segment) -> Tensor:
+        """The residual with what the experts of the segment before made."""
+        summed: Tensor = self._experts.layout.combine(
+            self._experts.arenas[1],
+            before.prepared.laid.rows_TK,
+            before.prepared.weights_TK,
+            before.x_TD,
+        )
+        return summed
+
+
+class GraphedBatch:
+    """See :class:`gateway.model.decoder.Flight`."""
+
+    def __init__(self, batch: _Batch, experts: DeviceExperts, count: int) -> None:
+        self._batch = batch
+        self._experts = experts
+        self._count = count
+        self._next = 0
+        self._pending: Any = None
+
+    def begin(self, index: int, layer: Layer, experts: Experts) -> None:
+        """See :class:`gateway.model.decoder.Flight`."""
+        segment = self._batch.segments[self._next]
+        if segment.layer != index:
+            return  # a dense layer, in one graph with the next one that has experts
+        self._advance()
+
+    def finish(self) -> Tensor:
+        """See :class:`gateway.model.decoder.Flight`. Only behind the last layer."""
+        while self._next < len(self._batch.segments):
+            self._advance()
+        return self._batch.segments[-1].x_TD[: self._count]
+
+    def _advance(self) -> None:
+        self._come_back()
+        segment = self._batch.segments[self._next]
+        segment.graph.replay()
+        if segment.layer is not None and segment.normed_TD is not None:
+            self._pending = self._experts.send(segment.layer, segment.normed_TD, segment.prepared)
+            if segment.shared is not None:
+                segment.shared.replay()
+        self._next += 1
+
+    def _come_back(self) -> None:
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        self._experts.wait(pending)
+        known = self._batch.segments[self._next - 1].prepared.laid.rows_TK
+        if pending.rows_TK.data_ptr() != known.data_ptr():
+            known.copy_(pending.rows_TK)  # rows that were sent again came back elsewhere

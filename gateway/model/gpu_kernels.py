@@ -1,0 +1,272 @@
+"""Kernels in Triton of the attention. Imported only where there is a GPU.
+
+Legend: T tokens, B sequences, M blocks of the longest, H heads, J heads of keys and values,
+G = H / J queries of one such head, K size of a key, V size of a value, C = K / 2 turning pairs,
+S rows of the cache, X width of queries, keys and values together, W width of a row.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_PAIRS = 512
+_POSITIONS = 64
+_PROGRAMS = 1024
+"""About how many programs keep the whole GPU reading."""
+_MAX_SPLITS = 64
+_LOG2_E = math.log2(math.e)
+
+
+@triton.jit
+def _turn_and_store_kernel(
+    qkv,
+    qkv_stride,
+    cis,
+    slots,
+    cache,
+    cache_width,
+    num_pairs,
+    num_turning_pairs,
+    num_query_pairs,
+    C: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    pair = tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)
+    inside = pair < num_pairs
+    turning = pair < num_turning_pairs
+    at = qkv + token * qkv_stride + 2 * pair
+    even, odd = tl.load(at, mask=inside, other=0.0), tl.load(at + 1, mask=inside, other=0.0)
+    turn = cis + token * 2 * C + 2 * (pair % C)
+    cos, sin = tl.load(turn, mask=turning, other=1.0), tl.load(turn + 1, mask=turning, other=0.0)
+    even32, odd32 = even.to(tl.float32), odd.to(tl.float32)
+    new_even = (even32 * cos - odd32 * sin).to(qkv.dtype.element_ty)
+    new_odd = (even32 * sin + odd32 * cos).to(qkv.dtype.element_ty)
+    tl.store(at, new_even, mask=turning)
+    tl.store(at + 1, new_odd, mask=turning)
+    slot = tl.load(slots + token).to(tl.int64)
+    if slot >= 0:
+        kept = inside & (pair >= num_query_pairs)
+        to = cache + slot * cache_width + 2 * (pair - num_query_pairs)
+        tl.store(to, tl.where(turning, new_even, even), mask=kept)
+        tl.store(to + 1, tl.where(turning, new_odd, odd), mask=kept)
+
+
+def turn_and_store(
+    qkv_TX: Tensor, cis_T1C: Tensor, slots_T: Tensor, cache_SW: Tensor, q_width: int, qk_width: int
+) -> None:
+    """Turn queries and keys in place and write keys and values to their slots; -1: nowhere."""
+    num_tokens, width = qkv_TX.shape
+    cis = torch.view_as_real(cis_T1C)
+    _turn_and_store_kernel[(num_tokens, triton.cdiv(width // 2, _PAIRS))](
+        qkv_TX,
+        qkv_TX.stride(0),
+        cis,
+        slots_T,
+        cache_SW,
+        cache_SW.shape[1],
+        width // 2,
+        qk_width // 2,
+        q_width // 2,
+        C=cis.shape[-2],
+        PAIRS=_PAIRS,
+    )
+
+
+@triton.jit
+def _decode_kernel(
+    q,
+    q_stride_b,
+    cache,
+    tables,
+    table_stride,
+    lengths,
+    partial,
+    maxima,
+    sums,
+    cache_width,
+    value_offset,
+    scale,
+    window,
+    splits,
+    G: tl.constexpr,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    V: tl.constexpr,
+    V_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    j = tl.program_id(1)
+    split = tl.program_id(2)
+    heads = tl.num_programs(1) * G
+    length = tl.load(lengths + b)
+    first = tl.maximum(length - window, 0)
+    span = tl.cdiv(tl.cdiv(length - first, splits), N) * N
+    begin = first + split * span
+    end = tl.minimum(begin + span, length)
+    g = tl.arange(0, ROWS)
+    k_at = tl.arange(0, K_PAD)
+    v_at = tl.arange(0, V_PAD)
+    n = tl.arange(0, N)
+    query = tl.load(
+        q + b * q_stride_b + (j * G + g)[:, None] * K + k_at[None, :],
+        mask=(g < G)[:, None] & (k_at < K)[None, :],
+        other=0.0,
+    )
+    best = tl.full([ROWS], -1e30, dtype=tl.float32)
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    acc = tl.zeros([ROWS, V_PAD], dtype=tl.float32)
+    for start in range(begin, end, N):
+        position = start + n
+        seen = position < end
+        block = tl.load(tables + b * table_stride + position // BLOCK_SIZE, mask=seen, other=0)
+        row = (block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE) * cache_width
+        key = tl.load(
+            cache + row[:, None] + j * K + k_at[None, :],
+            mask=seen[:, None] & (k_at < K)[None, :],
+            other=0.0,
+        )
+        score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+        score = tl.where(seen[None, :], score, -1e30)
+        new_best = tl.maximum(best, tl.max(score, axis=1))
+        weight = tl.where(seen[None, :], tl.exp2(score - new_best[:, None]), 0.0)
+        fade = tl.exp2(best - new_best)
+        total = total * fade + tl.sum(weight, axis=1)
+        value = tl.load(
+            cache + row[:, None] + value_offset + j * V + v_at[None, :],
+            mask=seen[:, None] & (v_at < V)[None, :],
+            other=0.0,
+        )
+        acc = acc * fade[:, None]
+        acc += tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
+        best = new_best
+    at = (b * heads + j * G + g) * splits + split
+    tl.store(maxima + at, best, mask=g < G)
+    tl.store(sums + at, total, mask=g < G)
+    tl.store(
+        partial + at[:, None] * V + v_at[None, :],
+        acc,
+        mask=(g < G)[:, None] & (v_at < V)[None, :],
+    )
+
+
+@triton.jit
+def _reduce_kernel(
+    partial,
+    maxima,
+    sums,
+    sinks,
+    out,
+    splits,
+    V: tl.constexpr,
+    V_PAD: tl.constexpr,
+    S: tl.constexpr,
+    SINKS: tl.constexpr,
+):
+    head = tl.program_id(1)
+    at = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + head) * splits
+    s = tl.arange(0, S)
+    v_at = tl.arange(0, V_PAD)
+    there = s < splits
+    maximum = tl.load(maxima + at + s, mask=there, other=-1e30)
+    best = tl.max(maximum, axis=0)
+    if SINKS:
+        sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+        best = tl.maximum(best, sink)
+    share = tl.exp2(maximum - best)
+    total = tl.sum(tl.load(sums + at + s, mask=there, other=0.0) * share, axis=0)
+    if SINKS:
+        total += tl.exp2(sink - best)
+    part = tl.load(
+        partial + (at + s)[:, None] * V + v_at[None, :],
+        mask=there[:, None] & (v_at < V)[None, :],
+        other=0.0,
+    )
+    value = tl.sum(part * share[:, None], axis=0) / tl.maximum(total, 1e-30)
+    tl.store(out + at // splits * V + v_at, value, mask=v_at < V)
+
+
+def num_splits(num_sequences: int, num_kv_heads: int, longest: int) -> int:
+    """Parts of a sequence, each read by a program of its own."""
+    wanted = max(1, _PROGRAMS // (num_sequences * num_kv_heads))
+    return min(wanted, _MAX_SPLITS, max(1, longest // (2 * _POSITIONS)))
+
+
+def paged_decode(
+    q_BHK: Tensor,
+    cache_SW: Tensor,
+    tables_BM: Tensor,
+    lengths_B: Tensor,
+    *,
+    splits: int,
+    block_size: int,
+    num_kv_heads: int,
+    value_dim: int,
+    value_offset: int,
+    scale: float,
+    window: int | None = None,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
+    """``out_BHV``: one query a sequence over its ``lengths_B`` first positions in the cache.
+
+    ``tables_BM`` (int32) holds the blocks of each; a length of 0 gives zeros. With a window, the
+    last so many positions; a sink takes its part of the weights and adds nothing.
+    """
+    batch, num_heads, key_dim = q_BHK.shape
+    group = num_heads // num_kv_heads
+    device = q_BHK.device
+    shape = (batch, num_heads, splits)
+    partial = torch.empty(*shape, value_dim, dtype=torch.float32, device=device)
+    maxima, sums = torch.empty(2, *shape, dtype=torch.float32, device=device).unbind(0)
+    q_BHK = q_BHK if q_BHK.stride()[1:] == (key_dim, 1) else q_BHK.contiguous()
+    k_pad, v_pad = (max(16, triton.next_power_of_2(n)) for n in (key_dim, value_dim))
+    _decode_kernel[(batch, num_kv_heads, splits)](
+        q_BHK,
+        q_BHK.stride(0),
+        cache_SW,
+        tables_BM,
+        tables_BM.stride(0),
+        lengths_B,
+        partial,
+        maxima,
+        sums,
+        cache_SW.shape[1],
+        value_offset,
+        scale * _LOG2_E,
+        window or 1 << 30,
+        splits,
+        G=group,
+        ROWS=max(16, triton.next_power_of_2(group)),
+        K=key_dim,
+        K_PAD=k_pad,
+        V=value_dim,
+        V_PAD=v_pad,
+        BLOCK_SIZE=block_size,
+        N=_POSITIONS if k_pad <= 256 else 16,
+        PRECISION="ieee" if cache_SW.dtype == torch.float32 else "tf32",
+        num_warps=4,
+    )
+    out_BHV = q_BHK.new_empty(batch, num_heads, value_dim)
+    _reduce_kernel[(batch, num_heads)](
+        partial,
+        maxima,
+        sums,
+        partial if sinks_H is None else sinks_H,
+        out_BHV,
+        splits,
+        V=value_dim,
+        V_PAD=v_pad,
+        S=triton.next_power_of_2(splits),
+        SINKS=sinks_H is not None,
+        num_warps=1 if splits <= 4 else 4,
+    )
+    return out_BHV

@@ -1,0 +1,126 @@
+"""Each Triton kernel against the few lines of torch that say what it computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+triton = pytest.importorskip("triton", reason="kernels are written in Triton")
+
+from gateway.gpu_kernels import combine, scatter, sort_by_expert
+from gateway.model.gpu_kernels import num_splits, paged_decode, turn_and_store
+from gateway.model.rope import rotate_
+from mesh.gpu_kernels import gated
+from tests.gpu.device import DEVICE, DTYPES, close
+
+BLOCK = 16
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "hidden"), [(1, 8), (3, 700), (130, 1536)])
+def test_gated_is_activation_times_up(dtype: torch.dtype, rows: int, hidden: int) -> None:
+    gate_up = torch.randn(rows, 2 * hidden, device=DEVICE, dtype=dtype)
+    gate, up = gate_up.chunk(2, dim=-1)
+    close(gated(gate_up, "silu"), F.silu(gate) * up)
+    close(gated(gate_up, "gelu_new"), F.gelu(gate, approximate="tanh") * up)
+
+
+@pytest.mark.parametrize(("tokens", "choices", "experts"), [(1, 2, 4), (33, 8, 128), (700, 4, 40)])
+def test_rows_are_sorted_by_expert_scattered_and_combined(
+    tokens: int, choices: int, experts: int
+) -> None:
+    ids_TK = torch.rand(tokens, experts, device=DEVICE).topk(choices).indices
+    positions_R = torch.full((tokens * choices,), -7, dtype=torch.int32, device=DEVICE)
+    counts_E = torch.full((experts,), -7, dtype=torch.int32, device=DEVICE)
+    sort_by_expert(ids_TK.view(-1), positions_R, counts_E)
+    order_R = ids_TK.view(-1).argsort(stable=True)
+    want_R = torch.empty_like(positions_R)
+    want_R[order_R] = torch.arange(len(order_R), dtype=torch.int32, device=DEVICE)
+    assert torch.equal(positions_R, want_R)
+    assert torch.equal(counts_E.long(), torch.bincount(ids_TK.view(-1), minlength=experts))
+
+    x_TD = torch.randn(tokens, 48, device=DEVICE)
+    arena_RD = torch.full((tokens * choices + 9, 48), torch.nan, device=DEVICE)
+    row_of_position = torch.randperm(len(arena_RD), device=DEVICE)[: tokens * choices]
+    rows_TK = torch.empty_like(ids_TK)
+    scatter(x_TD, positions_R, row_of_position.int(), rows_TK, arena_RD)
+    assert torch.equal(rows_TK.view(-1), row_of_position[positions_R.long()])
+    assert torch.equal(arena_RD[rows_TK], x_TD[:, None].expand(-1, choices, -1))
+    assert arena_RD.isnan().any(dim=1).sum() == 9
+
+    weights_TK = torch.rand(tokens, choices, device=DEVICE)
+    want_TD = (arena_RD[rows_TK] * weights_TK[..., None]).sum(dim=1)
+    close(combine(arena_RD, rows_TK, weights_TK), want_TD)
+    close(combine(arena_RD, rows_TK, weights_TK, x_TD), x_TD + want_TD)
+
+
+def test_ids_past_the_experts_count_for_none_and_come_last() -> None:
+    ids_R = torch.tensor([9, 1, 9, 0], device=DEVICE)
+    positions_R = torch.empty(4, dtype=torch.int32, device=DEVICE)
+    counts_E = torch.empty(2, dtype=torch.int32, device=DEVICE)
+    sort_by_expert(ids_R, positions_R, counts_E)
+    assert positions_R.tolist() == [2, 1, 3, 0]
+    assert counts_E.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_queries_and_keys_turn_and_keys_and_values_are_kept(dtype: torch.dtype) -> None:
+    heads, kv_heads, dim = 6, 2, 32
+    qkv = torch.randn(5, (heads + 2 * kv_heads) * dim, device=DEVICE, dtype=dtype)
+    cis = torch.polar(torch.ones(5, dim // 2), torch.rand(5, dim // 2))[:, None].to(DEVICE)
+    slots = torch.tensor([3, 40, -1, 0, 17], device=DEVICE)
+    cache = torch.zeros(48, 2 * kv_heads * dim, device=DEVICE, dtype=dtype)
+    want = qkv.clone()
+    rotate_(want[:, : (heads + kv_heads) * dim].view(5, heads + kv_heads, dim), cis)
+    turn_and_store(qkv, cis, slots, cache, heads * dim, (heads + kv_heads) * dim)
+    close(qkv, want)
+    kept = [0, 1, 3, 4]
+    assert torch.equal(cache[slots[kept]], qkv[kept, heads * dim :])
+    assert cache.any(dim=1).sum() == len(kept)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "window", "sinks"),
+    [(4, 4, 64, None, False), (8, 2, 16, None, True), (32, 1, 128, 70, False), (6, 2, 80, 9, True)],
+)
+def test_decode_reads_pages(
+    dtype: torch.dtype, heads: int, kv_heads: int, dim: int, window: int | None, sinks: bool
+) -> None:
+    lengths = [1, 16, 17, 300, 0]
+    width = 2 * kv_heads * dim
+    cache = torch.randn(64 * BLOCK, width, device=DEVICE, dtype=dtype)
+    tables = torch.randperm(64, device=DEVICE)[:60].int().view(3, 20).repeat(2, 1)[: len(lengths)]
+    q = torch.randn(len(lengths), heads, dim, device=DEVICE, dtype=dtype)
+    sinks_H = torch.randn(heads, device=DEVICE, dtype=dtype) if sinks else None
+    for splits in (1, 3, num_splits(5, kv_heads, 300)):
+        got = paged_decode(
+            q,
+            cache,
+            tables,
+            torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
+            splits=splits,
+            block_size=BLOCK,
+            num_kv_heads=kv_heads,
+            value_dim=dim,
+            value_offset=kv_heads * dim,
+            scale=dim**-0.5,
+            window=window,
+            sinks_H=sinks_H,
+        )
+        for b, length in enumerate(lengths):
+            if length == 0:
+                assert not got[b].any()
+                continue
+            at = torch.arange(max(0, length - (window or length)), length, device=DEVICE)
+            rows = cache[tables[b].long()[at // BLOCK] * BLOCK + at % BLOCK].double()
+            k, v = (
+                part.view(-1, kv_heads, dim).repeat_interleave(heads // kv_heads, dim=1)
+                for part in rows.chunk(2, dim=1)
+            )
+            scores = torch.einsum("hk,nhk->hn", q[b].double(), k) * dim**-0.5
+            if sinks_H is not None:
+                scores = torch.cat([scores, sinks_H.double()[:, None]], dim=1)
+            weights = scores.softmax(dim=1)[:, : len(at)]
+            close(got[b].double(), torch.einsum("hn,nhv->hv", weights, v), of=dtype)
