@@ -235,48 +235,47 @@ def compare(cluster: Cluster, seeds: int = 5) -> dict[str, dict[str, float]]:
 
 def timed(rounds: int) -> list[dict[str, Any]]:
     """How long plans take, each checked first: CPU seconds of one core."""
-    results = []
     rules = Rules(tuple(range(58)), 256)
-    traffic = zipf(rules.layers, 256, seed=0)
-    for num_workers in (256, 288):
-        workers = [
-            WorkerSpec(f"w{i:03}", 1 << 20, 1, 1.0 if i < 8 else 2.0, f"host-{i // 8}")
-            for i in range(num_workers)
-        ]
-        first = plan(rules, workers, traffic=traffic)
-        check(rules, workers, first)
-        homes = first.experts_by_worker()
-        survivors = workers[:100] + workers[101:]
-        repaired = plan(rules, survivors, traffic=traffic, homes=homes, partial=True)
-        if num_workers > 256:
-            check(rules, survivors, repaired)
-        moved = sum(
-            len(set(ids) - set(first.workers_by_expert[e]))
-            for e, ids in repaired.workers_by_expert.items()
-        )
-        later = zipf(rules.layers, 256, seed=1)
-        ways: dict[str, Callable[[], Any]] = {
-            "first plan": lambda: plan(rules, workers, traffic=traffic),
-            "after one death": lambda: plan(
-                rules, survivors, traffic=traffic, homes=homes, partial=True
-            ),
-            "rebalance, other traffic": lambda: plan(
-                rules, workers, traffic=later, homes=homes, budget=Budget(moves=64)
-            ),
-        }
-        for name, way in ways.items():
-            results.append(
-                {"workers": num_workers, "what": name, **_clock(way, rounds)}
-                | ({"moved": moved} if name == "after one death" else {})
-            )
-        results.append(
-            {
-                "workers": num_workers,
-                "what": "a whole turn after one death",
-                **turn_after_death(rules, workers, traffic, rounds),
-            }
-        )
-    return results
+    traffic, later = (zipf(rules.layers, 256, seed) for seed in (0, 1))
+    return [
+        {"workers": num_workers, "what": what, **figures}
+        for num_workers in (256, 288)
+        for what, figures in _timed(rules, num_workers, traffic, later, rounds).items()
+    ]
+
+
+def _timed(
+    rules: Rules, num_workers: int, traffic: Traffic, later: Traffic, rounds: int
+) -> dict[str, dict[str, float]]:
+    workers = [
+        WorkerSpec(f"w{i:03}", 1 << 20, 1, 1.0 if i < 8 else 2.0, f"host-{i // 8}")
+        for i in range(num_workers)
+    ]
+    survivors = workers[:100] + workers[101:]
+    first = plan(rules, workers, traffic=traffic)
+    check(rules, workers, first)
+    homes = first.experts_by_worker()
+
+    def repair() -> Target:
+        return plan(rules, survivors, traffic=traffic, homes=homes, partial=True)
+
+    def rebalance() -> Target:
+        return plan(rules, workers, traffic=later, homes=homes, budget=Budget(moves=64))
+
+    repaired = repair()
+    if len(survivors) >= rules.num_experts:
+        check(rules, survivors, repaired)
+    check(rules, workers, rebalance())
+    moved = sum(
+        len(set(ids) - set(first.workers_by_expert[e]))
+        for e, ids in repaired.workers_by_expert.items()
+    )
+    return {
+        "first plan": _clock(lambda: plan(rules, workers, traffic=traffic), rounds),
+        "after one death": _clock(repair, rounds) | {"moved": moved},
+        "rebalance, other traffic": _clock(rebalance, rounds),
+        "a whole turn after one death": turn_after_death(rules, workers, traffic, rounds),
+    }
 
 
 def _clock(way: Callable[[], Any], rounds: int) -> dict[str, float]:

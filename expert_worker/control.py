@@ -21,7 +21,7 @@ from mesh.errors import InvalidInput, MeshError, ModelMismatch, Overloaded, Unav
 from mesh.grpc_server import TlsFiles, until_first_ends
 from mesh.model_config import ModelConfig
 from mesh.plan import ExpertId, expert_from_proto, expert_to_proto
-from mesh.wire import MAX_SESSIONS
+from mesh.wire import HEALTH_NAME, MAX_SESSIONS
 from protos import placement_pb2, worker_pb2
 from protos import worker_pb2_grpc as rpc
 
@@ -100,14 +100,20 @@ class WorkerService(rpc.ExpertWorkerServicer):
             return None
         return f"the data plane has ended: {self._plane.failure!r}"
 
-    def why_not_ready(self) -> str | None:
-        """In words; None while it may serve. Callable from any thread."""
+    def why_stuck(self) -> str | None:
+        """In words; None while rows that are here get answers. Callable from any thread."""
         if (dead := self.why_not_alive()) is not None:
             return dead
         stats = self._plane.stats()
         silent_s = time.monotonic() - stats.last_progress_s
         if stats.busy and silent_s > max(_SILENCE_S, _SILENCE_BATCHES * stats.longest_batch_s):
             return f"the data plane has been silent for {silent_s:.0f} s with work in hand"
+        return None
+
+    def why_not_ready(self) -> str | None:
+        """In words; None while it may serve. Callable from any thread."""
+        if (stuck := self.why_stuck()) is not None:
+            return stuck
         if self._draining:
             return "draining"
         if self._store.experts:
@@ -273,6 +279,7 @@ class WorkerService(rpc.ExpertWorkerServicer):
             for expert in resident ^ named:
                 await set_ready(f"expert/{expert}", expert in resident)
             named = resident
+            await set_ready(HEALTH_NAME, self.why_stuck() is None)
             await set_ready(SERVICE_NAME, self.why_not_ready() is None)
             if (dead := self.why_not_alive()) is not None:
                 raise Unavailable(f"{dead}; restart the worker")

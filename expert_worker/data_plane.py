@@ -39,6 +39,7 @@ T = TypeVar("T")
 _SCRATCH_BYTES = 64
 _MAX_IN_HAND = 256
 _CALL_TIMEOUT_S = 10.0
+_WEIGHTS_SHARE = 0.25
 # Plain integers: an enum's member costs a microsecond to look up, on every message.
 _DISPATCH = int(wire.Kind.DISPATCH)
 _REPLY = int(wire.Kind.REPLY)
@@ -205,7 +206,7 @@ class DataPlane(threading.Thread):
         self._compute_s: defaultdict[ExpertId, float] = defaultdict(float)
         self._refused: Counter[str] = Counter()
         self._last_progress_s = time.monotonic()
-        self._starting = False
+        self._at_work = False
         self._longest_batch_s = 0.0
         self._draining = False
         self._stopping = False
@@ -267,7 +268,7 @@ class DataPlane(threading.Thread):
             self._batcher.queued_rows,
             len(self._sessions),
             last_progress_s,
-            self._starting or bool(self._computing) or self._batcher.queued_rows > 0,
+            self._at_work or bool(self._computing) or self._batcher.queued_rows > 0,
             self._longest_batch_s,
         )
 
@@ -340,6 +341,7 @@ class DataPlane(threading.Thread):
 
     def _turn(self) -> None:
         """Receive, compute at most one batch, send; wait when there was nothing of it."""
+        began_s = time.monotonic()
         self._transport.progress()
         if self._answering is not None and self._answering.in_hand:
             self._answering.look()
@@ -354,7 +356,7 @@ class DataPlane(threading.Thread):
         if self._sending:
             moved |= self._sent()
         if self._weights.any:
-            moved |= self._weights.turn()
+            moved |= self._move_weights(began_s)
         while not self._commands.empty():
             self._commands.get().run()
             moved = True
@@ -369,6 +371,17 @@ class DataPlane(threading.Thread):
         else:
             self._answer(self._answering)
             self._forget_dead_gateways()
+
+    def _move_weights(self, began_s: float) -> bool:
+        """Both ends have to be at it for a chunk to move, so give it a part of what rows took."""
+        now_s = time.monotonic()
+        until_s = now_s + _WEIGHTS_SHARE * (now_s - began_s)
+        moved = self._weights.turn()
+        while self._weights.any and time.monotonic() < until_s:
+            self._transport.progress()
+            moved |= self._accept()
+            moved |= self._weights.turn()
+        return moved
 
     def _answer(self, answering: Answering) -> None:
         """Let what is regular be answered without us, until we are needed."""
@@ -415,8 +428,10 @@ class DataPlane(threading.Thread):
         self._header_rows = -(-num_experts * 4 // self._row_bytes)
 
     def _cut(self, num_experts: int) -> None:
-        while self._batcher.queued_rows:
-            self._compute()
+        while self._batcher.queued_rows or self._computing:
+            if self._batcher.queued_rows:
+                self._compute()
+            self._computed()
         self._rows.clear()
         self._compute_s.clear()
         self._count(num_experts)
@@ -590,8 +605,8 @@ class DataPlane(threading.Thread):
             for segment in segments:
                 self._finish(segment.work, wire.Refusal.UNKNOWN_EXPERT)
             return
+        self._at_work = True
         try:
-            self._starting = True
             ticket = self._compute_on.start(mlp, [segment.part for segment in segments])
         except RuntimeError as error:
             # These rows can go elsewhere, the worker serves on.
@@ -600,7 +615,7 @@ class DataPlane(threading.Thread):
                 self._finish(segment.work, _refusal_for(error))
             return
         finally:
-            self._starting = False
+            self._at_work = False
         now = time.perf_counter()
         for segment in segments:
             segment.work.started_s = now

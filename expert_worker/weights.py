@@ -3,7 +3,7 @@
 The taker pulls: it posts the receive of a chunk, then asks for it (FETCH), and the giver answers
 with its bytes (WEIGHTS). Both headers say number and length, so a chunk of another length than
 was posted matches nothing and ends the transfer. Few chunks are under way at once, and each end
-moves one of a transfer in a turn of its loop, between two batches: serving goes on.
+moves them between two batches, for a part of the time that its rows take: serving goes on.
 """
 
 from __future__ import annotations

@@ -17,8 +17,10 @@ FIXED_ROWS = 64
 """A message costs about as much as this many rows."""
 MIN_PART_ROWS = 64
 """Fewer rows are not worth a message of their own."""
-PROBE_EVERY = 64
-"""A replica that was left out this many times in a row is tried again."""
+PROBE_EVERY = 32
+"""A replica that was left out this many times in a row is tried again; one that is n times as
+slow as the fastest, n times as many: whatever it takes, trying costs a few per cent."""
+MAX_PROBE_EVERY = 4096
 MIN_PATIENCE_S = 0.25
 """No dispatch is late before."""
 
@@ -67,7 +69,8 @@ class Balancer:
         if pace is None:
             self._paces[worker_id] = _Pace(unit_s, now)
             return
-        keep = min(_KEEP, math.exp((pace.at_s - now) / _FADE_S))
+        age_s = now - pace.at_s
+        keep = _KEEP if age_s < _FADE_S / 4 else min(_KEEP, math.exp(-age_s / _FADE_S))
         pace.unit_s = keep * pace.unit_s + (1 - keep) * unit_s
         pace.at_s = now
 
@@ -111,11 +114,12 @@ class Balancer:
         turns = self._turns.setdefault(expert, _Turns())
         turns.num_turns += 1
         units_s = self._units_s(worker_ids)
+        fastest_s = min(units_s.values())
         starved = [
             worker_id
-            for worker_id in worker_ids
+            for worker_id, unit_s in units_s.items()
             if turns.num_turns - turns.last_turn.setdefault(worker_id, turns.num_turns)
-            >= PROBE_EVERY
+            >= min(PROBE_EVERY * unit_s / fastest_s, MAX_PROBE_EVERY)
         ]
         if num_rows < 2 * MIN_PART_ROWS:
             chosen = starved[0] if starved else _whose_turn(turns, num_rows, units_s, busy_s)

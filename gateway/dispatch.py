@@ -102,7 +102,8 @@ class _Message:
     """As it was sent; ``runs`` may have lost some to another message since."""
 
     def __post_init__(self) -> None:
-        self.num_rows = sum(run.num_rows for run in self.runs)
+        first, last = self.runs[0], self.runs[-1]
+        self.num_rows = last.start + last.num_rows - first.start
 
     @property
     def ended(self) -> bool:
@@ -181,10 +182,12 @@ class Dispatcher:
         self._peers: dict[str, _Peer] = {}
         self._routes: dict[ExpertId, list[_Peer]] = {}
         self._expected: set[ExpertId] = set()
+        """Experts that are served, or may soon be."""
         self._outstanding: dict[tuple[int, int], _Message] = {}
         self._abandoned: list[_Abandoned] = []
         self._balancer = Balancer()
         self._faults: Counter[tuple[str, ExpertId]] = Counter()
+        self._taken_off: dict[ExpertId, str] = {}
         self._lost: list[pb.PeerLost] = []
         self._ended_sessions: set[int] = set()
         self._late: list[pb.PeerLate] = []
@@ -200,6 +203,7 @@ class Dispatcher:
         self._frame_rows = self._num_frames = 0
         self._parked_frames: set[int] = set()
         self._num_moves = 0
+        self._shards = 0
         self._cut(shards=1)
         self._allocate(num_peers=0, max_rows=wire.MAX_ROWS)
         self.on_late: Callable[[], None] = lambda: None
@@ -247,6 +251,7 @@ class Dispatcher:
         self._balancer.keep_only(self._peers, self._routes)
         self._faults.clear()
         self._cut(max(1, routing.expert_shards))
+        self._taken_off.clear()
         self._allocate(
             num_peers=len(self._peers),
             max_rows=min((peer.max_rows for peer in routing.peers), default=wire.MAX_ROWS),
@@ -369,7 +374,7 @@ class Dispatcher:
         for peer, runs in messages:
             if peer is None:
                 for run in runs:
-                    self._give_up(pending, run, "no worker of the plan serves it")
+                    self._give_up(pending, run, self._why_unserved(run.expert))
         return pending
 
     def _micro_batch(self, layer: int) -> int:
@@ -566,14 +571,16 @@ class Dispatcher:
         peer.busy_slots.discard(message.slot)
         del self._outstanding[peer.reply_session, message.slot]
         if message.refusal is not None:
-            self._note_answer(peer)
+            if peer.late_s is not None:
+                self._note_answer(peer)
             return message.refusal
         failure = self._transport.failure(message.reply)
         if failure is None:
             ended_s = message.reply.ended_s
             seconds = ended_s - message.sent_s
             self._balancer.observe(peer.worker_id, message.num_rows, seconds, ended_s)
-            self._note_answer(peer)
+            if peer.late_s is not None:
+                self._note_answer(peer)
             if self._faults:
                 for run in message.runs:
                     self._faults.pop((peer.worker_id, run.expert), None)
@@ -621,9 +628,8 @@ class Dispatcher:
         )
 
     def _note_answer(self, peer: _Peer) -> None:
-        if peer.late_s is not None:
-            peer.late_s = None
-            log.info("worker_answers_again", worker_id=peer.worker_id)
+        peer.late_s = None
+        log.info("worker_answers_again", worker_id=peer.worker_id)
 
     def _move(self, pending: Pending, message: _Message) -> None:
         """Send late rows again, each run to a worker that is not late itself, if there is one.
@@ -753,9 +759,9 @@ class Dispatcher:
             self._lose(peer, "it does not know our session")
         elif code == wire.Refusal.DRAINING:
             for expert in self._routes:
-                self._take_off(peer, expert)
+                self._take_off(peer, expert, message.refusal)
         elif code == wire.Refusal.UNKNOWN_EXPERT and len(message.runs) == 1:
-            self._take_off(peer, message.runs[0].expert)
+            self._take_off(peer, message.runs[0].expert, message.refusal)
         else:
             self._note_fault(message, message.refusal)
         self._transport.cancel(message.reply)
@@ -779,14 +785,23 @@ class Dispatcher:
         if self._faults[peer.worker_id, expert] < _MAX_FAULTS:
             return
         log.error("expert_faulty", worker_id=peer.worker_id, expert=str(expert), reason=reason)
-        self._take_off(peer, expert)
+        self._take_off(peer, expert, reason)
+        if not self._routes[expert]:
+            self._expected.discard(expert)
         self._expert_faults.append(
             pb.ExpertFault(worker_id=peer.worker_id, expert=expert_to_proto(expert), reason=reason)
         )
 
-    def _take_off(self, peer: _Peer, expert: ExpertId) -> None:
+    def _take_off(self, peer: _Peer, expert: ExpertId, reason: str) -> None:
         """Send a worker no more rows for an expert before the next plan."""
-        self._routes[expert] = [p for p in self._routes[expert] if p is not peer]
+        if peer in self._routes[expert]:
+            self._routes[expert] = [p for p in self._routes[expert] if p is not peer]
+            self._taken_off[expert] = f"worker {peer.worker_id}: {reason}"
+
+    def _why_unserved(self, expert: ExpertId) -> str:
+        lost = [f"worker {p.worker_id}: {p.lost}" for p in self._routes.get(expert, ()) if p.lost]
+        unserved = "no worker of the plan serves it"
+        return "; ".join(lost) or self._taken_off.get(expert, unserved)
 
     # Frames.
 

@@ -21,7 +21,7 @@ from mesh.config import GatewayConfig
 from mesh.grpc_server import TlsFiles, open_channel
 from mesh.model_config import ModelConfig
 from mesh.plan import ExpertId, expert_from_proto, expert_to_proto, shards_of
-from mesh.wire import MAX_EXPERTS, MAX_SESSIONS
+from mesh.wire import HEALTH_NAME, MAX_EXPERTS, MAX_SESSIONS
 from protos import engine_pb2, placement_pb2, placement_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 log = structlog.get_logger()
@@ -34,7 +34,6 @@ _LOST_PEER_PAUSE_S = 0.5
 _TAKEOVER_TIMEOUT_S = 5.0
 _HEALTH_TIMEOUT_S = 0.3
 _HEALTH_CHECKS = 2
-_WORKER_SERVICE = worker_pb2.DESCRIPTOR.services_by_name["ExpertWorker"].full_name
 
 
 def routing_for(
@@ -85,11 +84,11 @@ def backoff_s(attempt: int) -> float:
 
 
 async def why_not_well(channel: grpc.aio.Channel) -> str | None:
-    """In words, why a worker should be sent no rows; None when its health says that it may.
+    """In words, why a worker's rows are not waited for; None when its health says that they come.
 
     A worker that does not answer is asked once more: it may have been busy for a moment.
     """
-    request = health_pb2.HealthCheckRequest(service=_WORKER_SERVICE)
+    request = health_pb2.HealthCheckRequest(service=HEALTH_NAME)
     for _ in range(_HEALTH_CHECKS):
         try:
             check = health_pb2_grpc.HealthStub(channel).Check
@@ -99,7 +98,7 @@ async def why_not_well(channel: grpc.aio.Channel) -> str | None:
         else:
             if reply.status == health_pb2.HealthCheckResponse.SERVING:
                 return None
-            return "its health check says that it does not serve"
+            return "its health says that its data plane is stuck"
     return why
 
 
@@ -356,7 +355,7 @@ class Router:
         self._wake_report.set()
 
     async def _examine(self, connection: Connection, reason: str) -> None:
-        """Ask a worker that is late whether it may serve, and do without it where it may not."""
+        """Ask a worker that is late whether it is well, and do without it where it is not."""
         worker_id = connection.worker.worker_id
         why = await why_not_well(connection.channel)
         if why is None:

@@ -25,6 +25,10 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import NamedTuple
 
+HEALTH_NAME = "rows"
+"""What a worker's gRPC health calls its data plane: whether rows that are there get answers. It
+says so also while the worker drains, when it may not be sent to any more and serves what comes."""
+
 MAX_LAYERS = 1 << 10
 SEVERAL = (1 << 10) - 1
 MAX_EXPERTS = SEVERAL

@@ -77,6 +77,8 @@ class Coordinator:
         self._worker_load: LoadAverage[str] = LoadAverage()
         self._orders: dict[str, tuple[pb.WorkerOrder, float]] = {}
         self._guests: dict[ExpertId, str] = {}
+        self._published: tuple[object, ...] = ()
+        self._moved: tuple[tuple[object, ...], Movement] | None = None
         self._policy = RebalancePolicy(config.rebalance_below, config.rebalance_after_s)
         self._next_balance_s = 0.0
         self._rebalanced: tuple[float, float] | None = None
@@ -284,20 +286,26 @@ class Coordinator:
         """Bring :attr:`plan` up to date; True when that made a new epoch."""
         if self.target is None:
             return False
-        serving = self._movement().serving()
+        serving = self._movement().serving
         ids = {worker_id for ids in serving.values() for worker_id in ids}
+        # Those cut off are named so that gateways go on trying to reach them.
         ids |= {w.worker_id for w in self.members.workers.values() if w.cut_off}
-        fresh = pb.Plan(
+        infos = [self.members.workers[worker_id].info for worker_id in sorted(ids)]
+        facts = (self._epoch, serving, infos, self._note(self.target))
+        if facts == self._published or (self.plan is None and not serving):
+            return False
+        self._epoch += 1
+        self._published = (self._epoch, *facts[1:])
+        fresh = self.plan = pb.Plan(
             epoch=self._epoch,
             model_fingerprint=self._fingerprint,
-            # Those cut off are named so that gateways go on trying to reach them.
-            workers=[self.members.workers[worker_id].info for worker_id in sorted(ids)],
+            workers=infos,
             experts=[
                 pb.ExpertPlacement(expert=expert_to_proto(e), worker_ids=serving[e])
                 for e in sorted(serving)
             ],
             experts_per_worker=self._rules.experts_per_worker,
-            note=self._note(self.target),
+            note=facts[-1],
             complete=len(serving) == len(self._experts),
             # Also what a worker had that died since the target was made: a new one is on its way.
             pending=[
@@ -306,10 +314,6 @@ class Coordinator:
             ],
             expert_shards=self._rules.shards,
         )
-        if fresh == self.plan or (self.plan is None and not serving):
-            return False
-        fresh.epoch = self._epoch = self._epoch + 1
-        self.plan = fresh
         if fresh.complete and self._incomplete_since_s is not None:
             took_s = now - self._incomplete_since_s
             self._incomplete_since_s = None
@@ -529,7 +533,17 @@ class Coordinator:
         return [w for w in self.members.workers.values() if not w.cut_off]
 
     def _movement(self) -> Movement:
-        return Movement(self._rules, self.target or Target(), self._reachable(), self._guests)
+        """As things are; made anew only when they have changed, since it takes a while."""
+        workers = self._reachable()
+        facts = (
+            self._rules,
+            self.target or Target(),
+            [(w.info, w.resident, w.draining) for w in workers],
+            dict(self._guests),
+        )
+        if self._moved is None or self._moved[0] != facts:
+            self._moved = facts, Movement(self._rules, facts[1], workers, self._guests)
+        return self._moved[1]
 
     def _has_arrived(self, expert: ExpertId) -> bool:
         target = self.target.workers_by_expert.get(expert, ()) if self.target else ()

@@ -9,6 +9,7 @@ takes it in as a guest until its new home has it.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ class Movement:
         """Everything is where it should be."""
         return not any(self._missing(w) for w in self._workers.values() if not w.draining)
 
+    @functools.cached_property
     def serving(self) -> dict[ExpertId, tuple[str, ...]]:
         """Where rows may go, best first: where the expert should be, and until all of these have
         it, where else it is, unless that worker has to let go of it."""

@@ -137,6 +137,8 @@ class Seating:
         for worker_id in sorted(homes.keys() & self.index_W.keys()):
             for unit in homes[worker_id]:
                 holders.setdefault(unit, []).append(self.index_W[worker_id])
+        if self._keep_all(holders):
+            return
         living = sorted((len(at), *self._place[unit], at) for unit, at in holders.items())
         for _, g, i, at in living:
             fits = [w for w in at if self.crowd_GW[g, w] < self.seats and self.room_W[w] > 0]
@@ -147,6 +149,34 @@ class Seating:
                 for w in at:
                     if self.crowd_GW[g, w] == 0 and self.room_W[w] > 0:
                         self.put(g, i, w)
+
+    def _keep_all(self, holders: Mapping[ExpertId, list[int]]) -> bool:
+        """Seat all of them at once, if that is within the rules: the usual case, and fast."""
+        seats = [(*self._place[unit], w) for unit, at in holders.items() for w in at]
+        if not seats:
+            return True
+        g_H, i_H, w_H = np.array(seats).T
+        counts_GN = np.zeros_like(self.weight_GN, dtype=np.int64)
+        crowd_GW = np.zeros_like(self.crowd_GW)
+        np.add.at(counts_GN, (g_H, i_H), 1)
+        np.add.at(crowd_GW, (g_H, w_H), 1)
+        used_W = crowd_GW.sum(axis=0)
+        is_replica_H = counts_GN[g_H, i_H] > 1
+        if (
+            self.seats > 1
+            or (used_W > self.room_W).any()
+            or (crowd_GW > self.seats).any()
+            or (is_replica_H & (crowd_GW[g_H, w_H] > 1)).any()
+        ):
+            return False
+        self.unit_GS[g_H, w_H] = i_H
+        self.crowd_GW += crowd_GW
+        self.room_W -= used_W
+        np.add.at(self.load_W, w_H, self.weight_GN[g_H, i_H] / counts_GN[g_H, i_H])
+        for unit, at in holders.items():
+            g, i = self._place[unit]
+            self.holders[g][i] = at
+        return True
 
     def keep_replicas(
         self, residents: Mapping[str, Collection[ExpertId]], max_replicas: int

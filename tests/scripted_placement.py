@@ -60,6 +60,7 @@ class ScriptedPlacement(placement_pb2_grpc.PlacementServicer):
         """Have a worker load these, which those workers have."""
         self._orders[worker_id].put_nowait(
             pb.WorkerOrder(
+                epoch=1,
                 load=map(expert_to_proto, load),
                 expert_shards=shards,
                 sources=[
@@ -137,7 +138,7 @@ class ScriptedPlacement(placement_pb2_grpc.PlacementServicer):
         async with self._heard:
             self.reports[report.lease_id] = report
             if report.draining:
-                self._orders[report.lease_id].put_nowait(pb.WorkerOrder(leave=True))
+                self._orders[report.lease_id].put_nowait(pb.WorkerOrder(epoch=1, leave=True))
             self._heard.notify_all()
 
 

@@ -101,7 +101,8 @@ class UcxRequest:
         return float(self._postbox.ended_us[self.number]) / 1e6
 
     def __del__(self) -> None:
-        if self.number >= 0:
+        # Where both go in one collection of garbage, the postbox may have gone first.
+        if self.number >= 0 and self._postbox.pointer:
             _release(self._postbox.pointer, self.number)
 
 
@@ -131,6 +132,7 @@ class _Postbox:
     def __del__(self) -> None:
         if self.pointer:
             native.short.postbox_free(self.pointer)
+            self.pointer = None
 
 
 class UcxMessage:

@@ -513,14 +513,15 @@ def test_an_unserved_expert_ends_its_requests_and_a_new_plan_helps(
 
 
 def test_a_worker_that_hangs_can_be_dropped_amid_a_step_and_its_requests_go_on(
-    engine: EngineThread, worker: WorkerThread, monkeypatch: pytest.MonkeyPatch
+    engine: EngineThread, worker: WorkerThread
 ) -> None:
     engine.send(routing=worker.routing(engine, epoch=1))
     engine.submit("before", [1], max_tokens=2)
     engine.finish({"before"})
-    goes_on = threading.Event()
-    compute = worker.plane._compute
-    monkeypatch.setattr(worker.plane, "_compute", lambda: (goes_on.wait(), compute()))
+    hangs, goes_on = threading.Event(), threading.Event()
+    hang = functools.partial(worker.plane._call, lambda: (hangs.set(), goes_on.wait()))
+    threading.Thread(target=hang).start()
+    hangs.wait()
     engine.submit("a", [3, 3], max_tokens=5)
     late = engine.next("peer_late").peer_late
     assert (late.worker_id, late.reply_session) == ("w", 7)

@@ -18,6 +18,7 @@ from gateway.routing import Router, load_between, missing_experts, routing_for, 
 from mesh.config import GatewayConfig, ServerConfig
 from mesh.grpc_server import GrpcServer, open_channel
 from mesh.plan import ExpertId
+from mesh.wire import HEALTH_NAME
 from protos import engine_pb2, placement_pb2, placement_pb2_grpc, worker_pb2, worker_pb2_grpc
 from tests.scripted_engine import MODEL, ScriptedEngine, linked_engine
 
@@ -277,18 +278,18 @@ async def test_a_late_worker_that_is_well_stays_and_one_that_is_not_is_dropped()
         assert control is not None
         session = (await mesh.workers[1].connects.get()).reply_session
         late = engine_pb2.PeerLate(worker_id="w1", reply_session=session, reason="no reply")
-        await control.set_ready("expertmesh.v1.ExpertWorker", True)
+        await control.set_ready(HEALTH_NAME, True)
         with capture_logs() as events:
             mesh.engine.send(engine_pb2.FromEngine(peer_late=late))
             while "worker_slow" not in [event["event"] for event in events]:
                 await mesh.placement.reports.get()
         assert mesh.engine.routings.empty()
         assert mesh.engine.drops.empty()
-        await control.set_ready("expertmesh.v1.ExpertWorker", False)
+        await control.set_ready(HEALTH_NAME, False)
         mesh.engine.send(engine_pb2.FromEngine(peer_late=late))
         drop = await mesh.engine.drops.get()
         assert (drop.worker_id, drop.reply_session) == ("w1", session)
-        assert drop.reason == "no reply, and its health check says that it does not serve"
+        assert drop.reason == "no reply, and its health says that its data plane is stuck"
         assert await mesh.routed() == {0: ["w0"], 1: ["w0"]}
         while list((await mesh.placement.reports.get()).unreachable_worker_ids) != ["w1"]:
             pass

@@ -32,6 +32,7 @@ from mesh.grpc_server import open_channel
 from mesh.model_config import ModelConfig
 from mesh.plan import ExpertId, expert_to_proto
 from mesh.transport.ucx import UcxTransport
+from mesh.wire import HEALTH_NAME
 from protos import placement_pb2 as pb
 from protos import placement_pb2_grpc, worker_pb2, worker_pb2_grpc
 from tests.control import Running, homes_of, plan_where, running, running_placement
@@ -324,6 +325,7 @@ async def test_silence_with_work_in_hand_is_not_serving(
         await wait_for_health(channel, SERVICE_NAME, serving=True)
         longest_batch_s = 0.0
         await wait_for_health(channel, SERVICE_NAME, serving=False)
+        await wait_for_health(channel, HEALTH_NAME, serving=False)
         status, body = await get(f"{worker.http}/readyz")
         assert status == 503
         assert "silent for 6 s" in json.loads(body)["reason"]

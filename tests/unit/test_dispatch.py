@@ -502,6 +502,28 @@ def test_one_good_answer_excuses_the_bad_ones_before_it(rig: Rig) -> None:
     assert rig.dispatcher.expert_faults() == []
 
 
+def test_nobody_waits_for_an_expert_whose_only_worker_cannot_compute_it(rig: Rig) -> None:
+    def load(expert: ExpertId) -> Callable[[torch.Tensor], torch.Tensor]:
+        def run(x_RD: torch.Tensor) -> torch.Tensor:
+            raise torch.OutOfMemoryError("no memory left")
+
+        return run
+
+    rig.worker("w", 2, load=load)
+    rig.connect()
+    step = (random_step(1)[0], torch.full((1, 1), 2), torch.ones(1, 1))
+    coming = []
+    for _ in range(5):
+        rig.dispatcher.begin_step(1)
+        rig.dispatcher.dispatch(LAYER, *step).combine()
+        (error,) = rig.dispatcher.void_rows().values()
+        coming.append(error.coming)
+        assert "worker w: refused the rows: out_of_memory" in str(error)
+    assert coming == [True, True, False, False, False]
+    (fault,) = rig.dispatcher.expert_faults()
+    assert "out_of_memory" in fault.reason
+
+
 def test_a_draining_worker_is_left_alone_after_one_refusal(rig: Rig) -> None:
     leaving = rig.worker("leaving", 0, 1, 2, 3)
     rig.worker("staying", 0, 1, 2, 3)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from gateway.balance import (
     FIXED_ROWS,
+    MAX_PROBE_EVERY,
     MIN_PART_ROWS,
     MIN_PATIENCE_S,
     PROBE_EVERY,
@@ -93,11 +94,19 @@ def test_the_share_of_a_worker_that_turns_slow_falls_within_a_few_replies(num_ro
 
 @pytest.mark.parametrize("num_rows", [4, 2000])
 def test_a_starved_worker_is_tried_again_and_forgiven_at_once(num_rows: int) -> None:
-    balancer = balancer_of(a=1e-6, b=1e-3)
-    tried = shares_over(balancer, num_rows, 4 * PROBE_EVERY, "ab")["b"]
-    assert 0 < tried <= 4 * MIN_PART_ROWS
+    balancer = balancer_of(a=1e-6, b=50e-6)
+    tried = shares_over(balancer, num_rows, 100 * PROBE_EVERY, "ab")["b"]
+    assert 0 < tried <= 2 * MIN_PART_ROWS
     balancer.observe("b", num_rows, 1e-6 * (FIXED_ROWS + num_rows), now=10.0)
     assert shares_over(balancer, num_rows, 20, "ab")["b"] > 5 * num_rows
+
+
+@given(slowness=st.floats(2, 1000), num_rows=st.integers(1, 127))
+def test_to_try_a_slow_worker_now_and_then_costs_little(slowness: float, num_rows: int) -> None:
+    balancer = balancer_of(a=1e-6, b=slowness * 1e-6)
+    shares = shares_over(balancer, num_rows, MAX_PROBE_EVERY + 1, "ab")
+    assert shares["b"] > 0
+    assert shares["b"] * slowness / shares["a"] < (0.05 if slowness < 128 else 0.3)
 
 
 def test_a_newcomer_counts_as_fast_until_it_was_measured() -> None:
