@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,6 +119,28 @@ def test_answers_do_not_depend_on_where_the_experts_are() -> None:
     assert torch.equal(answers[0], answers[2])
 
 
+def test_a_token_goes_to_every_slice_of_its_experts(rig: Rig) -> None:
+    # Experts in two slices: unit 2e + s multiplies by 2e + s + 1, and their sum is the expert.
+    for number, units in enumerate([(0, 3), (1, 2), (4, 5, 6), (7,)]):
+        rig.worker(f"w{number}", *units).plane.cut(2 * NUM_EXPERTS)
+    routing = connect(rig.dispatcher, rig.transport, rig.workers)
+    routing.expert_shards = 2
+    rig.dispatcher.set_routing(routing)
+    x_TD, ids_TK, weights_TK = random_step(64)
+    rig.dispatcher.begin_step(1)
+    y_TD = rig.dispatcher.dispatch(LAYER, x_TD, ids_TK, weights_TK).combine()
+    factors_TK = (2 * (100.0 * LAYER) + 4 * ids_TK + 3) * weights_TK
+    torch.testing.assert_close(y_TD, factors_TK.sum(dim=1, keepdim=True) * x_TD)
+    rig.workers[3].plane.stop()
+    rig.transports["w3"].die()
+    rig.dispatcher.poll()
+    rig.dispatcher.begin_step(1)
+    rig.dispatcher.dispatch(LAYER, x_TD, ids_TK, weights_TK).combine()
+    void = rig.dispatcher.void_rows()
+    assert {row for _, row in void} == set((ids_TK == 3).any(dim=1).nonzero().view(-1).tolist())
+    assert "expert 3 of layer 3 is unavailable: slice 1 of 2: " in str(next(iter(void.values())))
+
+
 def test_a_batch_larger_than_a_worker_takes_is_split(rig: Rig) -> None:
     for index in range(NUM_EXPERTS):
         rig.worker(f"w{index}", index, max_rows=5)
@@ -144,6 +168,44 @@ def test_rows_that_a_failed_step_left_away_do_not_leak(rig: Rig) -> None:
         rig.dispatcher.dispatch(LAYER, *random_step(60, seed=seed))
     got, want = rig.run(64)
     torch.testing.assert_close(got, want)
+
+
+def test_a_routing_that_was_on_its_way_does_not_bring_a_lost_session_back(rig: Rig) -> None:
+    worker = rig.worker("all", 0, 1, 2, 3)
+    stale = connect(rig.dispatcher, rig.transport, rig.workers)
+    rig.dispatcher._lose(rig.dispatcher._peers["all"], "no reply")
+    worker.plane.disconnect("gateway", stale.peers[0].session)
+    rig.dispatcher.set_routing(stale)
+    rig.run(2)
+    assert len(rig.dispatcher.void_rows()) == 2
+    assert worker.plane.stats().refused == {}
+    rig.connect(epoch=2)
+    got, want = rig.run(2)
+    torch.testing.assert_close(got, want)
+
+
+def test_a_gateway_that_connects_again_gives_its_last_session_up(rig: Rig) -> None:
+    worker = rig.worker("all", 0, 1, 2, 3)
+    rig.connect(epoch=1)
+    rig.connect(epoch=2)
+    assert worker.plane.stats().sessions == 1
+    got, want = rig.run(20)
+    torch.testing.assert_close(got, want)
+
+
+def test_a_data_plane_computes_with_the_threads_that_it_was_given(rig: Rig) -> None:
+    mapped = Path("/proc/self/maps").read_text().split()
+    (openmp,) = {path for path in mapped if "libgomp" in path}
+    seen = set()
+
+    def look(x_RD: torch.Tensor) -> torch.Tensor:
+        seen.add(ctypes.CDLL(openmp).omp_get_max_threads())
+        return x_RD
+
+    rig.worker("all", 0, 1, 2, 3, load=lambda expert: look)
+    rig.connect()
+    rig.run(2)
+    assert seen == {1}
 
 
 def test_rows_of_an_unserved_expert_are_void_and_the_others_are_not(rig: Rig) -> None:
