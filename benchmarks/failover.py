@@ -129,14 +129,17 @@ class Row:
     choose: _Choose
     for_s: float = 2 * WINDOW_S
     workers: int = 5
+    experts_per_worker: int = EXPERTS_PER_WORKER
     gateways: int = 1
     may_fail: str = ""
     """What the contract lets end with UNAVAILABLE, in words; empty: nothing."""
 
 
 _NEEDED = 16 // EXPERTS_PER_WORKER
+# Replicas never crowd: they take workers that have nothing else of a layer.
+_DOUBLE: dict[str, Any] = {"workers": 32, "experts_per_worker": 1}
 ROWS = (
-    Row("worker, replica", KillWorker, _replicated, workers=2 * _NEEDED),
+    Row("worker, replica", KillWorker, _replicated, **_DOUBLE),
     Row("worker, spare", KillWorker, _holder),
     Row(
         "worker, neither",
@@ -146,7 +149,7 @@ ROWS = (
         workers=_NEEDED,
         may_fail="who needs its experts",
     ),
-    Row("hung worker, replica", HangWorker, _replicated, for_s=10.0, workers=2 * _NEEDED),
+    Row("hung worker, replica", HangWorker, _replicated, for_s=10.0, **_DOUBLE),
     Row("hung worker, spare", HangWorker, _holder, for_s=10.0),
     Row("paused worker", PauseWorker, _holder, for_s=0.5),
     Row("slow worker", SlowWorker, _holder, for_s=WINDOW_S),
@@ -185,7 +188,7 @@ class Result:
 async def measure(row: Row, events: int, concurrency: int, seed: int) -> Result:
     """One row. Raises ValueError for an answer that is wrong or a failure that may not be."""
     result = Result(row.name, row.may_fail)
-    shape = Shape(row.workers, row.gateways, EXPERTS_PER_WORKER)
+    shape = Shape(row.workers, row.gateways, row.experts_per_worker)
     rng = random.Random(seed)
     unexpected: list[str] = []
     flags = {"placement": () if row.choose is _replicated else _NO_REPLICAS}

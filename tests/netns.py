@@ -42,58 +42,62 @@ def _ip(*words: str) -> None:
 
 
 class Network:
-    """One namespace for each host, all on one bridge; this process is on it as well.
+    """One namespace for each host, and one for the switch that they and this process hang on.
 
+    The switch has a namespace of its own so that no firewall of this machine is in its way.
     Leaving the context takes everything away again.
     """
 
     def __init__(self, hosts: Sequence[str]) -> None:
         pid = os.getpid()
-        self._bridge = f"em{pid}"
+        self._name = f"em{pid}"
         self._subnet = f"10.{77 + pid % 64}.{pid // 64 % 256}"
         self._numbers = {host: number for number, host in enumerate(hosts, 1)}
         self._undo = ExitStack()
 
     def address(self, host: str) -> str:
-        """By which everybody on the bridge reaches it."""
+        """By which everybody reaches it."""
         return f"{self._subnet}.{self._numbers[host]}"
 
     def namespace(self, host: str) -> str:
         """The name for :func:`main`."""
-        return f"{self._bridge}-{host}"
+        return f"{self._name}-{host}"
 
     def cut(self, host: str) -> None:
         """As if the cable were pulled: what is sent is lost, and nobody is told."""
-        _ip("link", "set", self._port(host), "down")
+        _ip("-n", self._name, "link", "set", f"port{self._numbers[host]}", "down")
 
     def heal(self, host: str) -> None:
         """Plug the cable in again."""
-        _ip("link", "set", self._port(host), "up")
-
-    def _port(self, host: str) -> str:
-        return f"{self._bridge}p{self._numbers[host]}"
+        _ip("-n", self._name, "link", "set", f"port{self._numbers[host]}", "up")
 
     def __enter__(self) -> Network:
         with ExitStack() as undo:
-            _ip("link", "add", self._bridge, "type", "bridge")
-            undo.callback(_ip, "link", "del", self._bridge)
-            _ip("addr", "add", f"{self._subnet}.254/24", "dev", self._bridge)
-            _ip("link", "set", self._bridge, "up")
-            for host in self._numbers:
-                self._add(host, undo)
+            self._add_namespace(self._name, undo)
+            _ip("-n", self._name, "link", "add", "switch", "type", "bridge")
+            _ip("-n", self._name, "link", "set", "switch", "up")
+            self._plug_in("port0", "name", self._name)
+            undo.callback(_ip, "link", "del", self._name)
+            _ip("addr", "add", f"{self._subnet}.254/24", "dev", self._name)
+            _ip("link", "set", self._name, "up")
+            for host, number in self._numbers.items():
+                inside = self.namespace(host)
+                self._add_namespace(inside, undo)
+                self._plug_in(f"port{number}", "name", _LINK, "netns", inside)
+                _ip("-n", inside, "addr", "add", f"{self.address(host)}/24", "dev", _LINK)
+                for link in ("lo", _LINK):
+                    _ip("-n", inside, "link", "set", link, "up")
             self._undo = undo.pop_all()
         return self
 
-    def _add(self, host: str, undo: ExitStack) -> None:
-        namespace, port = self.namespace(host), self._port(host)
+    def _add_namespace(self, namespace: str, undo: ExitStack) -> None:
         _ip("netns", "add", namespace)
         undo.callback(_ip, "netns", "del", namespace)
-        _ip("link", "add", port, "type", "veth", "peer", "name", _LINK, "netns", namespace)
-        undo.callback(_ip, "link", "del", port)
-        _ip("link", "set", port, "master", self._bridge, "up")
-        _ip("-n", namespace, "addr", "add", f"{self.address(host)}/24", "dev", _LINK)
-        for link in ("lo", _LINK):
-            _ip("-n", namespace, "link", "set", link, "up")
+
+    def _plug_in(self, port: str, *far_end: str) -> None:
+        """A cable from a port of the switch to its far end."""
+        _ip("link", "add", *far_end, "type", "veth", "peer", "name", port, "netns", self._name)
+        _ip("-n", self._name, "link", "set", port, "master", "switch", "up")
 
     def __exit__(
         self,
