@@ -43,7 +43,7 @@ _DEFAULTS = {
     "RNDV_THRESH": "intra:inf,inter:auto",
 }
 # Below the threshold a device buffer is staged through the host: 14 us a post instead of 2.
-_CUDA_RNDV_THRESH = "64"
+_CUDA_DEFAULTS = {"RNDV_THRESH": "64"}
 _UCXX_RNDV_THRESH = "8192"
 """What UCXX puts into the environment when it is imported, unless the user said something."""
 
@@ -283,10 +283,11 @@ class UcxTransport:
     def __init__(self, *, cuda: bool = False, keepalive_ms: int = 300) -> None:
         # By the environment, where a user's own word wins: UCXX overwrites some of what its
         # config argument says.
-        for name, value in (_DEFAULTS | {"KEEPALIVE_INTERVAL": f"{keepalive_ms}ms"}).items():
+        if os.environ.get("UCX_RNDV_THRESH") == _UCXX_RNDV_THRESH:
+            del os.environ["UCX_RNDV_THRESH"]
+        settings = _DEFAULTS | (_CUDA_DEFAULTS if cuda else {})
+        for name, value in (settings | {"KEEPALIVE_INTERVAL": f"{keepalive_ms}ms"}).items():
             os.environ.setdefault(f"UCX_{name}", value)
-        if cuda and os.environ.get("UCX_RNDV_THRESH") == _UCXX_RNDV_THRESH:
-            os.environ["UCX_RNDV_THRESH"] = _CUDA_RNDV_THRESH
         self._context = UCXContext(feature_flags=(Feature.TAG, Feature.WAKEUP))
         self._worker = UCXWorker(self._context)
         self._worker.init_blocking_progress_mode()
