@@ -89,6 +89,14 @@ _SHORT: dict[str, tuple[Any, list[Any]]] = {
     "gated_mlp_new": (c_void_p, [c_void_p, c_void_p, c_int64, c_int64]),
     "gated_mlp_free": (None, [c_void_p]),
     "gated_mlp_scratch_floats": (c_int64, [c_void_p, c_int64]),
+    "layout_scatter": (
+        None,
+        [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p],
+    ),
+    "layout_combine": (
+        None,
+        [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p],
+    ),
     "postbox_new": (POINTER(Postbox), [c_uint64]),
     "postbox_free": (None, [POINTER(Postbox)]),
     "postbox_send": (c_int32, [POINTER(Postbox), c_uint64, c_uint64, c_uint64, c_uint64]),

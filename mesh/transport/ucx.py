@@ -15,6 +15,7 @@ import os
 os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
 
 import ctypes
+import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -53,6 +54,9 @@ _TRUNCATED = -9
 _CONNECTION_RESET = -25
 _TOO_MANY = "more UCX messages are in flight than this process may have"
 _MAX_TRIPS = 256
+# A native.RoundTrip, written in one call.
+_PACK_TRIP = struct.Struct("=7Q").pack_into
+_TRIP_BYTES = ctypes.sizeof(native.RoundTrip)
 
 _send = native.short.postbox_send
 _receive = native.short.postbox_receive
@@ -322,15 +326,19 @@ class UcxTransport:
             sent = [trip.endpoint.send(trip.send, trip.send_tag) for trip in trips]
             return list(zip(replies, sent, strict=True))
         trip: Any
-        for posted, trip in zip(self._trips, trips, strict=False):
+        for number, trip in enumerate(trips):
             endpoint, send, send_tag, receive, receive_tag = trip
-            posted.endpoint = endpoint.handle
-            posted.send_address = send.address
-            posted.send_bytes = send.nbytes
-            posted.send_tag = send_tag
-            posted.receive_address = receive.address
-            posted.receive_bytes = receive.nbytes
-            posted.receive_tag = receive_tag
+            _PACK_TRIP(
+                self._trips,
+                number * _TRIP_BYTES,
+                endpoint.handle,
+                send.address,
+                send.nbytes,
+                send_tag,
+                receive.address,
+                receive.nbytes,
+                receive_tag,
+            )
         if native.short.postbox_exchange(box.pointer, len(trips), self._trips, numbers) < 0:
             raise TransportError(_TOO_MANY)
         return [
