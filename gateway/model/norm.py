@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mesh import native
+
 
 class RmsNorm:
     """``x / sqrt(mean(x²) + eps) * weight`` over the last dimension.
@@ -17,19 +19,26 @@ class RmsNorm:
     """
 
     def __init__(self, weight_D: Tensor, eps: float) -> None:
-        size = weight_D.shape[-1]
-        self._weight_D = weight_D
+        self._weight_D = weight_D.contiguous()
         self._eps = eps
         self._on_cpu = weight_D.device.type == "cpu" and weight_D.dtype == torch.float32
-        self._scaled_weight_D = weight_D * size**0.5
-        self._floor = torch.tensor((size * eps) ** 0.5)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._on_cpu:
-            # The same number from four kernels instead of the eight that F.rms_norm takes there:
-            # sqrt(sum(x²) + D * eps) is the hypotenuse of |x| and a constant.
-            length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-            return (x / torch.hypot(length, self._floor)).mul_(self._scaled_weight_D)
+            # Compiled: for a few rows, a tensor library's calls cost more than the work.
+            x = x.contiguous()
+            y = torch.empty_like(x)
+            size = self._weight_D.shape[-1]
+            native.short.rms_norm(
+                x.data_ptr(),
+                x.numel() // size,
+                self._weight_D.data_ptr(),
+                self._weight_D.numel() // size,
+                size,
+                self._eps,
+                y.data_ptr(),
+            )
+            return y
         if self._weight_D.dim() == 1:
             return F.rms_norm(x, self._weight_D.shape, self._weight_D, self._eps)
         return F.rms_norm(x, x.shape[-1:], eps=self._eps).mul_(self._weight_D)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import POINTER, Structure, c_char_p, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,7 @@ _SHORT: dict[str, tuple[Any, list[Any]]] = {
         None,
         [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p],
     ),
+    "rms_norm": (None, [c_void_p, c_int64, c_void_p, c_int64, c_int64, c_float, c_void_p]),
     "postbox_new": (POINTER(Postbox), [c_uint64]),
     "postbox_free": (None, [POINTER(Postbox)]),
     "postbox_send": (c_int32, [POINTER(Postbox), c_uint64, c_uint64, c_uint64, c_uint64]),

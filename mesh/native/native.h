@@ -32,6 +32,12 @@ EXPORT void layout_scatter(const int64_t *ids_R, int64_t num_rows, int64_t per_t
 EXPORT void layout_combine(const float *reply_ND, const int64_t *rows_TK, const float *weights_TK,
                            int64_t num_tokens, int64_t per_token, int64_t width, float *y_TD);
 
+/* ---- norm.c: see gateway/model/norm.py ---- */
+
+/* weight_HD has a row for each head; row r is one of head r % num_heads. */
+EXPORT void rms_norm(const float *x_RD, int64_t num_rows, const float *weight_HD, int64_t num_heads,
+                     int64_t width, float eps, float *y_RD);
+
 /* ---- postbox.c: see mesh/transport/ucx.py ---- */
 
 enum { DONE = 0, IN_PROGRESS = 1, SHORT = -1000 }; /* else a ucs_status_t, which is negative */
