@@ -21,11 +21,13 @@ import gc
 import json
 import logging
 import random
+import subprocess
+import sys
 import time
 import traceback
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -137,7 +139,7 @@ class Side:
         self._engine = Engine(
             Scheduler(
                 BlockAllocator(kv.num_blocks, _BLOCK, prefix_cache=False),
-                Limits(work.max_batch_tokens, max(work.batches), 4096, 1.0),
+                Limits(work.max_batch_tokens, max(work.batches), 4096, 1.0, 1.0),
             ),
             lambda batches, rows: decoder.forward(batches, kv, rows),
             experts,
@@ -362,6 +364,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Where the JSON goes too.")] = None,
     device: Annotated[str, typer.Option(help="cpu: ours alone, to see that it runs.")] = "cuda",
     quick: Annotated[bool, typer.Option(help="Small, to see that it runs.")] = False,
+    only: Annotated[bool, typer.Option(help="One side of one model, in this process.")] = False,
 ) -> None:
     """Compare, and print a line for each side."""
     work = Work(8, 10_000, 1_000, 34, (1, 32, 128), 20_480)
@@ -369,17 +372,27 @@ def main(
         work = Work(2, 200, 50, 10, (1, 4), 512)
     quiet = structlog.make_filtering_bound_logger(logging.WARNING)
     structlog.configure(wrapper_class=quiet)
+    if only:
+        # Before this process has a context: it must be a client of the service like its workers.
+        alone = side[0] in ("ours", "two")
+        with mps.sharing() if alone else nullcontext(), torch.inference_mode():
+            found = _measured(side[0], *MODELS[model[0]], work, device)
+            found["device"] = device if device == "cpu" else torch.cuda.get_device_name()
+        print(json.dumps(found), flush=True)
+        return
     results: dict[str, Any] = {}
-    # Before this process has a context: it must be a client of the service like its workers.
-    with mps.sharing(), torch.inference_mode():
-        results["device"] = device if device == "cpu" else torch.cuda.get_device_name()
-        for name in model:
-            results[name] = {}
-            for one in (*(["floor"] if device != "cpu" else []), *side):
-                found = results[name][one] = _measured(one, *MODELS[name], work, device)
-                print(f"{name:10} {one:13}", json.dumps(found)[:600], flush=True)
-                if out is not None:
-                    out.write_text(json.dumps(results, indent=1))
+    for name in model:
+        results[name] = {}
+        for one in (*(["floor"] if device != "cpu" else []), *side):
+            # A process for each: what one leaves on the GPU, or in its queue, is not the next's.
+            command = [sys.executable, "-m", "benchmarks.papers", "--only", "--model", name]
+            command += ["--side", one, "--device", device, *(["--quick"] if quick else [])]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+            found = results[name][one] = json.loads(lines[-1]) if lines else {"failed": "no word"}
+            print(f"{name:10} {one:13}", json.dumps(found)[:700], flush=True)
+            if out is not None:
+                out.write_text(json.dumps(results, indent=1))
 
 
 def _measured(
@@ -391,7 +404,7 @@ def _measured(
         if side in ("ours", "two"):
             return ours(settings, workers, work, 1 if side == "ours" else 2, device)
         return (monolith if side == "monolith" else transformers)(settings, work)
-    except Exception as error:  # the other sides are still worth having
+    except (Exception, SystemExit) as error:  # the other sides are still worth having
         traceback.print_exc()
         return {"failed": repr(error)[:300]}
     finally:

@@ -18,8 +18,8 @@ from typing import Any, cast
 
 import torch
 
-from cli.bench_layer import _ask
-from expert_worker.data_plane import DataPlane
+from cli.bench_layer import WORKERS, _ask
+from expert_worker.data_plane import DataPlane, Served
 from expert_worker.expert_mlp import load_expert
 from expert_worker.expert_store import ExpertStore
 from gateway.dispatch import Dispatcher
@@ -57,6 +57,10 @@ class RandomCheckpoint:
         made.normal_(std=0.02 if "embed" in name else shape[-1] ** -0.5, generator=generator)
         return made.to(dtype or torch.float32)
 
+    def slice(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """A tensor to take a part of."""
+        return self.tensor(name, shape)
+
     def __contains__(self, name: str) -> bool:
         return "experts.gate_up_proj" not in name
 
@@ -87,7 +91,8 @@ def mesh_of(
     transport = UcxTransport(cuda=device.type == "cuda")
     routing = pb.Routing(epoch=1)
     max_rows = min(65535, max_tokens * config.experts_per_token)
-    processes: list[subprocess.Popen[str]] = []
+    processes = WORKERS
+    processes.clear()
     try:
         for number in range(num_workers):
             order = {
@@ -170,10 +175,16 @@ def main() -> None:
         spin_s=SPIN_S[device.type],
         threads=1,
     )
+    served: list[Served] = []
+    plane.on_served = served.append
     plane.start()
     print(json.dumps({"address": plane.wait_started().hex()}), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
+        if "served" in asked:
+            taken, served[:] = served[:], []
+            print(json.dumps({"served": [one._asdict() for one in taken]}), flush=True)
+            continue
         session = plane.connect("bench", bytes.fromhex(asked["address"]), asked["session"])
         print(json.dumps({"session": session}), flush=True)
     plane.stop()

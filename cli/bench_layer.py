@@ -398,8 +398,7 @@ def _exact(expert: Any, x_RD: torch.Tensor) -> torch.Tensor:
     """The expert in float32."""
     import torch.nn.functional as F
 
-    tensors = [t.float() for t in vars(expert).values() if hasattr(t, "float")]
-    up, down = tensors
+    up, down = (tensor.float() for tensor in expert.tensors().values())
     hidden = F.linear(x_RD.float(), up)
     if up.shape[0] == 2 * down.shape[1]:
         gate, up_RH = hidden.chunk(2, dim=-1)

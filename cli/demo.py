@@ -12,9 +12,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from cli.local_mesh import Mesh
+from cli.mesh_spec import MeshSpec
 from cli.report import TextReport
 from cli.tables import expert_tables
-from cli.up import Mesh, MeshSpec, serving
+from cli.up import serving
 from expert_mesh import AsyncClient
 from mesh.errors import MeshError
 from mesh.plan import ExpertId
@@ -28,7 +30,9 @@ async def demo(console: Console) -> None:
     """Raises MeshError when anything is not as it should be, a process left over included."""
     console.print(f"[bold]Serving {MODEL.name}[/] with every expert in a process of its own")
     spec = MeshSpec.of({"model": MODEL})
-    async with serving(spec, TextReport(hints=False)) as mesh:
+    report = TextReport(hints=False)
+    async with serving(spec, report) as mesh:
+        report.ready(mesh.ready)
         pids = [process.pid for process in mesh.processes]
         await _show_answer(console, mesh)
     left = [pid for pid in pids if _group_lives(pid)]

@@ -17,10 +17,12 @@ import typer
 from cli.bench import serve as bench_serve
 from cli.bench_layer import layer as bench_layer
 from cli.doctor import doctor
+from cli.elastic import drain, rebalance, roll, scale
 from cli.generate import generate
+from cli.mesh_spec import UP_OPTIONS
 from cli.options import build, command, options_of
 from cli.status import plan, status
-from cli.up import UP_OPTIONS, up
+from cli.up import up
 from mesh.config import GatewayConfig, PlacementConfig, WorkerConfig
 from mesh.errors import ConfigError, MeshError
 
@@ -80,7 +82,7 @@ app.command("up")(command(UP_OPTIONS, up))
 app.command("placement")(command(options_of(PlacementConfig), _placement))
 app.command("worker")(command(options_of(WorkerConfig), _worker))
 app.command("gateway")(command(options_of(GatewayConfig), _gateway))
-for tool in (generate, status, plan, doctor):
+for tool in (generate, status, plan, scale, roll, drain, rebalance, doctor):
     app.command()(tool)
 bench.command("serve")(bench_serve)
 bench.command("layer")(bench_layer)

@@ -16,7 +16,6 @@ from rich.text import Text
 from cli.status import plan_tables
 
 if TYPE_CHECKING:
-    from cli.supervisor import Process
     from protos import placement_pb2 as pb
 
 Counts = Mapping[str, tuple[int, int]]
@@ -27,12 +26,36 @@ Counts = Mapping[str, tuple[int, int]]
 class Ready:
     """A mesh that serves: what each process announced, and the first complete plan."""
 
+    mesh: str
     placement: dict[str, Any]
     gateways: list[dict[str, Any]]
     workers: list[dict[str, Any]]
     plan: pb.Plan
     log_dir: Path
     took_s: float
+
+
+def describe(event: Mapping[str, Any]) -> str:
+    """One event of a mesh in a line for a person."""
+    match event:
+        case {"event": "joined", "name": name, "pid": pid, "replaces": replaces, "took_s": took_s}:
+            place = f" in place of {replaces}" if replaces else ""
+            return f"{name} (pid {pid}) is there{place} after {took_s:.1f} s"
+        case {"event": "left", "name": name, "workers": workers}:
+            return f"{name} has left; {workers} workers"
+        case {"event": "replaced", "name": name, "by": by, "took_s": took_s, "done": n, "of": of}:
+            return f"{n} of {of}: {by} took over from {name} in {took_s:.1f} s"
+        case {"event": "restarting", "name": name, "ends": ends, "pause_s": pause_s}:
+            often = f", {ends} in a row" if ends > 1 else ""
+            when = f"in {pause_s:.0f} s" if pause_s else "now"
+            return f"{name} is started again {when}{often}"
+        case {"event": "exited", "name": name, "code": code, "signal": signal}:
+            return f"{name} ended with " + (
+                f"code {code}" if signal is None else f"signal {signal}"
+            )
+        case {"event": "done", "workers": workers, "took_s": took_s}:
+            return f"done: {workers} workers after {took_s:.1f} s"
+    return json.dumps(event)
 
 
 class JsonReport:
@@ -45,17 +68,15 @@ class JsonReport:
         everyone = [ready.placement, *ready.gateways, *ready.workers]
         self._say(
             event="ready",
+            mesh=ready.mesh,
             gateways=[gateway["grpc"] for gateway in ready.gateways],
             placement=ready.placement["grpc"],
             http=[process["http"] for process in everyone],
             workers=[{"id": w["id"], "pid": w["pid"], "address": w["grpc"]} for w in ready.workers],
         )
 
-    def exited(self, process: Process) -> None:
-        end = process.exited.result()
-        self._say(
-            event="exited", name=process.name, pid=process.pid, code=end.code, signal=end.signal
-        )
+    def happened(self, event: Mapping[str, Any], text: str) -> None:
+        self._say(**event)
 
     def draining(self) -> None:
         """Nothing: the end of the process says it."""
@@ -114,13 +135,15 @@ class TextReport:
             self._console.print(
                 f"metrics: http://{gateway['http']}/metrics   logs: {ready.log_dir}\n"
                 f"try: expert-mesh generate --target {gateway['grpc']} --prompt 'Hello'\n"
-                "Ctrl-C drains and ends it",
+                f"more workers: expert-mesh scale {len(ready.workers) + 1} --mesh {ready.mesh}"
+                "   Ctrl-C drains and ends it",
                 soft_wrap=True,
                 highlight=False,
             )
 
-    def exited(self, process: Process) -> None:
-        self._console.print(Text(process.describe_end(), style="bold red"), soft_wrap=True)
+    def happened(self, event: Mapping[str, Any], text: str) -> None:
+        style = "bold red" if event["event"] == "exited" else ""
+        self._console.print(Text(text or describe(event), style=style), soft_wrap=True)
 
     def draining(self) -> None:
         self._bars.stop()

@@ -3,84 +3,77 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mesh.config import PlacementConfig
+from cli.placement_client import (
+    DEFAULT_TARGET,
+    AsJson,
+    PlacementClient,
+    Target,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+)
+
+_WIDE = 110
+_MOST_EVENTS = 6
+_STYLES = {"draining": "yellow", "loading": "yellow", "unreachable": "bold red"}
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from protos import placement_pb2 as pb
 
-_TIMEOUT_S = 10.0
-
-Target = Annotated[str, typer.Option(help="host:port of the placement service.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
-TlsCert = Annotated[Path | None, typer.Option(help="PEM certificate to show (mTLS).")]
-TlsKey = Annotated[Path | None, typer.Option(help="PEM key of the certificate.")]
-TlsCa = Annotated[Path | None, typer.Option(help="PEM authority to trust; turns TLS on.")]
-
-_DEFAULT_TARGET = f"127.0.0.1:{PlacementConfig.port}"
-
 
 def status(
-    target: Target = _DEFAULT_TARGET,
+    target: Target = DEFAULT_TARGET,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on, showing what changes.")] = False,
     as_json: AsJson = False,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
     tls_ca: TlsCa = None,
 ) -> None:
     """Show the epoch, the gateways, the workers, their load and their experts."""
-    mesh = _fetch(target, tls_cert, tls_key, tls_ca)
+    with PlacementClient(target, tls_cert, tls_key, tls_ca) as placement:
+        if watch:
+            from cli.watch import watch as show
+
+            show(placement.status, as_json)
+            return
+        mesh = placement.status()
     if as_json:
         typer.echo(json.dumps(status_as_dict(mesh)))
     else:
-        _print(_summary(mesh.plan), *_status_tables(mesh))
+        from rich.console import Console
+
+        width = Console().width
+        parts = [summary(mesh), "", gateways_table(mesh, width), ""]
+        parts.append(workers_table(mesh, width))
+        if mesh.events:
+            parts += ["", events_table(mesh.events[-_MOST_EVENTS:])]
+        _print(*parts)
 
 
 def plan(
-    target: Target = _DEFAULT_TARGET,
+    target: Target = DEFAULT_TARGET,
     as_json: AsJson = False,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
     tls_ca: TlsCa = None,
 ) -> None:
     """Show which worker serves each expert."""
-    mesh = _fetch(target, tls_cert, tls_key, tls_ca)
+    with PlacementClient(target, tls_cert, tls_key, tls_ca) as placement:
+        mesh = placement.status()
     if as_json:
         typer.echo(json.dumps(plan_as_dict(mesh.plan)))
     else:
         from rich.console import Console
 
-        _print(*plan_tables(mesh.plan, Console().width), _summary(mesh.plan))
-
-
-def _fetch(
-    target: str, tls_cert: Path | None, tls_key: Path | None, tls_ca: Path | None
-) -> pb.MeshStatus:
-    import grpc
-
-    from mesh.errors import Unavailable
-    from mesh.grpc_server import TlsFiles, open_sync_channel
-    from protos import placement_pb2 as pb
-    from protos.placement_pb2_grpc import PlacementStub
-
-    tls = TlsFiles(tls_cert, tls_key, tls_ca) if tls_cert or tls_ca else None
-    with open_sync_channel(target, tls) as channel:
-        try:
-            mesh: pb.MeshStatus = PlacementStub(channel).GetStatus(
-                pb.GetStatusRequest(), timeout=_TIMEOUT_S
-            )
-        except grpc.RpcError as error:
-            raise Unavailable(
-                f"placement at {target} does not answer: {error.details()}; "
-                "check --target, and --tls-ca where the mesh uses TLS"
-            ) from error
-    return mesh
+        _print(*plan_tables(mesh.plan, Console().width), _plan_summary(mesh.plan))
 
 
 def _print(*parts: Any) -> None:
@@ -99,6 +92,14 @@ def status_as_dict(mesh: pb.MeshStatus) -> dict[str, Any]:
         "note": mesh.plan.note,
         "experts_per_worker": mesh.plan.experts_per_worker,
         "balancedness": mesh.balancedness,
+        "balancedness_before": mesh.balancedness_before,
+        "rebalanced_at_unix_s": round(mesh.rebalanced_at_unix_s, 3),
+        "moves": mesh.moves,
+        "replicas": mesh.replicas,
+        "events": [
+            {"at_unix_s": round(e.at_unix_s, 3), "kind": e.kind, "text": e.text}
+            for e in mesh.events
+        ],
         "gateways": [
             {
                 "id": g.gateway.gateway_id,
@@ -165,54 +166,113 @@ def plan_tables(plan: pb.Plan, width: int) -> Iterator[Table | str]:
     )
 
 
-def _summary(plan: pb.Plan) -> str:
+def _plan_summary(plan: pb.Plan) -> str:
+    from rich.markup import escape
+
     serving = sum(bool(expert.worker_ids) for expert in plan.experts)
     parts = [f"epoch {plan.epoch}", f"{serving} experts on {len(plan.workers)} workers"]
     if plan.experts_per_worker > 1:
         parts.append(f"colocated: up to {plan.experts_per_worker} of a layer on one worker")
     parts.append("complete" if plan.complete else "[bold red]incomplete[/]")
     if plan.note:
-        parts.append(f"[yellow]{plan.note}[/]")
+        parts.append(f"[yellow]{escape(plan.note)}[/]")
     return " · ".join(parts)
 
 
-def _status_tables(mesh: pb.MeshStatus) -> Iterator[Table | str]:
+def summary(mesh: pb.MeshStatus) -> str:
+    """The plan in a line, and its balance in another."""
+    parts = [f"balance {mesh.balancedness:.2f}"]
+    if mesh.balancedness_before:
+        at = clock(mesh.rebalanced_at_unix_s)
+        parts[0] += f" ({mesh.balancedness_before:.2f} before the rebalance of {at})"
+    parts += [f"{mesh.replicas} replicas", f"{mesh.moves} moves"]
+    return _plan_summary(mesh.plan) + "\n" + " · ".join(parts)
+
+
+def clock(unix_s: float) -> str:
+    """The time of day here."""
+    return time.strftime("%H:%M:%S", time.localtime(unix_s))
+
+
+def gateways_table(mesh: pb.MeshStatus, width: int) -> Table:
+    """One a line."""
+    from rich.text import Text
+
     from cli.tables import plain_table
 
-    yield ""
-    gateways = plain_table("gateway", "address", "host", "device", "epoch")
+    wide = ("address", "host", "device") if width >= _WIDE else ()
+    gateways = plain_table("gateway", *wide, "epoch")
     for title in ("running", "waiting", "KV in use"):
         gateways.add_column(title, justify="right", no_wrap=True)
+    gateways.add_column("cannot reach")
     for g in mesh.gateways:
+        where = (g.gateway.grpc_address, g.gateway.host, g.gateway.device) if wide else ()
         gateways.add_row(
             g.gateway.gateway_id,
-            g.gateway.grpc_address,
-            g.gateway.host,
-            g.gateway.device,
+            *where,
             str(g.gateway.epoch),
             str(g.gateway.running),
             str(g.gateway.waiting),
             f"{g.gateway.kv_usage:.0%}",
+            Text(" ".join(g.gateway.unreachable_worker_ids), style="red"),
         )
-    yield gateways
-    yield ""
+    return gateways
 
-    workers = plain_table("worker", "address", "host", "device", "state")
+
+def workers_table(mesh: pb.MeshStatus, width: int, most: int | None = None) -> Table:
+    """One a line; where only ``most`` fit, those in trouble and the busiest."""
+    from rich.text import Text
+
+    from cli.tables import plain_table
+
+    wide = ("address", "host", "device") if width >= _WIDE else ("device",)
+    workers = plain_table("worker", *wide, "state")
     for title in ("rows/s", "queued"):
         workers.add_column(title, justify="right", no_wrap=True)
+    workers.add_column("load", no_wrap=True)
     workers.add_column("layers.expert")
-    for w in mesh.workers:
+    busiest = max((w.rows_per_s for w in mesh.workers), default=0.0)
+    shown = list(mesh.workers)
+    if most is not None and len(shown) > most:
+        shown.sort(key=lambda w: (w.state not in _STYLES and not w.error, -w.rows_per_s))
+        shown = sorted(shown[: most - 1], key=lambda w: w.worker.worker_id)
+    for w in shown:
+        where = (w.worker.grpc_address, w.worker.host, w.worker.device)
         workers.add_row(
             w.worker.worker_id,
-            w.worker.grpc_address,
-            w.worker.host,
-            w.worker.device,
-            f"{w.state}: [red]{w.error}[/]" if w.error else w.state,
+            *(where if len(wide) == 3 else where[-1:]),
+            Text(w.state, style=_STYLES.get(w.state, "")),
             f"{w.rows_per_s:.0f}",
             str(w.queue_rows),
-            _ranges(w.resident),
+            _bar(w.rows_per_s / busiest if busiest else 0.0),
+            Text(w.error, style="red") if w.error else _ranges(w.resident, 4),
         )
-    yield workers
+    if len(shown) < len(mesh.workers):
+        workers.add_row(f"and {len(mesh.workers) - len(shown)} more")
+    return workers
+
+
+def events_table(events: Sequence[pb.MeshEvent]) -> Table:
+    """When, what kind, and in words, cut where the line ends; the newest last."""
+    from rich.text import Text
+
+    from cli.tables import plain_table
+
+    table = plain_table()
+    table.show_header = False
+    rows = [(clock(event.at_unix_s), event.kind, event.text) for event in events]
+    for column in (0, 1):
+        table.add_column(no_wrap=True, min_width=max(len(row[column]) for row in rows))
+    table.add_column(no_wrap=True, overflow="ellipsis")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _bar(share: float) -> str:
+    """``share`` of eight characters, 0 to 1."""
+    eighths = round(share * 8 * 8)
+    return ("█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8]).strip().ljust(8)
 
 
 def _ranges(experts: Iterable[pb.ExpertId], most: int = 4) -> str:

@@ -27,6 +27,11 @@ class Exit:
     code: int | None
     signal: int | None
 
+    @property
+    def was_asked_for(self) -> bool:
+        """Told to end, it did."""
+        return self.code == 0 or self.signal == signal.SIGTERM
+
     def __str__(self) -> str:
         if self.signal is None:
             return f"exit code {self.code}"
@@ -85,6 +90,9 @@ class Supervisor:
         self._on_exit = on_exit
         self._grace_s = grace_s
         self.processes: dict[str, Process] = {}
+        """Those that live, by name."""
+        self.ended = False
+        """Nothing can be started any more."""
 
     async def __aenter__(self) -> Supervisor:
         # Libraries that start a thread when imported would make the fork unsafe.
@@ -117,7 +125,7 @@ class Supervisor:
         await self._listening
 
     def spawn(self, name: str, argv: Sequence[str]) -> Process:
-        """Fork ``expert-mesh argv``. Returns at once."""
+        """Fork ``expert-mesh argv``. Returns at once. No living process may have the name."""
         process = self.processes[name] = Process(name, self.log_dir / f"{name}.log")
         self._say(spawn={"name": name, "argv": list(argv), "log": str(process.log)})
         return process
@@ -147,11 +155,12 @@ class Supervisor:
                 process.ready.set_result(fields)
             else:
                 self._ended(process, Exit(fields["code"], fields["signal"]))
+        self.ended = True
         # The server's end is theirs.
-        for process in self.processes.values():
-            if process.alive:
-                self._ended(process, Exit(None, signal.SIGKILL))
+        for process in list(self.processes.values()):
+            self._ended(process, Exit(None, signal.SIGKILL))
 
     def _ended(self, process: Process, exit: Exit) -> None:
+        del self.processes[process.name]
         process.exited.set_result(exit)
         self._on_exit(process)

@@ -13,8 +13,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +139,15 @@ class Cluster:
         )
         return dict(json.loads(answer))
 
+    def scale(self, num_workers: int) -> None:
+        words = ("up", "-d", "--no-recreate", "--scale", f"worker={num_workers}")
+        self.compose(*words, timeout=600)
+
+    def has_workers(self, count: int) -> bool:
+        """That many, all that there should be, and every expert on them."""
+        status = self.status()
+        return len(status["workers"]) == count and bool(status["complete"])
+
     def generate(self) -> str:
         """From this host, through the published port."""
         command = Path(sys.executable).with_name("expert-mesh")
@@ -147,6 +158,34 @@ class Cluster:
     def leftovers(self) -> list[str]:
         label = f"label=com.docker.compose.project={self.name}"
         return self.ids() + run("docker", "network", "ls", "-q", "--filter", label).split()
+
+
+def grow_and_shrink(cluster: Cluster, text: str) -> None:
+    """Two workers more, then back to as many as there were, while requests run."""
+    stopping = threading.Event()
+
+    def keep_asking() -> int:
+        num_answers = 0
+        while not stopping.is_set():
+            answer = cluster.generate()
+            if answer != text:
+                raise SystemExit(f"another answer while scaling: {answer!r}")
+            num_answers += 1
+        return num_answers
+
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(keep_asking)
+        try:
+            for num_workers in (NUM_WORKERS + 2, NUM_WORKERS):
+                cluster.scale(num_workers)
+                wait_until(
+                    f"scaled to {num_workers} workers",
+                    lambda n=num_workers: cluster.has_workers(n),
+                    FOLLOW_TIMEOUT_S,
+                )
+        finally:
+            stopping.set()
+        say(f"{asking.result()} answers meanwhile, all the same")
 
 
 def use_and_break(cluster: Cluster) -> None:
@@ -163,6 +202,8 @@ def use_and_break(cluster: Cluster) -> None:
             raise SystemExit("a container runs as root")
     text = cluster.generate()
     say(f"generated from the host: {PROMPT}{text!r}")
+
+    grow_and_shrink(cluster, text)
 
     victim = cluster.ids("worker")[0]
     run("docker", "kill", victim)
@@ -202,7 +243,7 @@ def main() -> None:
     cluster.compose("build", "placement", timeout=900)
     say("the image is built")
     try:
-        cluster.compose("up", "-d", "--scale", f"worker={NUM_WORKERS}")
+        cluster.scale(NUM_WORKERS)
         say(f"started placement, {NUM_WORKERS} workers and a gateway")
         use_and_break(cluster)
     except BaseException:

@@ -59,6 +59,7 @@ class WorkerService(rpc.ExpertWorkerServicer):
         self._info = info
         self._dtype = dtype
         self._max_rows = config.max_rows
+        self._drain_s = config.drain_s
         self._store = store
         self._reader = reader
         self._plane = plane
@@ -294,9 +295,19 @@ class WorkerService(rpc.ExpertWorkerServicer):
         self._draining = True
         self._on_change()
         with suppress(TimeoutError):
-            async with asyncio.timeout(_LEAVE_TIMEOUT_S):
-                await until_first_ends(self._may_leave.wait(), self._link.wait_away())
+            # Others may have to load its experts first, which takes as long as it takes.
+            async with asyncio.timeout(self._drain_s):
+                await until_first_ends(self._may_leave.wait(), self._nobody_will_say())
         await asyncio.to_thread(self._plane.drain, _LEAVE_TIMEOUT_S)
+
+    async def _nobody_will_say(self) -> None:
+        """Until placement is away, and for long if gateways are there: it may come back."""
+        while True:
+            await self._link.wait_away()
+            if self._plane.stats().sessions:
+                await asyncio.sleep(_LEAVE_TIMEOUT_S)
+            if not self._link.connected:
+                return
 
     def _checked(self, experts: Iterable[placement_pb2.ExpertId]) -> list[ExpertId]:
         checked = sorted(set(map(expert_from_proto, experts)))

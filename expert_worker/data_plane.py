@@ -206,7 +206,7 @@ class DataPlane(threading.Thread):
         self._compute_s: defaultdict[ExpertId, float] = defaultdict(float)
         self._refused: Counter[str] = Counter()
         self._last_progress_s = time.monotonic()
-        self._at_work = False
+        self._starting = False
         self._longest_batch_s = 0.0
         self._draining = False
         self._stopping = False
@@ -268,7 +268,7 @@ class DataPlane(threading.Thread):
             self._batcher.queued_rows,
             len(self._sessions),
             last_progress_s,
-            self._at_work or bool(self._computing) or self._batcher.queued_rows > 0,
+            self._starting or bool(self._computing) or self._batcher.queued_rows > 0,
             self._longest_batch_s,
         )
 
@@ -412,6 +412,9 @@ class DataPlane(threading.Thread):
                 f"worker {self._num_experts}: one of them follows an old plan and will get the new"
             )
         endpoint = self._transport.connect(address)
+        # A gateway that comes again has given its last session up; that word may have been lost.
+        for earlier in [s for s in self._sessions.values() if s.gateway_id == gateway_id]:
+            self._close(gateway_id, earlier.number)
         while self._next_session in self._sessions or self._next_session == 0:
             self._next_session = (self._next_session + 1) % wire.MAX_SESSIONS
         number = self._next_session
@@ -554,6 +557,8 @@ class DataPlane(threading.Thread):
 
     def _start_several(self, work: _Work) -> bool:
         """Have the device compute a message of several experts by the counts that are there."""
+        if work.session.num_experts != self._num_experts:
+            return False
         layer, rows = work.frame.layer, work.frame.rows
         here = {e.index: x for e, x in self._store.experts.items() if e.layer == layer}
         part = Part(work.buffer.rows_RD, work.num_header_rows, rows)
@@ -603,8 +608,8 @@ class DataPlane(threading.Thread):
             for segment in segments:
                 self._finish(segment.work, wire.Refusal.UNKNOWN_EXPERT)
             return
-        self._at_work = True
         try:
+            self._starting = True
             ticket = self._compute_on.start(mlp, [segment.part for segment in segments])
         except RuntimeError as error:
             # These rows can go elsewhere, the worker serves on.
@@ -613,7 +618,7 @@ class DataPlane(threading.Thread):
                 self._finish(segment.work, _refusal_for(error))
             return
         finally:
-            self._at_work = False
+            self._starting = False
         now = time.perf_counter()
         for segment in segments:
             segment.work.started_s = now

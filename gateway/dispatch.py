@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import structlog
@@ -68,6 +69,10 @@ class _Peer:
     lost: str | None = None
     """Why it was given up."""
 
+    def __post_init__(self) -> None:
+        self.dispatch_bits = wire.encode(_DISPATCH, self.session, 0, 0, 0, 0)
+        self.reply_bits = wire.encode(_REPLY, self.reply_session, 0, 0, 0, 0)
+
     def take_slot(self) -> int | None:
         """A slot that no outstanding dispatch has; None when all are taken."""
         if len(self.busy_slots) == wire.MAX_SLOTS:
@@ -78,8 +83,7 @@ class _Peer:
         return self.next_slot
 
 
-@dataclass(frozen=True)
-class _Run:
+class _Run(NamedTuple):
     """Neighbouring rows of one expert in the arenas: ``num_rows`` from row ``start``."""
 
     expert: ExpertId
@@ -87,7 +91,7 @@ class _Run:
     num_rows: int
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Message:
     """One dispatch on its way: the runs in it, where it went, and what is posted for it."""
 
@@ -198,7 +202,8 @@ class Dispatcher:
         self._void: dict[tuple[int, int], ExpertUnavailable] = {}
         self.layout: Layout = CpuLayout()
         self.arena_version = 0
-        """Counts the times that :attr:`arenas` were replaced."""
+        """Counts the times that :attr:`arenas` or :attr:`layout` were replaced."""
+        self._shards = 0
         self._frame_rows = self._num_frames = 0
         self._parked_frames: set[int] = set()
         self._num_moves = 0
@@ -500,18 +505,19 @@ class Dispatcher:
                 self._post(pending, messages[number:])
                 return
             slots.append(slot)
-            first, num_rows = runs[0].start, runs[-1].start + runs[-1].num_rows - runs[0].start
-            layer, expert = runs[0].expert
+            (layer, expert), first, num_rows = runs[0]
             header = 0
             if len(runs) > 1:
+                num_rows = runs[-1].start + runs[-1].num_rows - first
                 expert, header = wire.SEVERAL, self._header_rows
+            rest = wire.encode(0, 0, slot, layer, expert, num_rows)
             trips.append(
                 RoundTrip(
                     peer.endpoint,
-                    self._wrap(self._send_RD, first - header, num_rows + header),
-                    wire.encode(_DISPATCH, peer.session, slot, layer, expert, num_rows),
-                    self._wrap(self._reply_RD, first, num_rows),
-                    wire.encode(_REPLY, peer.reply_session, slot, layer, expert, num_rows),
+                    self._wrap(self._sends, self._send_RD, first - header, num_rows + header),
+                    peer.dispatch_bits | rest,
+                    self._wrap(self._replies, self._reply_RD, first, num_rows),
+                    peer.reply_bits | rest,
                 )
             )
         self._launch(pending, messages, slots, trips)
@@ -854,15 +860,21 @@ class Dispatcher:
         self._parked_frames.clear()
         for abandoned in self._abandoned:
             abandoned.frame = None
-        self._wrapped: dict[tuple[int, int, int], Buffer] = {}
+        self._sends: dict[tuple[int, int], Buffer] = {}
+        self._replies: dict[tuple[int, int], Buffer] = {}
 
-    def _wrap(self, arena_RD: torch.Tensor, start: int, num_rows: int) -> Buffer:
-        key = (arena_RD.data_ptr(), start, num_rows)
-        wrapped = self._wrapped.get(key)
-        if wrapped is None:
-            wrapped = self._transport.wrap(arena_RD[start : start + num_rows])
-            self._wrapped[key] = wrapped
-        return wrapped
+    def _wrap(
+        self,
+        wrapped: dict[tuple[int, int], Buffer],
+        arena_RD: torch.Tensor,
+        start: int,
+        num_rows: int,
+    ) -> Buffer:
+        buffer = wrapped.get((start, num_rows))
+        if buffer is None:
+            buffer = self._transport.wrap(arena_RD[start : start + num_rows])
+            wrapped[start, num_rows] = buffer
+        return buffer
 
 
 def _rows_in_order(messages: list[tuple[_Peer | None, tuple[_Run, ...]]]) -> IntArray:

@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mesh import native
+
 IntArray = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 
@@ -46,21 +48,30 @@ class Layout(Protocol):
 
 @dataclass(frozen=True)
 class _CpuSorted:
-    shape: torch.Size
-    ids_R: IntArray
+    ids_TK: Tensor
     num_experts: int
 
     def counts(self) -> list[int]:
-        counts: list[int] = np.bincount(self.ids_R, minlength=self.num_experts).tolist()
+        counts: list[int] = np.bincount(
+            self.ids_TK.view(-1).numpy(), minlength=self.num_experts
+        ).tolist()
         return counts
 
     def scatter(
         self, x_TD: Tensor, rows: IntArray, headers: Mapping[int, IntArray], send_ND: Tensor
     ) -> Tensor:
-        rows_R = np.empty(len(self.ids_R), dtype=np.int64)
-        rows_R[np.argsort(self.ids_R, kind="stable")] = rows
-        rows_TK = torch.from_numpy(rows_R).view(self.shape)
-        send_ND.index_copy_(0, rows_TK.view(-1), x_TD.repeat_interleave(self.shape[1], dim=0))
+        x_TD = x_TD.contiguous()
+        rows_TK = torch.empty_like(self.ids_TK)
+        native.short.layout_scatter(
+            self.ids_TK.data_ptr(),
+            self.ids_TK.numel(),
+            self.ids_TK.shape[1],
+            rows.ctypes.data,
+            x_TD.data_ptr(),
+            send_ND.data_ptr(),
+            x_TD.shape[1] * x_TD.element_size(),
+            rows_TK.data_ptr(),
+        )
         for row, header in headers.items():
             words = send_ND[row:].view(-1).view(torch.int32)
             words[: len(header)] = torch.from_numpy(header)
@@ -68,13 +79,27 @@ class _CpuSorted:
 
 
 class CpuLayout:
-    """By NumPy, which has the least to say for a few rows."""
+    """Compiled: for a few rows, calls into a tensor library would cost more than the work."""
 
     def sort(self, micro_batch: int, ids_TK: Tensor, num_experts: int) -> _CpuSorted:
         """See :class:`Layout`."""
-        return _CpuSorted(ids_TK.shape, ids_TK.reshape(-1).numpy(), num_experts)
+        return _CpuSorted(ids_TK.contiguous(), num_experts)
 
     def combine(self, reply_ND: Tensor, rows_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """See :class:`Layout`."""
-        y_TKD = reply_ND.index_select(0, rows_TK.view(-1)).view(*rows_TK.shape, -1)
-        return (y_TKD * weights_TK.unsqueeze(-1)).sum(dim=1).to(reply_ND.dtype)
+        tokens, per_token = rows_TK.shape
+        if reply_ND.dtype != torch.float32:
+            y_TKD = reply_ND.index_select(0, rows_TK.view(-1)).view(tokens, per_token, -1)
+            return (y_TKD * weights_TK.unsqueeze(-1)).sum(dim=1).to(reply_ND.dtype)
+        weights_TK = weights_TK.contiguous()
+        y_TD = reply_ND.new_empty(tokens, reply_ND.shape[1])
+        native.short.layout_combine(
+            reply_ND.data_ptr(),
+            rows_TK.data_ptr(),
+            weights_TK.data_ptr(),
+            tokens,
+            per_token,
+            reply_ND.shape[1],
+            y_TD.data_ptr(),
+        )
+        return y_TD

@@ -151,9 +151,13 @@ class WorkerConfig(ServerConfig):
     max_rows: int = option(4096, "Rows of one message; larger batches are split by the gateway.")
     merge_rows: int = option(8192, "Rows that waiting messages for one expert are merged up to.")
     threads: int = option(1, "CPU threads for compute.")
+    drain_s: float = option(
+        60.0, "How long it waits, once told to end, for others to take its experts over."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require(0 <= self.drain_s < math.inf, "drain_s must not be negative")
         _require(1 <= self.max_rows <= 65535, "max_rows must be 1 to 65535")
         _require(self.merge_rows >= self.max_rows, "merge_rows must not be below max_rows")
         _require(self.threads >= 1, "threads must be 1 or more")

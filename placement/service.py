@@ -57,6 +57,8 @@ class PlacementService(rpc.PlacementServicer):
         )
         self._by_hand = Budget(price=config.rebalance_price)
         self._by_itself = Budget(price=config.rebalance_price, moves=config.rebalance_moves)
+        # Taken once, so that an event is said to have been at the same time whenever it is shown.
+        self._unix_offset_s = time.time() - time.monotonic()
         self._fingerprint = model.fingerprint
         self._model_path = config.model
         self._lease_s = config.lease_s
@@ -264,7 +266,8 @@ class PlacementService(rpc.PlacementServicer):
         return pb.RebalanceReply(epoch=self._coordinator.current_plan().epoch, moves=moves)
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.MeshStatus:
-        return self._coordinator.status(time.monotonic(), time.time())
+        now = time.monotonic()
+        return self._coordinator.status(now, now + self._unix_offset_s)
 
     # Between them.
 

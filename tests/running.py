@@ -29,6 +29,7 @@ class RunningMesh:
         except BaseException:
             self.up.kill()
             raise
+        self.name: str = self.ready["mesh"]
         self.gateway: str = self.ready["gateways"][0]
         self.placement: str = self.ready["placement"]
         self.processes = psutil.Process(self.up.pid).children(recursive=True)
@@ -47,11 +48,20 @@ class RunningMesh:
         return self.up.stderr.read()
 
     def expert_mesh(self, *words: str) -> Any:
+        """What a command of ours prints with ``--json``: its only line."""
+        (answer,) = self.lines(*words)
+        return answer
+
+    def lines(self, *words: str) -> list[dict[str, Any]]:
         """What a command of ours prints with ``--json``."""
         command = [sys.executable, "-m", "cli.main", *words, "--json"]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    def ask(self, *words: str) -> list[dict[str, Any]]:
+        """The events of ``scale`` or ``roll``."""
+        return self.lines(*words, "--mesh", self.name)
 
     def status(self) -> dict[str, Any]:
         status: dict[str, Any] = self.expert_mesh("status", "--target", self.placement)
@@ -79,6 +89,7 @@ class RunningMesh:
 
     def end(self) -> int:
         """Ask it to end; its exit code."""
+        self.processes = psutil.Process(self.up.pid).children(recursive=True)
         self.up.terminate()
         return self.up.wait()
 

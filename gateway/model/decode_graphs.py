@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
@@ -33,6 +34,7 @@ log = structlog.get_logger()
 
 _MIN_BATCH = 1
 _MAX_BATCH = 256
+_MAX_MICRO_BATCHES = 2
 
 
 class DeviceExperts(Protocol):
@@ -136,7 +138,8 @@ class DecodeGraphs:
         self._experts = experts
         self._max_model_len = max_model_len
         self._device = kv.rows[0].device
-        self._pool = torch.cuda.graph_pool_handle()
+        # Graphs of two micro-batches run by turns: what one keeps must not be another's scratch.
+        self._pools = [torch.cuda.graph_pool_handle() for _ in range(_MAX_MICRO_BATCHES)]
         self._batches: dict[tuple[int, int], _Batch] = {}
         self._version = experts.arena_version
         attention = decoder.config.attention
@@ -173,7 +176,8 @@ class DecodeGraphs:
             # Once for real: kernels are compiled and libraries set up. It writes nowhere.
             _Capturing(self, batch, micro_batch, _call).run()
             self._stream.synchronize()
-            _Capturing(self, batch, micro_batch, self._captured).run()
+            captured = partial(self._captured, self._pools[micro_batch])
+            _Capturing(self, batch, micro_batch, captured).run()
         log.info(
             "decode_graphs_captured",
             batch=size,
@@ -183,9 +187,10 @@ class DecodeGraphs:
         )
         return batch
 
-    def _captured(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    @staticmethod
+    def _captured(pool: Any, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             run()
         finally:

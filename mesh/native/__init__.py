@@ -7,6 +7,7 @@ Plain C behind ctypes, without Python's headers: built when the project is insta
 from __future__ import annotations
 
 import ctypes
+import os
 from ctypes import POINTER, Structure, c_char_p, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,14 @@ _SHORT: dict[str, tuple[Any, list[Any]]] = {
     "gated_mlp_new": (c_void_p, [c_void_p, c_void_p, c_int64, c_int64]),
     "gated_mlp_free": (None, [c_void_p]),
     "gated_mlp_scratch_floats": (c_int64, [c_void_p, c_int64]),
+    "layout_scatter": (
+        None,
+        [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p],
+    ),
+    "layout_combine": (
+        None,
+        [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p],
+    ),
     "postbox_new": (POINTER(Postbox), [c_uint64]),
     "postbox_free": (None, [POINTER(Postbox)]),
     "postbox_send": (c_int32, [POINTER(Postbox), c_uint64, c_uint64, c_uint64, c_uint64]),
@@ -112,6 +121,9 @@ _LONG: dict[str, tuple[Any, list[Any]]] = {
 
 
 def _load() -> tuple[ctypes.CDLL, ctypes.CDLL]:
+    # Read when UCX is loaded: UCXX sets variables that this build of UCX does not know, and the
+    # warnings would go to stdout.
+    os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
     libucx.load_library()
     here = Path(__file__).parent
     built = sorted(here.glob("libmesh*.so"))

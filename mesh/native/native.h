@@ -21,6 +21,17 @@ EXPORT int64_t gated_mlp_scratch_floats(const gated_mlp *mlp, int64_t num_rows);
 EXPORT void gated_mlp_run(const gated_mlp *mlp, const float *x_RD, float *y_RD, int64_t num_rows,
                           float *scratch);
 
+/* ---- layout.c: see gateway/layout.py ---- */
+
+/* Row r of token r / per_token goes to arena row rows_R[r]: the next of those in_order_R that its
+ * expert has, ids_R[r] < 1024. */
+EXPORT void layout_scatter(const int64_t *ids_R, int64_t num_rows, int64_t per_token,
+                           const int64_t *in_order_R, const char *x_TD, char *send_ND,
+                           int64_t row_bytes, int64_t *rows_R);
+/* y_TD: each token's arena rows by their weights, summed in order. */
+EXPORT void layout_combine(const float *reply_ND, const int64_t *rows_TK, const float *weights_TK,
+                           int64_t num_tokens, int64_t per_token, int64_t width, float *y_TD);
+
 /* ---- postbox.c: see mesh/transport/ucx.py ---- */
 
 enum { DONE = 0, IN_PROGRESS = 1, SHORT = -1000 }; /* else a ucs_status_t, which is negative */

@@ -15,6 +15,7 @@ import os
 os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
 
 import ctypes
+import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -43,7 +44,7 @@ _DEFAULTS = {
     "RNDV_THRESH": "intra:inf,inter:auto",
 }
 # Below the threshold a device buffer is staged through the host: 14 us a post instead of 2.
-_CUDA_RNDV_THRESH = "64"
+_CUDA_DEFAULTS = {"RNDV_THRESH": "64"}
 _UCXX_RNDV_THRESH = "8192"
 """What UCXX puts into the environment when it is imported, unless the user said something."""
 
@@ -53,6 +54,9 @@ _TRUNCATED = -9
 _CONNECTION_RESET = -25
 _TOO_MANY = "more UCX messages are in flight than this process may have"
 _MAX_TRIPS = 256
+# A native.RoundTrip, written in one call.
+_PACK_TRIP = struct.Struct("=7Q").pack_into
+_TRIP_BYTES = ctypes.sizeof(native.RoundTrip)
 
 _send = native.short.postbox_send
 _receive = native.short.postbox_receive
@@ -283,10 +287,11 @@ class UcxTransport:
     def __init__(self, *, cuda: bool = False, keepalive_ms: int = 300) -> None:
         # By the environment, where a user's own word wins: UCXX overwrites some of what its
         # config argument says.
-        for name, value in (_DEFAULTS | {"KEEPALIVE_INTERVAL": f"{keepalive_ms}ms"}).items():
+        if os.environ.get("UCX_RNDV_THRESH") == _UCXX_RNDV_THRESH:
+            del os.environ["UCX_RNDV_THRESH"]
+        settings = _DEFAULTS | (_CUDA_DEFAULTS if cuda else {})
+        for name, value in (settings | {"KEEPALIVE_INTERVAL": f"{keepalive_ms}ms"}).items():
             os.environ.setdefault(f"UCX_{name}", value)
-        if cuda and os.environ.get("UCX_RNDV_THRESH") == _UCXX_RNDV_THRESH:
-            os.environ["UCX_RNDV_THRESH"] = _CUDA_RNDV_THRESH
         self._context = UCXContext(feature_flags=(Feature.TAG, Feature.WAKEUP))
         self._worker = UCXWorker(self._context)
         self._worker.init_blocking_progress_mode()
@@ -321,15 +326,19 @@ class UcxTransport:
             sent = [trip.endpoint.send(trip.send, trip.send_tag) for trip in trips]
             return list(zip(replies, sent, strict=True))
         trip: Any
-        for posted, trip in zip(self._trips, trips, strict=False):
+        for number, trip in enumerate(trips):
             endpoint, send, send_tag, receive, receive_tag = trip
-            posted.endpoint = endpoint.handle
-            posted.send_address = send.address
-            posted.send_bytes = send.nbytes
-            posted.send_tag = send_tag
-            posted.receive_address = receive.address
-            posted.receive_bytes = receive.nbytes
-            posted.receive_tag = receive_tag
+            _PACK_TRIP(
+                self._trips,
+                number * _TRIP_BYTES,
+                endpoint.handle,
+                send.address,
+                send.nbytes,
+                send_tag,
+                receive.address,
+                receive.nbytes,
+                receive_tag,
+            )
         if native.short.postbox_exchange(box.pointer, len(trips), self._trips, numbers) < 0:
             raise TransportError(_TOO_MANY)
         return [

@@ -32,7 +32,8 @@ def complaint(done: subprocess.CompletedProcess[str]) -> str:
 def test_version_and_help() -> None:
     assert expert_mesh("--version").stdout.strip() == version("expert-mesh")
     shown = expert_mesh("--help").stdout
-    for command in ("up", "placement", "worker", "gateway", "generate", "status", "plan", "bench"):
+    tools = ("generate", "status", "plan", "bench", "scale", "roll", "drain", "rebalance")
+    for command in ("up", "placement", "worker", "gateway", *tools):
         assert command in shown
 
 
@@ -89,11 +90,18 @@ def test_a_port_in_use_is_one_line(flag: str) -> None:
     assert f"127.0.0.1:{port}: Address already in use" in complaint(done)
 
 
-@pytest.mark.parametrize("command", ["status", "plan"])
+@pytest.mark.parametrize("command", ["status", "plan", "rebalance", "drain worker-00"])
 def test_a_placement_that_is_not_there_is_one_line(command: str) -> None:
-    done = expert_mesh(command, "--target", NOBODY)
+    done = expert_mesh(*command.split(), "--target", NOBODY)
     assert done.returncode == 1
     assert f"placement at {NOBODY} does not answer" in complaint(done)
+
+
+@pytest.mark.parametrize("command", ["scale 5", "roll"])
+def test_a_mesh_that_does_not_run_is_one_line(command: str) -> None:
+    done = expert_mesh(*command.split(), "--mesh", "nobody")
+    assert done.returncode == 1
+    assert "no `expert-mesh up` nobody of this user runs" in complaint(done)
 
 
 def test_a_gateway_that_is_not_there_is_one_line() -> None:

@@ -41,6 +41,7 @@ async def test_orders_of_an_older_epoch_than_was_heard_of_are_not_obeyed() -> No
             None,
             pb.WorkerInfo(worker_id="w"),
             resident=lambda: [],
+            expert_shards=lambda: 1,
             make_report=pb.WorkerReport,
             on_order=lambda order: obeyed.put_nowait(order.epoch),
         )

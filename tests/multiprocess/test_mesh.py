@@ -26,8 +26,9 @@ FOREVER = 4096
 
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[RunningMesh]:
-    """A mesh that may be broken: token t needs the worker of expert t alone."""
-    with running_mesh("--model", make_token_is_expert(tmp_path / "model")) as mesh:
+    """A mesh that may be broken, and stays so: token t needs the worker of expert t alone."""
+    model = make_token_is_expert(tmp_path / "model")
+    with running_mesh("--model", model, "--no-restart") as mesh:
         yield mesh
 
 
@@ -207,6 +208,15 @@ def test_nothing_outlives_a_supervisor_that_is_killed(small: RunningMesh) -> Non
     assert small.survivors() == []
 
 
+def test_the_end_of_the_fork_server_is_the_end_of_up(tmp_path: Path) -> None:
+    with running_mesh("--model", make_token_is_expert(tmp_path / "model")) as mesh:
+        (fork_server,) = psutil.Process(mesh.up.pid).children()
+        fork_server.kill()
+        assert mesh.up.wait() == 1
+        assert "the process that starts all others has ended" in mesh.stderr()
+        assert mesh.survivors() == []
+
+
 def test_the_end_of_the_last_gateway_is_the_end_of_up(small: RunningMesh) -> None:
     (gateway,) = (p for p in small.processes if _listens_on(p, small.gateway))
     gateway.kill()
@@ -226,6 +236,24 @@ def test_a_start_that_takes_too_long_says_what_is_missing(tmp_path: Path) -> Non
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "not ready after 10 s: 0 of 8 experts loaded" in line
     assert "4 of 5 workers are registered" in line
+
+
+def test_what_died_is_started_again_where_it_was(tmp_path: Path) -> None:
+    with running_mesh("--model", make_token_is_expert(tmp_path / "model")) as mesh:
+        names = {mesh.placement: "placement", mesh.gateway: "gateway-0"}
+        homes = {a: next(p for p in mesh.processes if _listens_on(p, a)) for a in names}
+        for address, name in names.items():
+            homes[address].kill()
+            end = mesh.next_event("exited")
+            assert (end["name"], end["signal"]) == (name, signal.SIGKILL)
+            assert mesh.next_event("restarting")["pause_s"] == 0
+            joined = mesh.next_event("joined")
+            assert (joined["replaces"], joined["address"]) == (name, address)
+        with Client(mesh.gateway) as client:
+            while not client.health():
+                pass  # until the test's own time limit
+            assert client.complete([1], max_tokens=2, temperature=0).token_ids == (1, 1)
+        assert mesh.status()["complete"]
 
 
 @pytest.mark.slow

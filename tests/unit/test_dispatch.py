@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,6 +168,44 @@ def test_rows_that_a_failed_step_left_away_do_not_leak(rig: Rig) -> None:
         rig.dispatcher.dispatch(LAYER, *random_step(60, seed=seed))
     got, want = rig.run(64)
     torch.testing.assert_close(got, want)
+
+
+def test_a_routing_that_was_on_its_way_does_not_bring_a_lost_session_back(rig: Rig) -> None:
+    worker = rig.worker("all", 0, 1, 2, 3)
+    stale = connect(rig.dispatcher, rig.transport, rig.workers)
+    rig.dispatcher._lose(rig.dispatcher._peers["all"], "no reply")
+    worker.plane.disconnect("gateway", stale.peers[0].session)
+    rig.dispatcher.set_routing(stale)
+    rig.run(2)
+    assert len(rig.dispatcher.void_rows()) == 2
+    assert worker.plane.stats().refused == {}
+    rig.connect(epoch=2)
+    got, want = rig.run(2)
+    torch.testing.assert_close(got, want)
+
+
+def test_a_gateway_that_connects_again_gives_its_last_session_up(rig: Rig) -> None:
+    worker = rig.worker("all", 0, 1, 2, 3)
+    rig.connect(epoch=1)
+    rig.connect(epoch=2)
+    assert worker.plane.stats().sessions == 1
+    got, want = rig.run(20)
+    torch.testing.assert_close(got, want)
+
+
+def test_a_data_plane_computes_with_the_threads_that_it_was_given(rig: Rig) -> None:
+    mapped = Path("/proc/self/maps").read_text().split()
+    (openmp,) = {path for path in mapped if "libgomp" in path}
+    seen = set()
+
+    def look(x_RD: torch.Tensor) -> torch.Tensor:
+        seen.add(ctypes.CDLL(openmp).omp_get_max_threads())
+        return x_RD
+
+    rig.worker("all", 0, 1, 2, 3, load=lambda expert: look)
+    rig.connect()
+    rig.run(2)
+    assert seen == {1}
 
 
 def test_rows_of_an_unserved_expert_are_void_and_the_others_are_not(rig: Rig) -> None:

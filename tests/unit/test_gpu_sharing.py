@@ -1,0 +1,65 @@
+"""What `up` says of GPUs that several processes share. Nothing here needs one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cli import mps
+from cli.gpu_memory import reserved_bytes
+from cli.up import MeshSpec
+from mesh.config import GatewayConfig
+from mesh.model_config import ModelConfig
+from tests.running import DEMO_MODEL
+
+
+def test_workers_experts_are_reserved_on_their_gateways_gpu() -> None:
+    model = ModelConfig.from_hf(DEMO_MODEL)
+    config = GatewayConfig(model=DEMO_MODEL, device="cuda", dtype="bfloat16")
+    devices = ["cuda:0", "cuda:1"], ["cuda:0", "cuda:0", "cuda:1"]
+    two, one = reserved_bytes(model, config, *devices, experts_per_worker=1)
+    assert two == 2 * one
+    more = reserved_bytes(model, config, *devices, experts_per_worker=3)[1]
+    expert = len(model.moe_layers) * model.expert_bytes("bfloat16")
+    assert more - one == 2 * expert
+
+
+def test_on_a_cpu_nothing_is_reserved_and_nothing_shared() -> None:
+    spec = MeshSpec.of({"model": DEMO_MODEL})
+    assert not spec.shares_gpus
+    assert [gateway.reserved_bytes for gateway in spec.gateways] == [0]
+
+
+def test_without_the_service_it_says_so_and_leaves_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    with mps.sharing() as on:
+        assert not on
+        assert not mps.running()
+
+
+def test_a_service_is_started_for_the_block_and_ended_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script in the place of NVIDIA's control program writes down what it is told."""
+    control = tmp_path / "nvidia-cuda-mps-control"
+    told = tmp_path / "told"
+    control.write_text(
+        f'#!/bin/sh\necho "$CUDA_MPS_PIPE_DIRECTORY $* $(/bin/cat)" >> {told}\n', encoding="utf-8"
+    )
+    control.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_MPS_PIPE_DIRECTORY", raising=False)
+    with mps.sharing() as on:
+        assert on
+        assert "quit" not in told.read_text()
+    words = [line.split(maxsplit=1) for line in told.read_text().splitlines()]
+    assert [word.strip() for _, word in words] == [
+        "-d",
+        "get_default_active_thread_percentage",
+        "quit -t 1",
+    ]
+    assert len({directory for directory, _ in words}) == 1
