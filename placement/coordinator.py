@@ -291,7 +291,9 @@ class Coordinator:
         # Those cut off are named so that gateways go on trying to reach them.
         ids |= {w.worker_id for w in self.members.workers.values() if w.cut_off}
         infos = [self.members.workers[worker_id].info for worker_id in sorted(ids)]
-        facts = (self._epoch, serving, infos, self._note(self.target))
+        # Also what a worker had that died since the target was made: a new one is on its way.
+        pending = sorted(self._experts - serving.keys() - set(self.target.missing))
+        facts = (self._epoch, serving, infos, pending, self._note(self.target))
         if facts == self._published or (self.plan is None and not serving):
             return False
         self._epoch += 1
@@ -307,11 +309,7 @@ class Coordinator:
             experts_per_worker=self._rules.experts_per_worker,
             note=facts[-1],
             complete=len(serving) == len(self._experts),
-            # Also what a worker had that died since the target was made: a new one is on its way.
-            pending=[
-                expert_to_proto(e)
-                for e in sorted(self._experts - serving.keys() - set(self.target.missing))
-            ],
+            pending=map(expert_to_proto, pending),
             expert_shards=self._rules.shards,
         )
         if fresh.complete and self._incomplete_since_s is not None:
