@@ -170,6 +170,10 @@ def test_a_stopped_worker_is_replaced_amid_the_step_and_used_again_when_it_goes_
         dispatcher.begin_step(1)
         torch.testing.assert_close(dispatcher.dispatch(0, *step).combine(), expected(0, *step))
 
+    def slowness() -> float:
+        paces = {pace.worker_id: pace.row_s for pace in dispatcher.paces()}
+        return paces["w0"] / paces["w1"]
+
     for seed in range(20):
         run(500, seed)
     for num_tokens in (500, 2048):
@@ -181,10 +185,11 @@ def test_a_stopped_worker_is_replaced_amid_the_step_and_used_again_when_it_goes_
                 break
         assert {late.worker_id for late in dispatcher.late_peers()} == {"w0"}
         first.process.send_signal(signal.SIGCONT)
-        while dispatcher._abandoned:
-            run(50, seed=3)
-        for seed in range(20):
-            run(500, seed)
+        # It is tried again as seldom as it was slow, and then used as it deserves.
+        small = random_step(4, seed=3)
+        while dispatcher._abandoned or slowness() > 4:
+            dispatcher.begin_step(1)
+            dispatcher.dispatch(0, *small).combine()
     assert dispatcher.lost_peers() == []
     mesh.close()
 
