@@ -42,7 +42,7 @@ setup(
         Extension(
             "mesh.native.libmesh",
             sources=[str(path) for path in sorted(NATIVE.glob("*.c"))],
-            depends=[str(NATIVE / "native.h")],
+            depends=[str(path) for path in sorted(NATIVE.glob("*.h"))],
             extra_compile_args=[
                 "-std=gnu11",
                 "-O3",

@@ -26,6 +26,7 @@ from gateway.model.batch import SequenceSlice
 from gateway.model.kv_cache import KvCache
 from gateway.model.norm import RmsNorm
 from gateway.model.rope import rotate_
+from mesh import native
 from mesh.model_config import GroupedAttention, LatentAttention
 
 # On a CPU, what one call gathers should still be in the core's second cache when it is multiplied:
@@ -61,6 +62,18 @@ class _Group:
     decode: bool
 
 
+@dataclass(frozen=True)
+class _Pages:
+    """Sequences of one new token whose pages are read where they lie, by compiled code."""
+
+    tokens: slice | Tensor
+    blocks_BN: Tensor
+    first_B: Tensor
+    end_B: Tensor
+    """int64: which of the positions in its blocks each sequence attends to."""
+    longest: int
+
+
 class PagedAttention:
     """One step's writes and reads of the cache.
 
@@ -80,6 +93,7 @@ class PagedAttention:
         self._device = kv.rows[0].device
         self._dtype = kv.rows[0].dtype
         on_cpu = self._device.type == "cpu"
+        self._in_place = on_cpu and self._dtype == torch.float32
         self._blocks_at_once = _TILE_BYTES // kv.pages[0][0].nbytes if on_cpu else sys.maxsize
         self._ends = list(accumulate(one.num_tokens for one in slices))
         positions: list[int] = []
@@ -91,15 +105,39 @@ class PagedAttention:
             slots.extend([table[p // size] * size + p % size for p in new])
         self.positions_T = torch.tensor(positions).to(self._device)
         self._new_slots_T = torch.tensor(slots).to(self._device)
+        self._pages: dict[int | None, _Pages] = {}
         self._groups = {window: self._group(window) for window in windows}
 
     def _group(self, window: int | None) -> list[_Group]:
         decoding = [n for n, one in enumerate(self._slices) if one.num_tokens == 1]
-        groups = self._decode(decoding, window) if decoding else []
+        groups: list[_Group] = []
+        if decoding and self._in_place:
+            self._pages[window] = self._read_in_place(decoding, window)
+        elif decoding:
+            groups.extend(self._decode(decoding, window))
         for n, one in enumerate(self._slices):
             if one.num_tokens > 1:
                 groups.append(self._prefill(n, one, window))
         return groups
+
+    def _read_in_place(self, sequences: list[int], window: int | None) -> _Pages:
+        tables, firsts, ends = zip(
+            *(self._reach(self._slices[n], window) for n in sequences), strict=True
+        )
+        return _Pages(
+            self._tokens(sequences),
+            self._padded(tables, max(map(len, tables))),
+            torch.tensor(firsts),
+            torch.tensor(ends),
+            max(ends),
+        )
+
+    def _tokens(self, sequences: Sequence[int]) -> slice | Tensor:
+        """Which of the step's tokens are these sequences', of one each."""
+        last = [self._ends[n] - 1 for n in sequences]
+        if last[-1] - last[0] == len(last) - 1:
+            return slice(last[0], last[-1] + 1)
+        return torch.tensor(last, device=self._device)
 
     def _decode(self, sequences: list[int], window: int | None) -> list[_Group]:
         reached = [self._reach(self._slices[n], window) for n in sequences]
@@ -112,17 +150,13 @@ class PagedAttention:
             column_L = torch.arange(start, stop)
             first_B1, end_B1 = torch.tensor(firsts)[:, None], torch.tensor(ends)[:, None]
             bias = self._bias((column_L < first_B1) | (column_L >= end_B1))[:, None, None]
-        last = [self._ends[n] - 1 for n in sequences]
         groups = []
         for begin, end in _tiles(widths, self._blocks_at_once):
             width = max(widths[begin:end])
             columns = slice(start, self._stop(max(ends[begin:end]), width))
-            tokens: slice | Tensor = slice(last[begin], last[end - 1] + 1)
-            if last[end - 1] - last[begin] != end - 1 - begin:
-                tokens = torch.tensor(last[begin:end], device=self._device)
             groups.append(
                 _Group(
-                    tokens=tokens,
+                    tokens=self._tokens(sequences[begin:end]),
                     num_sequences=end - begin,
                     blocks=blocks_BN[begin:end, : width + self._sinks].flatten(),
                     columns=columns,
@@ -194,10 +228,16 @@ class PagedAttention:
         sinks_H: Tensor | None = None,
     ) -> Tensor:
         """``out_THV``: each token over what its sequence has stored up to and with itself."""
-        groups = self._groups[window]
-        if len(groups) == 1:
+        groups, pages = self._groups[window], self._pages.get(window)
+        if pages is not None and not groups:
+            return self._attend_in_place(layer, q_THK, layout, pages, sinks_H)
+        if pages is None and len(groups) == 1:
             return self._attend(layer, q_THK, layout, groups[0], sinks_H)
         out_THV = q_THK.new_empty(*q_THK.shape[:2], layout.value_dim)
+        if pages is not None:
+            out_THV[pages.tokens] = self._attend_in_place(
+                layer, q_THK[pages.tokens], layout, pages, sinks_H
+            )
         for group in groups:
             out_QHV = self._attend(layer, q_THK[group.tokens], layout, group, sinks_H)
             out_THV[group.tokens] = out_QHV
@@ -236,6 +276,41 @@ class PagedAttention:
         if group.decode:
             return out.reshape(num_queries, num_heads, layout.value_dim)
         return out[0].transpose(0, 1)
+
+    def _attend_in_place(
+        self, layer: int, q_BHK: Tensor, layout: KvLayout, pages: _Pages, sinks_H: Tensor | None
+    ) -> Tensor:
+        if q_BHK.stride()[1:] != (layout.key_dim, 1):
+            q_BHK = q_BHK.contiguous()
+        batch, num_heads, _ = q_BHK.shape
+        out_BHV = q_BHK.new_empty(batch, num_heads, layout.value_dim)
+        scores = q_BHK.new_empty(pages.longest)
+        cache = native.Paged(
+            self._kv.rows[layer].data_ptr(),
+            self._kv.block_size,
+            layout.width,
+            layout.num_kv_heads,
+            layout.key_dim,
+            layout.value_dim,
+            layout.value_offset,
+            layout.scale,
+        )
+        sinks_H = None if sinks_H is None else sinks_H.contiguous()
+        native.long.attend_pages(
+            cache,
+            q_BHK.data_ptr(),
+            q_BHK.stride(0),
+            pages.blocks_BN.data_ptr(),
+            pages.blocks_BN.shape[1],
+            pages.first_B.data_ptr(),
+            pages.end_B.data_ptr(),
+            None if sinks_H is None else sinks_H.data_ptr(),
+            batch,
+            num_heads,
+            scores.data_ptr(),
+            out_BHV.data_ptr(),
+        )
+        return out_BHV
 
 
 def _all_are(value: int, values: Sequence[int]) -> bool:

@@ -36,6 +36,21 @@ class Postbox(Structure):
     ]
 
 
+class Paged(Structure):
+    """See ``paged`` of native.h."""
+
+    _fields_ = [
+        ("rows", c_void_p),
+        ("block_size", c_int64),
+        ("width", c_int64),
+        ("num_kv_heads", c_int64),
+        ("key_dim", c_int64),
+        ("value_dim", c_int64),
+        ("value_offset", c_int64),
+        ("scale", c_float),
+    ]
+
+
 class RoundTrip(Structure):
     """See ``round_trip`` of native.h."""
 
@@ -113,8 +128,13 @@ _SHORT: dict[str, tuple[Any, list[Any]]] = {
     "answering_new": (POINTER(Answering), [POINTER(Postbox), c_int32, c_int32]),
     "answering_free": (None, [POINTER(Answering)]),
 }
+_POINTER_AND_SIZE: list[Any] = [c_void_p, c_int64]
 _LONG: dict[str, tuple[Any, list[Any]]] = {
     "gated_mlp_run": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_void_p]),
+    "attend_pages": (
+        None,
+        [POINTER(Paged), *_POINTER_AND_SIZE * 2, *[c_void_p] * 3, *[c_int64] * 2, *[c_void_p] * 2],
+    ),
     "postbox_wait": (None, [POINTER(Postbox), c_int32, c_void_p, c_int32, c_int32]),
     "answering_look": (None, [POINTER(Answering)]),
     "answering_run": (None, [POINTER(Answering), c_int32, c_int32]),

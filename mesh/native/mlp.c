@@ -9,22 +9,13 @@
  * its inputs in ascending order whatever the number of rows, so that a row's result does not depend
  * on the rows beside it.
  */
+#include "lanes.h"
 #include "native.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-enum { LANES = 16, BLOCK = 6 };
-
-typedef float lanes __attribute__((vector_size(LANES * sizeof(float))));
-
-/* One build for each kind of x86-64; the loader picks. */
-#if defined(__x86_64__) && defined(__linux__)
-#define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FOR_EACH_CPU
-#endif
-#define INLINE static inline __attribute__((always_inline))
+enum { BLOCK = 6 };
 
 struct gated_mlp {
     int64_t hidden, width;           /* D, H */
@@ -81,22 +72,6 @@ void gated_mlp_free(gated_mlp *mlp) {
 
 int64_t gated_mlp_scratch_floats(const gated_mlp *mlp, int64_t num_rows) {
     return num_rows * mlp->up_panels * LANES;
-}
-
-/* e^x to 2 units in the last place: Cephes' expf, which compilers turn into vectors. */
-INLINE float exponential(float of) {
-    float x = of > 88.0f ? 88.0f : of < -87.0f ? -87.0f : of;
-    float n = __builtin_floorf(x * 1.44269504088896341f + 0.5f);
-    x = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float y = 1.9875691500e-4f;
-    y = y * x + 1.3981999507e-3f;
-    y = y * x + 8.3334519073e-3f;
-    y = y * x + 4.1665795894e-2f;
-    y = y * x + 1.6666665459e-1f;
-    y = y * x + 5.0000001201e-1f;
-    y = y * x * x + x + 1.0f;
-    union { int32_t bits; float value; } power = {((int32_t)n + 127) << 23};
-    return of > 88.0f ? __builtin_inff() : y * power.value;
 }
 
 /* hidden[r] = silu(gate . x[r]) * (up . x[r]) for one panel and `rows` rows. */

@@ -38,6 +38,22 @@ EXPORT void layout_combine(const float *reply_ND, const int64_t *rows_TK, const 
 EXPORT void rms_norm(const float *x_RD, int64_t num_rows, const float *weight_HD, int64_t num_heads,
                      int64_t width, float eps, float *y_RD);
 
+/* ---- attention.c: see gateway/model/attention.py ---- */
+
+typedef struct {
+    const float *rows_SW;
+    int64_t block_size, width, num_kv_heads, key_dim, value_dim, value_offset;
+    float scale;
+} paged;
+
+/* out_BHV of sequences with one query each, over the positions first_B to end_B of their blocks.
+ * Queries of a sequence lie q_stride floats from those of the one before; sinks_H may be NULL;
+ * scores has room for every position of the longest. */
+EXPORT void attend_pages(const paged *cache, const float *q_BHK, int64_t q_stride,
+                         const int64_t *blocks_BN, int64_t max_blocks, const int64_t *first_B,
+                         const int64_t *end_B, const float *sinks_H, int64_t num_sequences,
+                         int64_t num_heads, float *scores, float *out_BHV);
+
 /* ---- postbox.c: see mesh/transport/ucx.py ---- */
 
 enum { DONE = 0, IN_PROGRESS = 1, SHORT = -1000 }; /* else a ucs_status_t, which is negative */
