@@ -144,7 +144,7 @@ class Side:
             lambda batches, rows: decoder.forward(batches, kv, rows),
             experts,
             Sampler(),
-            micro_batches=micro_batches,
+            overlap_tokens=1 if micro_batches == 2 else None,
         )
 
     def run(self, count: int, length: int, num_new: int) -> tuple[list[float], list[list[int]]]:

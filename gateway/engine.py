@@ -5,6 +5,7 @@ Legend: N rows that want a token, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -57,7 +58,9 @@ class MeshExperts(Experts, Protocol):
 class Engine:
     """Requests in, outputs out. One thread owns it.
 
-    Each request brings exactly one output with a finish reason, its last.
+    Each request brings exactly one output with a finish reason, its last. A step of at least
+    ``overlap_tokens`` (None: no step) is two micro-batches: one's attention hides the other's
+    experts.
     """
 
     def __init__(
@@ -67,14 +70,14 @@ class Engine:
         experts: MeshExperts,
         sampler: Sampler,
         *,
-        micro_batches: int = 1,
+        overlap_tokens: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._scheduler = scheduler
         self._forward = forward
         self._experts = experts
         self._sampler = sampler
-        self._micro_batches = micro_batches
+        self._overlap_tokens = math.inf if overlap_tokens is None else overlap_tokens
         self._clock = clock
         self._outputs: list[pb.Output] = []
         self._num_steps = 0
@@ -148,7 +151,8 @@ class Engine:
         self, parts: tuple[Part, ...]
     ) -> tuple[dict[Request, Choice | None], dict[Request, ExpertUnavailable]]:
         """Forward and sample: the chosen tokens, and the requests with void rows."""
-        micro_batches = split(parts) if self._micro_batches == 2 else [parts]
+        num_tokens = sum(part.num_tokens for part in parts)
+        micro_batches = split(parts) if num_tokens >= self._overlap_tokens else [parts]
         self._experts.begin_step(len(micro_batches))
         batches = [to_batch(micro_batch, self._scheduler.blocks) for micro_batch in micro_batches]
         logits = self._forward(batches, self._experts)

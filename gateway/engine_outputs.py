@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 from gateway.request import Request
 from gateway.sampler import Choice, TokenLogprobs
@@ -28,6 +29,45 @@ def output_of(request: Request, choice: Choice | None = None) -> pb.Output:
         if error is not None:
             output.error_code, output.error_message = error.code, str(error)
     return output
+
+
+class Gathering:
+    """Outputs on their way to the front, where each costs a message's share.
+
+    A request's first and last go at once, and all others with them; what is between gathers for
+    a time that grows with the number of requests, well below what the front lets replies gather.
+    Pure: ``now`` is passed in.
+    """
+
+    _S_PER_REQUEST = 0.001
+    _LONGEST_S = 0.02
+
+    def __init__(self) -> None:
+        self._outputs: dict[str, pb.Output] = {}
+        self._begun: set[str] = set()
+        self.due_s = math.inf
+        """When to take what is here."""
+
+    def add(self, outputs: Sequence[pb.Output], num_requests: int, now: float) -> None:
+        """Outputs of a step, of ``num_requests`` that are running or waiting."""
+        for output in outputs:
+            held = self._outputs.setdefault(output.request_id, output)
+            if held is not output:
+                held.MergeFrom(output)
+            gather_s = min(num_requests * self._S_PER_REQUEST, self._LONGEST_S)
+            if output.finish_reason:
+                self._begun.discard(output.request_id)
+                gather_s = 0.0
+            elif output.request_id not in self._begun:
+                self._begun.add(output.request_id)
+                gather_s = 0.0
+            self.due_s = min(self.due_s, now + gather_s)
+
+    def take(self) -> list[pb.Output]:
+        """All that is here, one output of each request."""
+        outputs, self._outputs = list(self._outputs.values()), {}
+        self.due_s = math.inf
+        return outputs
 
 
 def refusal_of(request_id: str, error: MeshError) -> pb.Output:

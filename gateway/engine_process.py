@@ -13,6 +13,7 @@ import torch
 
 from gateway.dispatch import Dispatcher
 from gateway.engine import Engine
+from gateway.engine_outputs import Gathering
 from gateway.ipc import EngineChannel
 from gateway.kv_blocks import BlockAllocator
 from gateway.model.decoder import Decoder
@@ -82,7 +83,7 @@ def run_engine(config: GatewayConfig, sock: socket.socket) -> int:
         lambda batches, experts: decoder.forward(batches, kv, experts),
         dispatcher,
         Sampler(),
-        micro_batches=config.micro_batches,
+        overlap_tokens=config.overlap_tokens or None,
     )
     channel = EngineChannel(sock)
     waiter = Waiter(transport, spin_s=SPIN_S[device.type], descriptors=[channel.fileno()])
@@ -127,6 +128,7 @@ class EngineLoop:
         self._clock = clock
         self._heard: list[pb.ToEngine] = []
         """What was said in the middle of a step and is acted on behind it."""
+        self._gathering = Gathering()
         self._ending = False
         self._stats_due_s = math.inf
         """When to send statistics; never while nothing has changed."""
@@ -169,16 +171,22 @@ class EngineLoop:
 
     def _tell(self, busy: bool) -> None:
         """Send what there is to say."""
-        outputs = self._engine.take_outputs()
-        if outputs:
-            self._channel.send(pb.FromEngine(outputs=pb.Outputs(outputs=outputs)))
-        self._tell_of_peers()
         now = self._clock()
+        outputs = self._engine.take_outputs()
+        self._gathering.add(outputs, self._engine.num_requests, now)
+        if now >= self._gathering.due_s or not busy:
+            self._tell_outputs()
+        self._tell_of_peers()
         if now >= self._stats_due_s:
             self._send_stats()
             self._stats_due_s = math.inf
         if (busy or outputs) and self._stats_due_s == math.inf:
             self._stats_due_s = now + _STATS_INTERVAL_S
+
+    def _tell_outputs(self) -> None:
+        outputs = self._gathering.take()
+        if outputs:
+            self._channel.send(pb.FromEngine(outputs=pb.Outputs(outputs=outputs)))
 
     def _tell_of_peers(self) -> None:
         for lost in self._dispatcher.lost_peers():
@@ -190,6 +198,7 @@ class EngineLoop:
 
     def _attend(self) -> None:
         """Amid a step that waits for a late worker: say so, and hear whether to go on without."""
+        self._tell_outputs()
         self._tell_of_peers()
         for message in self._channel.recv_all():
             if message.WhichOneof("body") == "drop_peer":

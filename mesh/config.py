@@ -190,7 +190,9 @@ class GatewayConfig(ServerConfig):
     max_batch_tokens: int = option(512, "Tokens of one step: decode rows and prefill chunks.")
     max_running: int = option(64, "Requests that decode at once.")
     max_waiting: int = option(1024, "Requests that may queue; past it, RESOURCE_EXHAUSTED.")
-    micro_batches: int = option(1, "Parts of a step that are in flight at once; 2 hides transfers.")
+    overlap_tokens: int = option(
+        256, "Tokens from which a step's halves hide each other's transfers; 0: never halve it."
+    )
     prefix_cache: bool = option(True, "Reuse KV blocks of equal prompt prefixes.")
     expert_patience_s: float = option(
         0.4, "How long a request waits for an expert that nobody serves and nobody will."
@@ -225,7 +227,7 @@ class GatewayConfig(ServerConfig):
             self.expert_loading_patience_s >= self.expert_patience_s,
             "expert_loading_patience_s must not be below expert_patience_s",
         )
-        _require(self.micro_batches in (1, 2), "micro_batches must be 1 or 2")
+        _require(self.overlap_tokens >= 0, "overlap_tokens must not be negative")
         _require(
             self.max_batch_tokens >= self.max_running,
             "max_batch_tokens must not be below max_running: every running request decodes",

@@ -34,7 +34,7 @@ def cpu_answers() -> list[list[int]]:
         return _answers(mesh.gateway)
 
 
-@pytest.mark.parametrize("flags", [[], ["--experts-per-worker", "4"], ["--micro-batches", "2"]])
+@pytest.mark.parametrize("flags", [[], ["--experts-per-worker", "4"], ["--overlap-tokens", "1"]])
 def test_greedy_tokens_in_float32_are_those_of_the_cpu(
     cpu_answers: list[list[int]], flags: list[str]
 ) -> None:

@@ -138,7 +138,7 @@ def make_bench(
     *,
     num_blocks: int = 64,
     max_batch_tokens: int = 64,
-    micro_batches: int = 1,
+    overlap_tokens: int | None = None,
     forward: Callable[[Forward], Forward] = lambda forward: forward,
 ) -> Bench:
     blocks = BlockAllocator(num_blocks, SIZE)
@@ -153,7 +153,7 @@ def make_bench(
         forward(real),
         experts,
         Sampler(),
-        micro_batches=micro_batches,
+        overlap_tokens=overlap_tokens,
         clock=lambda: bench.now,
     )
     bench = Bench(engine, experts, blocks)
@@ -186,13 +186,13 @@ def alone(model: Model) -> dict[str, list[int]]:
     return tokens
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("overlap_tokens", [None, 1])
 @pytest.mark.parametrize("max_batch_tokens", [64, 8])
 @pytest.mark.parametrize("num_blocks", [64, 16])
 def test_tokens_do_not_depend_on_what_runs_beside_chunks_or_preemption(
     model: Model,
     alone: dict[str, list[int]],
-    micro_batches: int,
+    overlap_tokens: int | None,
     max_batch_tokens: int,
     num_blocks: int,
 ) -> None:
@@ -200,7 +200,7 @@ def test_tokens_do_not_depend_on_what_runs_beside_chunks_or_preemption(
         model,
         num_blocks=num_blocks,
         max_batch_tokens=max_batch_tokens,
-        micro_batches=micro_batches,
+        overlap_tokens=overlap_tokens,
     )
     for each in four_requests():
         bench.engine.submit(each)
@@ -220,11 +220,11 @@ def test_a_prefix_that_was_computed_before_gives_the_same_tokens(
     assert bench.ends["same start"].cached_tokens == 16
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("overlap_tokens", [None, 1])
 def test_requests_wait_for_an_expert_that_comes_back(
-    model: Model, alone: dict[str, list[int]], micro_batches: int
+    model: Model, alone: dict[str, list[int]], overlap_tokens: int | None
 ) -> None:
-    bench = make_bench(model, micro_batches=micro_batches)
+    bench = make_bench(model, overlap_tokens=overlap_tokens)
     for each in four_requests():
         bench.engine.submit(each)
     layer = model.config.moe_layers[-1]
