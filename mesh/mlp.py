@@ -14,10 +14,8 @@ from torch import Tensor
 
 from mesh import native
 from mesh.checkpoint import Checkpoint
+from mesh.linear import NATIVE_BYTES
 from mesh.model_config import SwigluClamp
-
-_NATIVE_BYTES = 8 << 20
-"""Of weights: about what a core's caches hold. Larger ones are a tensor library's."""
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -98,7 +96,7 @@ class GatedMlp:
             _ACTIVATIONS[activation] is F.silu
             and down_DH.device.type == "cpu"
             and down_DH.dtype == torch.float32
-            and gate_up_HD.nbytes + down_DH.nbytes <= _NATIVE_BYTES
+            and gate_up_HD.nbytes + down_DH.nbytes <= NATIVE_BYTES
         ):
             self.native = NativeMlp(gate_up_HD.contiguous(), down_DH.contiguous())
 

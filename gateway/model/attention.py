@@ -27,6 +27,7 @@ from gateway.model.kv_cache import KvCache
 from gateway.model.norm import RmsNorm
 from gateway.model.rope import rotate_
 from mesh import native
+from mesh.linear import Linear
 from mesh.model_config import GroupedAttention, LatentAttention
 
 # On a CPU, what one call gathers should still be in the core's second cache when it is multiplied:
@@ -368,25 +369,12 @@ class AttentionBlock(Protocol):
         ...
 
 
-class Projection:
-    """A linear map that is added to a residual in the same GEMM."""
-
-    def __init__(self, weight_DX: Tensor, bias_D: Tensor | None) -> None:
-        self._weight_XD = weight_DX.t()
-        self._bias_D = bias_D
-
-    def __call__(self, residual_TD: Tensor, x_TX: Tensor) -> Tensor:
-        out_TD = torch.addmm(residual_TD, x_TX, self._weight_XD)
-        return out_TD if self._bias_D is None else out_TD.add_(self._bias_D)
-
-
 @dataclass(frozen=True)
 class GroupedWeights:
     """Queries' rows first, then keys', then values'; pairs that turn lie side by side."""
 
-    qkv_XD: Tensor
-    qkv_bias_X: Tensor | None
-    output: Projection
+    qkv: Linear
+    output: Linear
     head_norm: RmsNorm | None = None
     """Over each head of queries and keys."""
     q_norm: RmsNorm | None = None
@@ -427,7 +415,7 @@ class GroupedBlock:
         paged: Paged,
     ) -> Tensor:
         weights = self._weights
-        qkv_TX = F.linear(x_TD, weights.qkv_XD, weights.qkv_bias_X)
+        qkv_TX = weights.qkv(x_TD)
         if weights.q_norm is not None and weights.k_norm is not None:
             q_TX, k_TX = qkv_TX[:, : self._q_width], qkv_TX[:, self._q_width : self._qk_width]
             q_TX.copy_(weights.q_norm(q_TX))
@@ -440,7 +428,7 @@ class GroupedBlock:
         paged.turn_and_store(layer, qkv_TX, cis_T1C, self._q_width, self._qk_width)
         q_THK = qk_TYK[:, : self._num_heads]
         out_THV = paged(layer, q_THK, self._layout, self._window, weights.sinks_H)
-        return weights.output(residual_TD, out_THV.reshape(-1, self._q_width))
+        return weights.output(out_THV.reshape(-1, self._q_width), residual_TD)
 
 
 @dataclass(frozen=True)
@@ -448,15 +436,14 @@ class LatentWeights:
     """``down`` makes the query (or its latent), the latent of keys and values, and the part of
     the key that turns, in this order."""
 
-    down_XD: Tensor
-    down_bias_X: Tensor | None
+    down: Linear
     q_norm: RmsNorm | None
-    q_up_YX: Tensor | None
+    q_up: Linear | None
     """None where queries have no latent: ``down`` made them."""
     kv_norm: RmsNorm
     key_up_HUR: Tensor
     value_up_HRV: Tensor
-    output: Projection
+    output: Linear
 
 
 class LatentBlock:
@@ -490,10 +477,10 @@ class LatentBlock:
         paged: PagedAttention,
     ) -> Tensor:
         weights, config = self._weights, self._config
-        down_TX = F.linear(x_TD, weights.down_XD, weights.down_bias_X)
+        down_TX = weights.down(x_TD)
         q_TX, latent_TR, turned_TK = torch.split(down_TX, self._split, dim=-1)
-        if weights.q_up_YX is not None and weights.q_norm is not None:
-            q_TX = F.linear(weights.q_norm(q_TX), weights.q_up_YX)
+        if weights.q_up is not None and weights.q_norm is not None:
+            q_TX = weights.q_up(weights.q_norm(q_TX))
         q_THK = q_TX.view(-1, config.num_heads, config.nope_dim + config.rope_dim)
         plain_THU, turning_THK = torch.split(q_THK, [config.nope_dim, config.rope_dim], dim=-1)
         rotate_(turning_THK, cis_T1C)
@@ -503,4 +490,4 @@ class LatentBlock:
         q_THK = torch.cat([q_HTR.transpose(0, 1), turning_THK], dim=-1)
         out_THR = paged(layer, q_THK, self._layout)
         out_HTV = torch.bmm(out_THR.transpose(0, 1), weights.value_up_HRV)
-        return weights.output(residual_TD, out_HTV.transpose(0, 1).flatten(1))
+        return weights.output(out_HTV.transpose(0, 1).flatten(1), residual_TD)

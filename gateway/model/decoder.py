@@ -21,6 +21,7 @@ from gateway.model.norm import RmsNorm
 from gateway.model.rope import Rope
 from gateway.model.router import Router
 from mesh.checkpoint import Checkpoint
+from mesh.linear import Linear
 from mesh.mlp import Mlp
 from mesh.model_config import GroupedAttention, ModelConfig
 
@@ -106,7 +107,7 @@ class Decoder:
         self.embedding_VD = embedding_VD
         self.layers = layers
         self._norm = norm
-        self._head_VD = head_VD
+        self._head = Linear(head_VD)
         self.rope = Rope(config.rope, embedding_VD.device)
         self._windows = frozenset(config.windows)
         attention = config.attention
@@ -183,7 +184,7 @@ class Decoder:
 
     def _logits(self, x_TD: Tensor, rows_N: Tensor) -> Tensor:
         x_ND = self._norm(x_TD.index_select(0, rows_N.to(x_TD.device)))
-        return F.linear(x_ND, self._head_VD).float()
+        return self._head(x_ND).float()
 
 
 def _load_layer(weights: Weights, index: int) -> Layer:

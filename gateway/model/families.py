@@ -17,13 +17,13 @@ from gateway.model.attention import (
     GroupedWeights,
     LatentBlock,
     LatentWeights,
-    Projection,
 )
 from gateway.model.norm import RmsNorm
 from gateway.model.rope import pair_up
 from gateway.model.router import Router
 from mesh.checkpoint import Checkpoint
 from mesh.errors import CheckpointError
+from mesh.linear import Linear
 from mesh.mlp import Mlp, load_gated, load_plain
 from mesh.model_config import GroupedAttention, LatentAttention, ModelConfig
 
@@ -135,7 +135,7 @@ def _load_grouped(
         )
     if config.output_bias:
         output_bias_D = weights(f"{prefix}.o_proj.bias", width)
-    output = Projection(weights(f"{prefix}.o_proj.weight", width, q_width), output_bias_D)
+    output = Linear(weights(f"{prefix}.o_proj.weight", width, q_width), output_bias_D)
     eps = weights.config.norm_eps
     head_norm = q_norm = k_norm = None
     if config.qk_norm == "head":
@@ -153,7 +153,7 @@ def _load_grouped(
     return GroupedBlock(
         config,
         window,
-        GroupedWeights(qkv_XD, qkv_bias_X, output, head_norm, q_norm, k_norm, sinks_H),
+        GroupedWeights(Linear(qkv_XD, qkv_bias_X), output, head_norm, q_norm, k_norm, sinks_H),
     )
 
 
@@ -172,7 +172,7 @@ def _load_latent(weights: Weights, prefix: str, config: LatentAttention) -> Late
         return torch.cat([plain, turned], dim=1).flatten(0, 1)
 
     kv_XD = turning(weights(f"{kv_name}.weight", kv_width, width), kv_width)
-    q_norm = q_up_YX = bias_X = output_bias_D = None
+    q_norm = q_up = bias_X = output_bias_D = None
     q_head = config.nope_dim + config.rope_dim
     if config.q_lora_rank is None:
         q_XD = turning(weights(f"{prefix}.q_proj.weight", q_width, width), q_head)
@@ -181,7 +181,7 @@ def _load_latent(weights: Weights, prefix: str, config: LatentAttention) -> Late
         q_rank = config.q_lora_rank
         q_XD = weights(f"{prefix}.q_a_proj.weight", q_rank, width)
         q_norm = weights.norm(f"{prefix}.q_a_layernorm.weight", q_rank, _LATENT_EPS)
-        q_up_YX = turning(weights(f"{prefix}.q_b_proj.weight", q_width, q_rank), q_head)
+        q_up = Linear(turning(weights(f"{prefix}.q_b_proj.weight", q_width, q_rank), q_head))
         if config.bias:
             q_bias_X = weights(f"{prefix}.q_a_proj.bias", q_rank)
     if config.bias:
@@ -194,14 +194,13 @@ def _load_latent(weights: Weights, prefix: str, config: LatentAttention) -> Late
     return LatentBlock(
         config,
         LatentWeights(
-            down_XD=torch.cat([q_XD, kv_XD]),
-            down_bias_X=bias_X,
+            down=Linear(torch.cat([q_XD, kv_XD]), bias_X),
             q_norm=q_norm,
-            q_up_YX=q_up_YX,
+            q_up=q_up,
             kv_norm=weights.norm(f"{prefix}.kv_a_layernorm.weight", rank, _LATENT_EPS),
             key_up_HUR=up_HYR[:, : config.nope_dim].contiguous(),
             value_up_HRV=up_HYR[:, config.nope_dim :].transpose(1, 2).contiguous(),
-            output=Projection(output_DX, output_bias_D),
+            output=Linear(output_DX, output_bias_D),
         ),
     )
 

@@ -6,9 +6,9 @@ Legend: T tokens, D hidden size, E experts, K experts of a token, G groups of ex
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from mesh.linear import Linear
 from mesh.model_config import RouterConfig
 
 
@@ -25,8 +25,7 @@ class Router:
     ) -> None:
         self._config = config
         self._top_k = experts_per_token
-        self._weight_ED = weight_ED.float()
-        self._bias_E = None if bias_E is None else bias_E.float()
+        self._score = Linear(weight_ED.float(), None if bias_E is None else bias_E.float())
         self._correction_E = None if correction_E is None else correction_E.float()
         # A softmax over all, normalized over the chosen, is the softmax over the chosen.
         self._softmax_of_chosen = (
@@ -35,7 +34,7 @@ class Router:
 
     def __call__(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """``expert_ids_TK`` (int64) and ``weights_TK`` (float32)."""
-        logits_TE = F.linear(x_TD.float(), self._weight_ED, self._bias_E)
+        logits_TE = self._score(x_TD.float())
         if self._softmax_of_chosen:
             chosen_TK, ids_TK = logits_TE.topk(self._top_k, dim=-1)
             weights_TK = chosen_TK.softmax(dim=-1)

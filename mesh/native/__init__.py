@@ -104,6 +104,8 @@ _SHORT: dict[str, tuple[Any, list[Any]]] = {
     "gated_mlp_new": (c_void_p, [c_void_p, c_void_p, c_int64, c_int64]),
     "gated_mlp_free": (None, [c_void_p]),
     "gated_mlp_scratch_floats": (c_int64, [c_void_p, c_int64]),
+    "linear_new": (c_void_p, [c_void_p, c_int64, c_int64]),
+    "linear_free": (None, [c_void_p]),
     "layout_scatter": (
         None,
         [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p],
@@ -131,6 +133,7 @@ _SHORT: dict[str, tuple[Any, list[Any]]] = {
 _POINTER_AND_SIZE: list[Any] = [c_void_p, c_int64]
 _LONG: dict[str, tuple[Any, list[Any]]] = {
     "gated_mlp_run": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_void_p]),
+    "linear_run": (None, [c_void_p, c_void_p, c_void_p, c_void_p, c_int64]),
     "attend_pages": (
         None,
         [POINTER(Paged), *_POINTER_AND_SIZE * 2, *[c_void_p] * 3, *[c_int64] * 2, *[c_void_p] * 2],

@@ -14,13 +14,23 @@
         for (; p < stop; p++, row += width) body                                         \
     }
 
+/* Ask for the rows that the next sequence has at the positions of this one's block n: what a core
+ * waits for otherwise is the way from the shared cache. */
+INLINE void prefetch(const paged *cache, int64_t block) {
+    enum { LINE = 64 / sizeof(float) };
+    const float *row = cache->rows_SW + block * cache->block_size * cache->width;
+    for (int64_t i = 0; i < cache->block_size * cache->width; i += LINE)
+        __builtin_prefetch(row + i, 0, 2);
+}
+
 /* One head of one sequence; `scores` has room for each of its positions. */
-INLINE void attend(const paged *cache, const int64_t *blocks_N, int64_t first, int64_t end,
-                   const float *q_K, int64_t key, int64_t value, const float *sink, float *scores,
+INLINE void attend(const paged *cache, const int64_t *blocks_N, const int64_t *next_N,
+                   int64_t first, int64_t end, const float *q_K, int64_t key, int64_t value, const float *sink, float *scores,
                    float *out_V) {
     int64_t size = cache->block_size, width = cache->width;
     float most = sink ? *sink : -__builtin_inff(), sum = 0;
     FOR_EACH_POSITION({
+        if (next_N && p % size == 0) prefetch(cache, next_N[n]);
         float score = dot(q_K, row + key, cache->key_dim) * cache->scale;
         scores[p - first] = score;
         most = score > most ? score : most;
@@ -55,7 +65,9 @@ static void attend_all(const paged *cache, const float *q_BHK, int64_t q_stride,
     for (int64_t b = 0; b < num_sequences; b++)
         for (int64_t h = 0; h < num_heads; h++) {
             int64_t j = h / (num_heads / cache->num_kv_heads);
-            attend(cache, blocks_BN + b * max_blocks, first_B[b], end_B[b],
+            const int64_t *blocks_N = blocks_BN + b * max_blocks;
+            const int64_t *next_N = h || b + 1 == num_sequences ? NULL : blocks_N + max_blocks;
+            attend(cache, blocks_N, next_N, first_B[b], end_B[b],
                    q_BHK + b * q_stride + h * cache->key_dim, j * cache->key_dim,
                    cache->value_offset + j * cache->value_dim, sinks_H ? sinks_H + h : NULL, scores,
                    out_BHV + (b * num_heads + h) * cache->value_dim);

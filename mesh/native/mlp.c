@@ -9,13 +9,10 @@
  * its inputs in ascending order whatever the number of rows, so that a row's result does not depend
  * on the rows beside it.
  */
-#include "lanes.h"
+#include "panels.h"
 #include "native.h"
 
 #include <stdlib.h>
-#include <string.h>
-
-enum { BLOCK = 6 };
 
 struct gated_mlp {
     int64_t hidden, width;           /* D, H */
@@ -23,22 +20,6 @@ struct gated_mlp {
     float *gate_up;                  /* up_panels x D x (LANES of gate, LANES of up) */
     float *down;                     /* down_panels x H x LANES */
 };
-
-static int64_t panels(int64_t outputs) { return (outputs + LANES - 1) / LANES; }
-
-/* matrix[output][input] into panel[input][lane], `stride` floats from input to input. */
-static void pack(float *panel, int64_t stride, const float *matrix, int64_t first, int64_t outputs,
-                 int64_t inputs) {
-    for (int64_t i = 0; i < inputs; i++)
-        for (int64_t lane = 0; lane < LANES; lane++)
-            panel[i * stride + lane] =
-                first + lane < outputs ? matrix[(first + lane) * inputs + i] : 0.0f;
-}
-
-static float *floats(int64_t count) {
-    void *memory = NULL;
-    return posix_memalign(&memory, 64, (size_t)count * sizeof(float)) ? NULL : memory;
-}
 
 gated_mlp *gated_mlp_new(const float *gate_up_HD, const float *down_DH, int64_t hidden,
                          int64_t width) {
@@ -96,29 +77,6 @@ INLINE void up_block(const float *panel, const float *x_RD, int64_t inputs, floa
     }
 }
 
-/* y[r] = down . hidden[r] for one panel, of which `outputs` lanes count, and `rows` rows. */
-INLINE void down_block(const float *panel, const float *hidden, int64_t inputs, int64_t stride,
-                       float *y_RD, int64_t width, int64_t outputs, int rows) {
-    lanes sum[BLOCK] = {0};
-    for (int64_t i = 0; i < inputs; i++) {
-        lanes w;
-        memcpy(&w, panel + i * LANES, sizeof w);
-        for (int r = 0; r < rows; r++) sum[r] += w * hidden[r * stride + i];
-    }
-    for (int r = 0; r < rows; r++) memcpy(y_RD + r * width, &sum[r], (size_t)outputs * sizeof(float));
-}
-
-/* `block` on BLOCK rows at a time and on what is left, each with its number of rows a constant. */
-#define FOR_EACH_BLOCK(block)                                      \
-    for (int64_t r = 0; r < num_rows; r += BLOCK) switch (num_rows - r) { \
-        case 1: block(1); break;                                   \
-        case 2: block(2); break;                                   \
-        case 3: block(3); break;                                   \
-        case 4: block(4); break;                                   \
-        case 5: block(5); break;                                   \
-        default: block(BLOCK);                                     \
-    }
-
 FOR_EACH_CPU
 static void run(const gated_mlp *mlp, const float *x_RD, float *y_RD, int64_t num_rows,
                 float *hidden) {
@@ -131,8 +89,9 @@ static void run(const gated_mlp *mlp, const float *x_RD, float *y_RD, int64_t nu
     for (int64_t p = 0; p < mlp->down_panels; p++) {
         const float *panel = mlp->down + p * H * LANES;
         int64_t outputs = D - p * LANES < LANES ? D - p * LANES : LANES;
+        float *y = y_RD + p * LANES;
 #define DOWN(rows) \
-    down_block(panel, hidden + r * stride, H, stride, y_RD + r * D + p * LANES, D, outputs, rows)
+    multiply(panel, hidden + r * stride, H, stride, NULL, y + r * D, D, outputs, rows)
         FOR_EACH_BLOCK(DOWN)
     }
 }

@@ -21,6 +21,17 @@ EXPORT int64_t gated_mlp_scratch_floats(const gated_mlp *mlp, int64_t num_rows);
 EXPORT void gated_mlp_run(const gated_mlp *mlp, const float *x_RD, float *y_RD, int64_t num_rows,
                           float *scratch);
 
+/* ---- linear.c: see mesh/linear.py ---- */
+
+typedef struct linear linear;
+
+/* Copies the weights; NULL when there is no memory for that. */
+EXPORT linear *linear_new(const float *weight_OI, int64_t outputs, int64_t inputs);
+EXPORT void linear_free(linear *map);
+/* y_RO = plus_RO + x_RI . weight_OI^T; plus_RO may be NULL. */
+EXPORT void linear_run(const linear *map, const float *x_RI, const float *plus_RO, float *y_RO,
+                       int64_t num_rows);
+
 /* ---- layout.c: see gateway/layout.py ---- */
 
 /* Row r of token r / per_token goes to arena row rows_R[r]: the next of those in_order_R that its
