@@ -10,7 +10,12 @@ enum { LANES = 16 };
 typedef float lanes __attribute__((vector_size(LANES * sizeof(float))));
 
 /* One build for each kind of x86-64; the loader picks. */
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__clang__)
+#define HAS_CLONES (__clang_major__ >= 18)
+#else
+#define HAS_CLONES (__GNUC__ >= 12)
+#endif
+#if defined(__x86_64__) && defined(__linux__) && HAS_CLONES
 #define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define FOR_EACH_CPU
