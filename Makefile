@@ -20,7 +20,7 @@ help:
 	@echo 'make clean         remove the virtual environment and every cache'
 
 # --without-pip and --python: a Debian Python without ensurepip will do.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt setup.py $(wildcard mesh/native/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Expert Mesh needs Python 3.11 or newer; say which with PYTHON=...")'
 	@echo "installing into $(VENV), which takes a few minutes once"
 	$(PYTHON) -m venv --without-pip $(VENV)
