@@ -5,7 +5,6 @@ Workers are ``python -m benchmarks.random_model``, as :mod:`cli.layer_worker` bu
 
 from __future__ import annotations
 
-import functools
 import json
 import subprocess
 import sys
@@ -18,8 +17,8 @@ from typing import Any, cast
 
 import torch
 
-from cli.bench_layer import WORKERS, _ask
-from expert_worker.data_plane import DataPlane, Served
+from cli.bench_layer import WORKERS, _ask, end_workers
+from cli.layer_worker import answer_asked
 from expert_worker.expert_mlp import load_expert
 from expert_worker.expert_store import ExpertStore
 from gateway.dispatch import Dispatcher
@@ -135,15 +134,7 @@ def mesh_of(
         yield dispatcher
         dispatcher.close()
     finally:
-        for process in processes:
-            if process.stdin is not None:
-                process.stdin.close()
-        for process in processes:
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        end_workers(processes, timeout_s=20)
 
 
 def main() -> None:
@@ -163,31 +154,15 @@ def main() -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-    plane = DataPlane(
-        functools.partial(UcxTransport, cuda=device.type == "cuda"),
+    answer_asked(
         store,
         hidden_size=config.hidden_size,
         dtype=dtype,
         device=device,
         num_experts=config.num_experts,
         max_rows=order["max_rows"],
-        merge_rows=order["max_rows"],
-        spin_s=SPIN_S[device.type],
         threads=1,
     )
-    served: list[Served] = []
-    plane.on_served = served.append
-    plane.start()
-    print(json.dumps({"address": plane.wait_started().hex()}), flush=True)
-    for line in sys.stdin:
-        asked = json.loads(line)
-        if "served" in asked:
-            taken, served[:] = served[:], []
-            print(json.dumps({"served": [one._asdict() for one in taken]}), flush=True)
-            continue
-        session = plane.connect("bench", bytes.fromhex(asked["address"]), asked["session"])
-        print(json.dumps({"session": session}), flush=True)
-    plane.stop()
 
 
 if __name__ == "__main__":

@@ -228,15 +228,20 @@ def _mesh(
         yield dispatcher
         dispatcher.close()
     finally:
-        for process in processes:
-            if process.stdin is not None:
-                process.stdin.close()
-        for process in processes:
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        end_workers(processes, timeout_s=10)
+
+
+def end_workers(processes: Sequence[subprocess.Popen[str]], timeout_s: float) -> None:
+    """End them by the end of their input, and whoever takes longer at once."""
+    for process in processes:
+        if process.stdin is not None:
+            process.stdin.close()
+    for process in processes:
+        try:
+            process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _ask(process: subprocess.Popen[str], order: dict[str, Any] | None) -> dict[str, Any]:

@@ -53,17 +53,39 @@ def main() -> None:
     store.load([ExpertId(LAYER, index) for index in order["experts"]])
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    plane = DataPlane(
-        functools.partial(UcxTransport, cuda=device.type == "cuda"),
+    answer_asked(
         store,
         hidden_size=order["hidden"],
         dtype=dtype,
         device=device,
         num_experts=order["num_experts"],
         max_rows=order["max_rows"],
-        merge_rows=order["max_rows"],
-        spin_s=SPIN_S[device.type],
         threads=order["threads"],
+    )
+
+
+def answer_asked(
+    store: ExpertStore,
+    *,
+    hidden_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_experts: int,
+    max_rows: int,
+    threads: int,
+) -> None:
+    """Serve what is in the store until standard input ends; the lines are this module's."""
+    plane = DataPlane(
+        functools.partial(UcxTransport, cuda=device.type == "cuda"),
+        store,
+        hidden_size=hidden_size,
+        dtype=dtype,
+        device=device,
+        num_experts=num_experts,
+        max_rows=max_rows,
+        merge_rows=max_rows,
+        spin_s=SPIN_S[device.type],
+        threads=threads,
     )
     served: list[Served] = []
     plane.on_served = served.append
