@@ -73,19 +73,12 @@ class _Session:
     """Of a layer, as the gateway counts them."""
 
 
-class _Rows(NamedTuple):
-    """Some rows of a buffer: as a tensor, and as the transport has them."""
-
-    x_RD: torch.Tensor
-    wrapped: Buffer
-
-
 @dataclass
 class _RowBuffer:
     """``rows_RD`` and those ranges of it that were used, each made once and kept."""
 
     rows_RD: torch.Tensor
-    ranges: dict[tuple[int, int], _Rows] = field(default_factory=dict)
+    ranges: dict[tuple[int, int], Buffer] = field(default_factory=dict)
 
 
 class Served(NamedTuple):
@@ -504,7 +497,7 @@ class DataPlane(threading.Thread):
         except RuntimeError as error:
             log.exception("no_buffer", rows=num_rows)
             raise _Refused(_refusal_for(error)) from error
-        request = message.receive(self._range(buffer, 0, num_rows).wrapped)
+        request = message.receive(self._range(buffer, 0, num_rows))
         return _Work(session, frame, buffer, num_header_rows, request, time.perf_counter())
 
     def _refuse(self, frame: wire.Frame, reason: wire.Refusal) -> None:
@@ -671,7 +664,7 @@ class DataPlane(threading.Thread):
             frame.rows,
         )
         rows = self._range(work.buffer, work.num_header_rows, frame.rows)
-        work.request = work.session.endpoint.send(rows.wrapped, tag)
+        work.request = work.session.endpoint.send(rows, tag)
         if work.request.completed:
             self._done(work)
         else:
@@ -719,12 +712,12 @@ class DataPlane(threading.Thread):
     def _recycle(self, buffer: _RowBuffer) -> None:
         self._free[buffer.rows_RD.shape[0]].append(buffer)
 
-    def _range(self, buffer: _RowBuffer, start: int, count: int) -> _Rows:
-        rows = buffer.ranges.get((start, count))
-        if rows is None:
-            x_RD = buffer.rows_RD[start : start + count]
-            rows = buffer.ranges[start, count] = _Rows(x_RD, self._transport.wrap(x_RD))
-        return rows
+    def _range(self, buffer: _RowBuffer, start: int, count: int) -> Buffer:
+        wrapped = buffer.ranges.get((start, count))
+        if wrapped is None:
+            wrapped = self._transport.wrap(buffer.rows_RD[start : start + count])
+            buffer.ranges[start, count] = wrapped
+        return wrapped
 
 
 def _refusal_for(error: RuntimeError) -> wire.Refusal:
