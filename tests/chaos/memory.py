@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
@@ -48,6 +49,10 @@ class Memory:
             for (name, pid), (slope, span_s) in self._lines().items()
             if slope > _STEEP_MB_PER_MIN and slope * span_s / 60 > _STEEP_MB
         ]
+
+    def as_json(self) -> str:
+        """Every sample, by process: a list of [seconds, MB] for ``name pid``."""
+        return json.dumps({f"{name} {pid}": samples for (name, pid), samples in self._samples.items()})
 
     def _lines(self) -> dict[tuple[str, int], tuple[float, float]]:
         lines = {}

@@ -153,6 +153,7 @@ class _Run:
         await self._load.finish()
         await self._expect_whole()
         self._outcome.slopes = self._memory.slopes()
+        (self._fleet.log_dir / "memory.json").write_text(self._memory.as_json())
         for name, slope in self._memory.growing():
             self._violate(f"the memory of {name} grows by {slope:.1f} MB a minute")
         await self._fleet.close()
