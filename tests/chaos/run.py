@@ -210,7 +210,11 @@ class _Run:
     async def _sample(self) -> None:
         while True:
             self._memory.sample(
-                {name: process.pid for name, process in self._fleet.members.items()},
+                {
+                    name: process.pid
+                    for name, process in self._fleet.members.items()
+                    if process.started.done()
+                },
                 time.monotonic(),
             )
             await asyncio.sleep(_SAMPLE_S)
