@@ -13,6 +13,8 @@ from typing import NamedTuple, Protocol
 import torch
 
 from expert_worker.expert_store import Expert
+from mesh.mlp import NativeMlp
+from mesh.replay import ReplayDevice, Replays
 
 
 class Part(NamedTuple):
@@ -53,8 +55,15 @@ class Compute(Protocol):
     depth: int
     """Batches that should be under way at once: what waits longer can still be merged."""
 
+    replays: ReplayDevice | None
+    """Where the transport may compute without us, once opened; None: not on this device."""
+
     def open(self) -> None:
         """Called once on the owning thread, before anything else."""
+        ...
+
+    def native(self, expert: Expert) -> NativeMlp | Replays | None:
+        """What the transport computes this expert by without us; kept by the caller."""
         ...
 
     def start(self, expert: Expert, parts: Sequence[Part]) -> Ticket:
@@ -82,9 +91,14 @@ class CpuCompute:
     """Computes while its caller waits."""
 
     depth = 1
+    replays: ReplayDevice | None = None
 
     def open(self) -> None:
         """Nothing to do."""
+
+    def native(self, expert: Expert) -> NativeMlp | None:
+        """See :class:`Compute`: that of small experts."""
+        return getattr(expert, "native", None)
 
     def start(self, expert: Expert, parts: Sequence[Part]) -> Done:
         """See :class:`Compute`."""

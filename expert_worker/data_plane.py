@@ -168,6 +168,7 @@ class DataPlane(threading.Thread):
         merge_rows: int,
         spin_s: float,
         threads: int,
+        native_turn: bool = False,
     ) -> None:
         super().__init__(name="data-plane", daemon=True)
         self._threads = threads
@@ -192,7 +193,7 @@ class DataPlane(threading.Thread):
         if device.type == "cuda":
             from expert_worker.gpu_compute import GpuCompute
 
-            self._compute_on = GpuCompute(device)
+            self._compute_on = GpuCompute(device, native_turn=native_turn)
         self._computing: deque[_Batch] = deque()
         self._batcher: Batcher[_Segment] = Batcher(merge_rows)
         self._rows: Counter[ExpertId] = Counter()
@@ -261,7 +262,10 @@ class DataPlane(threading.Thread):
             self._batcher.queued_rows,
             len(self._sessions),
             last_progress_s,
-            self._starting or bool(self._computing) or self._batcher.queued_rows > 0,
+            self._starting
+            or bool(self._computing)
+            or self._batcher.queued_rows > 0
+            or self._computing_natively(),
             self._longest_batch_s,
         )
 
@@ -313,7 +317,9 @@ class DataPlane(threading.Thread):
             self._weights = WeightTransfers(transport)
             self._waiter = Waiter(transport, spin_s=self._spin_s)
             self._answering = transport.answering(
-                row_bytes=self._row_bytes, max_rows=self._max_rows
+                row_bytes=self._row_bytes,
+                max_rows=self._max_rows,
+                device=self._compute_on.replays,
             )
             self._bound.set_result(transport.address)
             with torch.inference_mode():
@@ -338,6 +344,8 @@ class DataPlane(threading.Thread):
         self._transport.progress()
         if self._answering is not None and self._answering.in_hand:
             self._answering.look()
+            for tag in self._answering.failed():
+                self._refuse(wire.decode(tag), wire.Refusal.FAILED)
         moved = self._accept()
         if self._receiving:
             moved |= self._received()
@@ -356,9 +364,9 @@ class DataPlane(threading.Thread):
         if moved:
             self._last_progress_s = time.monotonic()
             self._waiter.busy()
-        elif self._computing:
+        elif self._computing or (self._must_turn() and self._computing_natively()):
             self._waiter.busy()
-        elif self._answering is None or self._draining or self._in_hand() or self._weights.any:
+        elif self._answering is None or self._must_turn():
             self._waiter.wait()
             self._forget_dead_gateways()
         else:
@@ -380,10 +388,16 @@ class DataPlane(threading.Thread):
         """Let what is regular be answered without us, until we are needed."""
         if self._served is not self._store.experts:
             self._served = self._store.experts
-            native = ((e, getattr(mlp, "native", None)) for e, mlp in self._served.items())
+            native = ((e, self._compute_on.native(mlp)) for e, mlp in self._served.items())
             answering.serve({expert: mlp for expert, mlp in native if mlp is not None})
         answering.run(spin_s=self._spin_s, wake_fd=self._waiter.descriptor)
         self._waiter.settle()
+
+    def _must_turn(self) -> bool:
+        return self._draining or self._in_hand() or self._weights.any
+
+    def _computing_natively(self) -> bool:
+        return self._answering is not None and self._answering.computing > 0
 
     def _in_hand(self) -> bool:
         return bool(

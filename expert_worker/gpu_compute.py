@@ -9,10 +9,12 @@ Legend: R rows of a buffer, D hidden size.
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import structlog
 import torch
@@ -20,6 +22,7 @@ import torch
 from expert_worker.compute import Part, run
 from expert_worker.expert_store import Expert
 from mesh.mlp import StackedMlps
+from mesh.replay import ReplayDevice, Replays, slot_rows, slots_of
 
 log = structlog.get_logger()
 
@@ -85,8 +88,12 @@ class GpuCompute:
 
     depth = 2
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, native_turn: bool = False) -> None:
         self._device = device
+        self._native_turn = native_turn
+        self.replays: ReplayDevice | None = None
+        self._replays: WeakKeyDictionary[Any, ref[Replays]] = WeakKeyDictionary()
+        self._uses: WeakKeyDictionary[Any, Counter[int]] = WeakKeyDictionary()
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._graphs: WeakKeyDictionary[Any, dict[int, _Graph]] = WeakKeyDictionary()
         self._stacks: dict[tuple[int, ...], StackedMlps | None] = {}
@@ -98,6 +105,18 @@ class GpuCompute:
         self._stream = torch.cuda.Stream(self._device)
         torch.cuda.set_stream(self._stream)
         self._pool = torch.cuda.graph_pool_handle()
+        if self._native_turn:
+            self.replays = ReplayDevice(self._stream.cuda_stream)
+
+    def native(self, expert: Expert) -> Replays | None:
+        """See :class:`expert_worker.compute.Compute`; :meth:`start` captures into it."""
+        if self.replays is None:
+            return None
+        known = self._replays.get(expert, lambda: None)()
+        if known is None:
+            known = Replays(expert)
+            self._replays[expert] = ref(known)
+        return known
 
     def start(self, expert: Expert, parts: Sequence[Part]) -> GpuTicket:
         """See :class:`expert_worker.compute.Compute`."""
@@ -107,6 +126,8 @@ class GpuCompute:
             # Rows past the message's own are computed too, and read by nobody.
             whole = [Part(first.buffer_RD, 0, len(first.buffer_RD))]
             self._replay(expert, first.buffer_RD, lambda: run(expert, whole))
+            if self.replays is not None:
+                self._hand_over(expert, first, self.replays)
         else:
             run(expert, parts)
         return ticket.ends_here()
@@ -152,6 +173,31 @@ class GpuCompute:
             except RuntimeError as error:
                 known.refused = True
                 log.warning("graph_not_captured", rows=len(buffer_RD), error=str(error))
+
+    def _hand_over(self, expert: Expert, part: Part, replays: ReplayDevice) -> None:
+        """Have the transport compute batches of this size, once they come often."""
+        uses = self._uses.setdefault(expert, Counter())
+        slots = slots_of(part.num_rows)
+        uses[slots.start] += 1
+        graphs = self._replays.get(expert, lambda: None)()
+        if uses[slots.start] != _CAPTURE_AT_USE or graphs is None:
+            return
+        try:
+            for slot in slots:
+                buffer_RD = self._slot(slot, part.buffer_RD, replays)
+                whole = [Part(buffer_RD, 0, len(buffer_RD))]
+                graph = capture(functools.partial(run, expert, whole), self._pool)
+                graphs.add(slot, graph.raw_cuda_graph_exec(), graph)
+        except (RuntimeError, AttributeError) as error:
+            # An older torch has no handles to give; these batches stay with `start`.
+            log.warning("graph_not_handed_over", rows=part.num_rows, error=str(error))
+
+    def _slot(self, slot: int, like_RD: torch.Tensor, replays: ReplayDevice) -> torch.Tensor:
+        if slot not in replays.buffers:
+            buffer_RD = like_RD.new_zeros(slot_rows(slot), like_RD.shape[1])
+            self._stream.synchronize()  # the transport writes on a stream of its own
+            replays.lend(slot, buffer_RD)
+        return replays.buffers[slot]
 
     def _stack(self, experts: Mapping[int, Expert]) -> StackedMlps | None:
         key = tuple(id(expert) for expert in experts.values())

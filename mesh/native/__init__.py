@@ -18,6 +18,9 @@ DONE = 0
 IN_PROGRESS = 1
 SHORT = -1000
 """Of an operation, beside UCX's own negative ones: a message of another length came."""
+RING = 4
+SIZES = 9
+"""See ``device.c`` of native.h."""
 
 
 class Postbox(Structure):
@@ -80,7 +83,7 @@ class Session(Structure):
 class Answerer(Structure):
     """See ``answerer`` of native.h."""
 
-    _fields_ = [("mlp", c_void_p), ("rows", c_uint64), ("microseconds", c_uint64)]
+    _fields_ = [("computes", c_void_p), ("rows", c_uint64), ("microseconds", c_uint64)]
 
 
 class Answering(Structure):
@@ -96,7 +99,12 @@ class Answering(Structure):
         ("row_bytes", c_int32),
         ("max_rows", c_int32),
         ("in_hand", c_int32),
+        ("computing", c_int32),
+        ("failed", c_int32),
         ("last_progress_us", c_int64),
+        ("device", c_void_p),
+        ("oldest", c_void_p),
+        ("newest", c_void_p),
     ]
 
 
@@ -127,7 +135,11 @@ _SHORT: dict[str, tuple[Any, list[Any]]] = {
     "postbox_progress": (c_int32, [POINTER(Postbox)]),
     "postbox_probe": (c_int32, [POINTER(Postbox), c_int32, POINTER(Arrival)]),
     "status_text": (c_char_p, [c_int32]),
-    "answering_new": (POINTER(Answering), [POINTER(Postbox), c_int32, c_int32]),
+    "device_new": (c_void_p, [c_char_p, c_uint64]),
+    "device_free": (None, [c_void_p]),
+    "device_lend": (None, [c_void_p, c_int32, c_uint64]),
+    "answering_new": (POINTER(Answering), [POINTER(Postbox), c_int32, c_int32, c_void_p]),
+    "answering_next_failed": (c_uint64, [POINTER(Answering)]),
     "answering_free": (None, [POINTER(Answering)]),
 }
 _POINTER_AND_SIZE: list[Any] = [c_void_p, c_int64]

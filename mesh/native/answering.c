@@ -3,14 +3,17 @@
  *
  * This is the whole of a small expert's turn: on a core shared with other workers the caches hold
  * none of it when a message comes, and each line of Python costs several times what it does when hot.
+ * With a device it launches what was captured, and receives and sends while that computes.
  */
 #include "native.h"
 
+#include <poll.h>
+#include <sched.h>
 #include <stdlib.h>
 
 /* As mesh/wire.py has them. */
 enum { DISPATCH = 1, REPLY = 2, EXPERT_BITS = 10, EXPERTS = 1 << EXPERT_BITS, LAYERS = 1 << 10 };
-enum { SESSIONS = 1 << 16, MAX_IN_HAND = 256 };
+enum { SESSIONS = 1 << 16, MAX_IN_HAND = 256, LOOK_US = 1000 };
 
 #define KIND(tag) ((tag) >> 60)
 #define SESSION(tag) ((tag) >> 44 & 0xFFFF)
@@ -19,20 +22,27 @@ enum { SESSIONS = 1 << 16, MAX_IN_HAND = 256 };
 #define REPLY_TAG(tag, reply_session) \
     ((uint64_t)REPLY << 60 | (reply_session) << 44 | ((tag) & 0xFFFFFFFFFFFULL))
 
-/* One dispatch in hand: its rows come in behind each other, and go out from the second half. */
+/* One dispatch in hand: its rows come in behind each other, and go out from the second half; with
+ * a device, from where they came. */
 struct work {
-    enum { FREE, RECEIVING, SENDING } state;
+    enum { FREE, RECEIVING, COMPUTING, FAILED, SENDING } state;
     int32_t operation;
     uint64_t tag;
-    const gated_mlp *mlp;
+    union {
+        const gated_mlp *mlp;
+        void **graphs;
+    };
     float *rows;
     int64_t capacity_rows;
+    int32_t slot;
+    work *next; /* to have been launched */
 };
 
-answering *answering_new(postbox *box, int32_t row_bytes, int32_t max_rows) {
+answering *answering_new(postbox *box, int32_t row_bytes, int32_t max_rows, device *device) {
     answering *all = calloc(1, sizeof *all);
     if (!all) return NULL;
     all->box = box;
+    all->device = device;
     all->row_bytes = row_bytes;
     all->max_rows = max_rows;
     /* Large and touched in few places: the kernel gives memory to those alone. */
@@ -59,7 +69,9 @@ static int regular(const answering *all, const arrival *found) {
     int64_t rows = ROWS(found->tag);
     return KIND(found->tag) == DISPATCH && all->sessions[SESSION(found->tag)].endpoint &&
            all->answerers[EXPERT(found->tag)].mlp && rows > 0 && rows <= all->max_rows &&
-           found->bytes == (uint64_t)(rows * all->row_bytes);
+           found->bytes == (uint64_t)(rows * all->row_bytes) &&
+           (!all->device ||
+            device_knows(all->device, all->answerers[EXPERT(found->tag)].graphs, rows));
 }
 
 /* Room for the rows and for their answers; keeps what it has. */
@@ -86,47 +98,119 @@ static int make_room(answering *all, work *one, int64_t rows) {
     return 1;
 }
 
-static void finish(answering *all, work *one) {
-    postbox_release(all->box, one->operation);
+static void drop(answering *all, work *one) {
+    if (all->device) device_give_back(all->device, one->slot);
     one->state = FREE;
     all->in_hand--;
+}
+
+static void finish(answering *all, work *one) {
+    postbox_release(all->box, one->operation);
+    drop(all, one);
+}
+
+static void count(answering *all, const work *one, uint64_t microseconds) {
+    answerer *expert = &all->answerers[EXPERT(one->tag)];
+    expert->rows += (uint64_t)ROWS(one->tag);
+    expert->microseconds += microseconds;
+}
+
+static void reply(answering *all, work *one, uint64_t answers) {
+    session *to = &all->sessions[SESSION(one->tag)];
+    if (!to->endpoint) {
+        drop(all, one);
+        return;
+    }
+    one->state = SENDING;
+    one->operation = postbox_send(all->box, to->endpoint, answers,
+                                  (uint64_t)(ROWS(one->tag) * all->row_bytes),
+                                  REPLY_TAG(one->tag, to->reply_session));
+    if (one->operation < 0)
+        drop(all, one);
+    else if (all->box->status[one->operation] != IN_PROGRESS)
+        finish(all, one);
+}
+
+/* What failed once is not launched again: without graphs, its dispatches are not regular. */
+static void fail(answering *all, work *one) {
+    one->graphs[one->slot] = NULL;
+    one->state = FAILED;
+    all->failed++;
+}
+
+static void launch(answering *all, work *one) {
+    if (!device_launch(all->device, one->slot, one->graphs[one->slot])) {
+        fail(all, one);
+        return;
+    }
+    one->state = COMPUTING;
+    one->next = NULL;
+    if (all->computing++)
+        all->newest->next = one;
+    else
+        all->oldest = one;
+    all->newest = one;
+}
+
+/* Reply to what the device is done with: a stream computes in order. */
+static void look_at_device(answering *all) {
+    int32_t done;
+    while (all->computing && (done = device_done(all->device, all->oldest->slot))) {
+        work *one = all->oldest;
+        all->oldest = one->next;
+        all->computing--;
+        all->last_progress_us = now_us();
+        if (done < 0) {
+            device_lose(all->device, one->slot);
+            fail(all, one);
+            continue;
+        }
+        count(all, one, device_microseconds(all->device, one->slot));
+        reply(all, one, device_rows(all->device, one->slot));
+    }
 }
 
 /* The rows are in: compute, and send them back. */
 static void answer(answering *all, work *one) {
     postbox *box = all->box;
-    session *to = &all->sessions[SESSION(one->tag)];
-    if (box->status[one->operation] != DONE || !to->endpoint) {
+    if (box->status[one->operation] != DONE || !all->sessions[SESSION(one->tag)].endpoint) {
         /* Its gateway died, or left: nobody waits for this. */
         finish(all, one);
         return;
     }
     postbox_release(box, one->operation);
+    if (all->device) {
+        launch(all, one);
+        return;
+    }
     int64_t rows = ROWS(one->tag), began_us = now_us();
     float *answers = one->rows + one->capacity_rows * all->row_bytes / (int64_t)sizeof(float);
     gated_mlp_run(one->mlp, one->rows, answers, rows, all->scratch);
-    answerer *expert = &all->answerers[EXPERT(one->tag)];
-    expert->rows += (uint64_t)rows;
-    expert->microseconds += (uint64_t)(now_us() - began_us);
-    one->state = SENDING;
-    one->operation = postbox_send(box, to->endpoint, (uint64_t)answers,
-                                  (uint64_t)(rows * all->row_bytes),
-                                  REPLY_TAG(one->tag, to->reply_session));
-    if (one->operation < 0) {
-        one->state = FREE;
-        all->in_hand--;
-    } else if (box->status[one->operation] != IN_PROGRESS)
-        finish(all, one);
+    count(all, one, (uint64_t)(now_us() - began_us));
+    reply(all, one, (uint64_t)answers);
 }
 
-/* Start on the message at the head of the queue; 0 when there is no memory for it. */
-static int take(answering *all, work *one, arrival *found) {
+/* The slot or memory that the message at the head of the queue needs; 0 when there is none. */
+static int prepare(answering *all, work *one, const arrival *found) {
     one->tag = found->tag;
-    one->mlp = all->answerers[EXPERT(found->tag)].mlp;
-    if (!make_room(all, one, ROWS(found->tag))) return 0;
+    if (!all->device) {
+        one->mlp = all->answerers[EXPERT(found->tag)].mlp;
+        return make_room(all, one, ROWS(found->tag));
+    }
+    one->graphs = all->answerers[EXPERT(found->tag)].graphs;
+    one->slot = device_take(all->device, one->graphs, ROWS(found->tag));
+    return one->slot >= 0;
+}
+
+/* Start on the message at the head of the queue, which was prepared for. */
+static int take(answering *all, work *one, arrival *found) {
+    uint64_t rows = all->device ? device_rows(all->device, one->slot) : (uint64_t)one->rows;
     postbox_probe(all->box, 1, found);
-    one->operation = postbox_take(all->box, found->message, (uint64_t)one->rows, found->bytes);
-    if (one->operation < 0) return 0;
+    one->operation = postbox_take(all->box, found->message, rows, found->bytes);
+    if (one->operation < 0) {
+        if (all->device) device_give_back(all->device, one->slot);
+        return 0;
+    }
     one->state = RECEIVING;
     all->in_hand++;
     if (all->box->status[one->operation] != IN_PROGRESS) answer(all, one);
@@ -136,11 +220,13 @@ static int take(answering *all, work *one, arrival *found) {
 /* Move on what is in hand; a free place, or NULL. */
 static work *look_at_works(answering *all) {
     work *place = NULL;
+    if (all->computing) look_at_device(all);
     int32_t left = all->in_hand;
     for (work *one = all->works; one < all->works + MAX_IN_HAND && (left || !place); one++) {
         if (one->state != FREE) {
             left--;
-            if (all->box->status[one->operation] != IN_PROGRESS)
+            if ((one->state == RECEIVING || one->state == SENDING) &&
+                all->box->status[one->operation] != IN_PROGRESS)
                 one->state == RECEIVING ? answer(all, one) : finish(all, one);
         }
         if (one->state == FREE && !place) place = one;
@@ -150,18 +236,52 @@ static work *look_at_works(answering *all) {
 
 void answering_look(answering *all) { look_at_works(all); }
 
+uint64_t answering_next_failed(answering *all) {
+    if (!all->failed) return 0;
+    work *one = all->works;
+    while (one->state != FAILED) one++;
+    all->failed--;
+    drop(all, one);
+    return one->tag;
+}
+
+/* Give way once; 0 when somebody else wants to be looked at. What computes ends without a sign, and
+ * a device's worker may never be idle for long enough to sleep. */
+static int give_way(answering *all, int64_t *idle_since_us, int64_t *looked_us, int32_t spin_us,
+                    int32_t wake_fd) {
+    if (all->device) {
+        int64_t now = now_us();
+        if (now - *looked_us >= LOOK_US) {
+            struct pollfd wake = {wake_fd, POLLIN, 0};
+            if (poll(&wake, 1, 0) > 0) return 0;
+            *looked_us = now;
+        }
+        if (all->computing) {
+            *idle_since_us = now;
+            sched_yield();
+            return 1;
+        }
+    }
+    return postbox_idle(all->box, *idle_since_us, spin_us, INT64_MAX, wake_fd);
+}
+
 void answering_run(answering *all, int32_t spin_us, int32_t wake_fd) {
     postbox *box = all->box;
-    int64_t idle_since_us = now_us();
+    int64_t idle_since_us = now_us(), looked_us = idle_since_us;
     do {
         while (ucp_worker_progress(box->worker)) {}
         work *place;
         arrival found;
         while ((place = look_at_works(all)) && postbox_probe(box, 0, &found)) {
-            if (!regular(all, &found) || !take(all, place, &found)) return;
+            if (!regular(all, &found)) return;
+            if (!prepare(all, place, &found)) {
+                if (!all->device) return;
+                break; /* until one of its slots is free */
+            }
+            if (!take(all, place, &found)) return;
             all->last_progress_us = idle_since_us = now_us();
             ucp_worker_progress(box->worker);
         }
-        if (box->attention) return;
-    } while (postbox_idle(box, idle_since_us, spin_us, INT64_MAX, wake_fd));
+        if (box->attention || all->failed) return;
+    } while (give_way(all, &idle_since_us, &looked_us, spin_us, wake_fd));
 }

@@ -129,6 +129,33 @@ EXPORT void postbox_wait(postbox *box, int32_t count, const int32_t *operations,
                          int32_t timeout_us);
 EXPORT const char *status_text(int32_t status);
 
+/* ---- device.c: see mesh/replay.py ---- */
+
+/* A slot is a buffer that graphs are captured for: RING of each size, of 1 << slot / RING rows. */
+enum { RING = 4, SIZES = 9, SLOTS = RING * SIZES };
+
+typedef struct device device;
+
+/* NULL when there is no such driver, or it refuses. Graphs are launched on the stream (CUstream),
+ * by the thread that has its context. */
+EXPORT device *device_new(const char *path, uint64_t stream);
+EXPORT void device_free(device *gpu);
+EXPORT void device_lend(device *gpu, int32_t slot, uint64_t rows);
+uint64_t device_rows(const device *gpu, int32_t slot);
+/* Whether any of these graphs (CUgraphExec, by slot) fits so many rows, now or when one is free. */
+int32_t device_knows(const device *gpu, void *const *graphs, int64_t rows);
+/* A free slot with a graph, or -1. */
+int32_t device_take(device *gpu, void *const *graphs, int64_t rows);
+void device_give_back(device *gpu, int32_t slot);
+/* Never use this slot again. */
+void device_lose(device *gpu, int32_t slot);
+/* 0 when it failed. */
+int32_t device_launch(device *gpu, int32_t slot, void *graph);
+/* 1, or 0 while it computes; -1 when it failed. */
+int32_t device_done(device *gpu, int32_t slot);
+/* Of a launch that is done, on the device. */
+uint64_t device_microseconds(device *gpu, int32_t slot);
+
 /* ---- answering.c: see mesh/transport/base.py's Answering ---- */
 
 typedef struct {
@@ -137,7 +164,10 @@ typedef struct {
 } session;
 
 typedef struct {
-    const gated_mlp *mlp; /* NULL: not one of ours */
+    union { /* NULL: not one of ours */
+        const gated_mlp *mlp;
+        void **graphs; /* with a device: by slot; NULL where there is none */
+    };
     uint64_t rows, microseconds;
 } answerer;
 
@@ -152,13 +182,19 @@ typedef struct {
     int64_t scratch_floats;
     int32_t row_bytes, max_rows;
     int32_t in_hand;
+    int32_t computing; /* of those, on the device: only asking tells when one ends */
+    int32_t failed;    /* of those, by the device: for answering_next_failed */
     int64_t last_progress_us; /* CLOCK_MONOTONIC */
+    device *device;           /* NULL: computed here */
+    work *oldest, *newest;    /* of those computing */
 } answering;
 
-EXPORT answering *answering_new(postbox *box, int32_t row_bytes, int32_t max_rows);
+EXPORT answering *answering_new(postbox *box, int32_t row_bytes, int32_t max_rows, device *device);
 EXPORT void answering_free(answering *all);
 /* Bring what is in hand forward; take nothing new. */
 EXPORT void answering_look(answering *all);
+/* The tag of a dispatch that the device failed at, which the caller refuses; 0: no more. */
+EXPORT uint64_t answering_next_failed(answering *all);
 /* Answer what is regular; returns when something else wants to be looked at, wake_fd included. */
 EXPORT void answering_run(answering *all, int32_t spin_us, int32_t wake_fd);
 

@@ -16,6 +16,7 @@ import torch
 from mesh.errors import TransportError
 from mesh.mlp import NativeMlp
 from mesh.plan import ExpertId
+from mesh.replay import ReplayDevice, Replays
 
 
 class Buffer(Protocol):
@@ -92,6 +93,11 @@ class Answering(Protocol):
         ...
 
     @property
+    def computing(self) -> int:
+        """Those of them that a device computes: nothing wakes a sleeper when it is done."""
+        ...
+
+    @property
     def last_progress_s(self) -> float:
         """``time.monotonic()`` of the last dispatch."""
         ...
@@ -104,7 +110,7 @@ class Answering(Protocol):
         """Answer them no more."""
         ...
 
-    def serve(self, experts: Mapping[ExpertId, NativeMlp]) -> None:
+    def serve(self, experts: Mapping[ExpertId, NativeMlp | Replays]) -> None:
         """Answer for these experts in place of those before."""
         ...
 
@@ -116,10 +122,15 @@ class Answering(Protocol):
         """Bring what is in hand forward after a :meth:`Transport.progress`; take nothing new."""
         ...
 
+    def failed(self) -> Iterable[int]:
+        """Tags of the dispatches that the device has failed at since; theirs are to be refused."""
+        ...
+
     def run(self, *, spin_s: float, wake_fd: int) -> None:
         """Answer, and sleep while there is nothing: ``spin_s`` of idleness are polled first.
 
-        Returns when a message is not regular, an endpoint died, or ``wake_fd`` is readable.
+        Returns when a message is not regular, an endpoint died, a device failed, or ``wake_fd`` is
+        readable.
         """
         ...
 
@@ -163,8 +174,11 @@ class Transport(Protocol):
         """The oldest unexpected message of any tag, removed from the queue."""
         ...
 
-    def answering(self, *, row_bytes: int, max_rows: int) -> Answering | None:
-        """At most one; None where every message is to be probed."""
+    def answering(
+        self, *, row_bytes: int, max_rows: int, device: ReplayDevice | None = None
+    ) -> Answering | None:
+        """At most one; None where every message is to be probed. With a ``device``, experts are
+        served by their :class:`Replays`."""
         ...
 
     def fileno(self) -> int:

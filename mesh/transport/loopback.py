@@ -256,7 +256,7 @@ class LoopbackTransport:
                 self._posted = [posted for posted in self._posted if posted is not request]
                 request.finish(None, PeerLost("cancelled"))
 
-    def answering(self, *, row_bytes: int, max_rows: int) -> None:
+    def answering(self, *, row_bytes: int, max_rows: int, device: object = None) -> None:
         """Every message is to be probed: see :class:`mesh.transport.base.Transport`."""
 
     def fileno(self) -> int:

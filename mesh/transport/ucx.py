@@ -35,6 +35,7 @@ from mesh import native, wire
 from mesh.errors import MessageTruncated, PeerLost, TransportError
 from mesh.mlp import NativeMlp
 from mesh.plan import ExpertId
+from mesh.replay import ReplayDevice, Replays
 from mesh.transport.base import Request, RoundTrip
 
 _DEFAULTS = {
@@ -217,14 +218,19 @@ class UcxEndpoint:
 class UcxAnswering:
     """See :class:`mesh.transport.base.Answering`."""
 
-    def __init__(self, postbox: _Postbox, row_bytes: int, max_rows: int) -> None:
+    def __init__(
+        self, postbox: _Postbox, row_bytes: int, max_rows: int, device: ReplayDevice | None
+    ) -> None:
         self._postbox = postbox
-        self._pointer = native.short.answering_new(postbox.pointer, row_bytes, max_rows)
+        self._device = device
+        self._pointer = native.short.answering_new(
+            postbox.pointer, row_bytes, max_rows, device.handle if device else None
+        )
         if not self._pointer:
             raise TransportError("there is no memory for the dispatches in hand")
         self._record: native.Answering = self._pointer.contents
-        self._experts: Mapping[ExpertId, NativeMlp] = {}
-        self._past: list[Mapping[ExpertId, NativeMlp]] = []
+        self._experts: Mapping[ExpertId, NativeMlp | Replays] = {}
+        self._past: list[Mapping[ExpertId, NativeMlp | Replays]] = []
         self._keys: dict[ExpertId, int] = {}
 
     def __del__(self) -> None:
@@ -235,6 +241,11 @@ class UcxAnswering:
     def in_hand(self) -> int:
         """See :class:`mesh.transport.base.Answering`."""
         return int(self._record.in_hand)
+
+    @property
+    def computing(self) -> int:
+        """See :class:`mesh.transport.base.Answering`."""
+        return int(self._record.computing)
 
     @property
     def last_progress_s(self) -> float:
@@ -249,16 +260,16 @@ class UcxAnswering:
         """See :class:`mesh.transport.base.Answering`."""
         self._record.sessions[session] = native.Session(0, 0)
 
-    def serve(self, experts: Mapping[ExpertId, NativeMlp]) -> None:
+    def serve(self, experts: Mapping[ExpertId, NativeMlp | Replays]) -> None:
         """See :class:`mesh.transport.base.Answering`."""
         if not self.in_hand:
             self._past.clear()  # what was in hand may have used them
         self._past.append(self._experts)
         for expert in self._experts.keys() - experts.keys():
-            self._record.answerers[self._keys[expert]].mlp = None
+            self._record.answerers[self._keys[expert]].computes = None
         self._keys |= {expert: wire.expert_key(*expert) for expert in experts}
-        for expert, mlp in experts.items():
-            self._record.answerers[self._keys[expert]].mlp = mlp.handle
+        for expert, computes in experts.items():
+            self._record.answerers[self._keys[expert]].computes = computes.handle
         self._experts = experts
 
     def counts(self) -> Iterator[tuple[ExpertId, int, float]]:
@@ -271,6 +282,11 @@ class UcxAnswering:
     def look(self) -> None:
         """See :class:`mesh.transport.base.Answering`."""
         native.long.answering_look(self._pointer)
+
+    def failed(self) -> Iterator[int]:
+        """See :class:`mesh.transport.base.Answering`."""
+        while self._record.failed:
+            yield native.short.answering_next_failed(self._pointer)
 
     def run(self, *, spin_s: float, wake_fd: int) -> None:
         """See :class:`mesh.transport.base.Answering`."""
@@ -393,9 +409,11 @@ class UcxTransport:
             return None
         return UcxMessage(self._postbox, self._found)
 
-    def answering(self, *, row_bytes: int, max_rows: int) -> UcxAnswering | None:
+    def answering(
+        self, *, row_bytes: int, max_rows: int, device: ReplayDevice | None = None
+    ) -> UcxAnswering | None:
         """See :class:`mesh.transport.base.Transport`."""
-        return UcxAnswering(self._postbox, row_bytes, max_rows)
+        return UcxAnswering(self._postbox, row_bytes, max_rows, device)
 
     def fileno(self) -> int:
         """UCX's event descriptor."""

@@ -1,0 +1,66 @@
+"""Captured graphs for the compiled turn of a GPU's worker: see ``native/device.c``.
+
+Legend: R rows of a buffer, D hidden size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from mesh import native
+from mesh.errors import Unavailable
+
+SLOTS = native.RING * native.SIZES
+
+
+def slots_of(num_rows: int) -> range:
+    """The slots of the smallest buffers that hold so many rows; empty when none does."""
+    first = (num_rows - 1).bit_length() * native.RING
+    return range(first, first + native.RING) if first < SLOTS else range(0)
+
+
+def slot_rows(slot: int) -> int:
+    """How many rows a slot's buffer has."""
+    return 1 << slot // native.RING
+
+
+class ReplayDevice:
+    """Launches graphs on one stream, by the thread that has its context.
+
+    ``stream`` is a ``CUstream``; ``driver`` is loaded at run time. Raises Unavailable.
+    """
+
+    def __init__(self, stream: int, driver: str = "libcuda.so.1") -> None:
+        self.handle: int | None = native.short.device_new(driver.encode(), stream)
+        if not self.handle:
+            raise Unavailable(f"{driver} is missing or refuses events; serve without --native-turn")
+        self.buffers: dict[int, torch.Tensor] = {}
+        """By slot, those that were lent."""
+
+    def __del__(self) -> None:
+        if self.handle:
+            native.short.device_free(self.handle)
+
+    def lend(self, slot: int, rows_RD: torch.Tensor) -> None:
+        """This slot's memory from here on, :func:`slot_rows` rows of it."""
+        self.buffers[slot] = rows_RD
+        native.short.device_lend(self.handle, slot, rows_RD.data_ptr())
+
+
+class Replays:
+    """One expert's graphs (``CUgraphExec``), by slot; ``owner`` and they live as long as this."""
+
+    def __init__(self, owner: object = None) -> None:
+        self._graphs = (ctypes.c_void_p * SLOTS)()
+        self._kept: list[object] = [owner]
+        self.handle: int | None = ctypes.addressof(self._graphs)
+
+    def add(self, slot: int, graph: int, keep: object = None) -> None:
+        """Launch this graph for the slot."""
+        self._kept.append(keep)
+        self._graphs[slot] = graph
+
+    def __contains__(self, slot: int) -> bool:
+        return bool(self._graphs[slot])

@@ -1,0 +1,264 @@
+"""The compiled turn of a GPU's worker, on a stand-in for the driver that computes on the host.
+
+Rows have four floats. The graphs of expert (0, e) multiply their buffer by e + 2.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from mesh import native, wire
+from mesh.errors import Unavailable
+from mesh.plan import ExpertId
+from mesh.replay import ReplayDevice, Replays, slot_rows, slots_of
+from mesh.transport.ucx import UcxTransport
+
+WIDTH = 4
+SESSION, REPLY_SESSION = 7, 9
+FAILS_AT_LAUNCH, FAILS_LATER = 1, 2
+STAND_IN = Path(__file__).parents[1] / "stand_in_driver.c"
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> str:
+    library = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
+    compiler = ["cc"] if shutil.which("cc") else [sys.executable, "-m", "ziglang", "cc"]
+    subprocess.run([*compiler, "-shared", "-fPIC", "-o", library, STAND_IN], check=True)
+    return str(library)
+
+
+class Graph(ctypes.Structure):
+    """As the stand-in has it."""
+
+    _fields_ = [
+        ("rows", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("times", ctypes.c_float),
+        ("fails", ctypes.c_int32),
+    ]
+
+
+class Worker:
+    """A gateway's transport and a worker's, which answers for experts 0 and 1 of layer 0."""
+
+    def __init__(self, driver: str) -> None:
+        self.knobs = ctypes.CDLL(driver)
+        self.allow(0)
+        for name in ("launched", "ran"):
+            ctypes.c_int32.in_dll(self.knobs, name).value = 0
+        self.gateway, self.transport = UcxTransport(), UcxTransport()
+        self.device = ReplayDevice(0, driver)
+        self.answering = self.transport.answering(
+            row_bytes=4 * WIDTH, max_rows=512, device=self.device
+        )
+        assert self.answering is not None
+        self.to_worker = self.gateway.connect(self.transport.address)
+        self.to_gateway = self.transport.connect(self.gateway.address)
+        self.answering.open(SESSION, self.to_gateway, REPLY_SESSION)
+        self.graphs: dict[tuple[int, int], Graph] = {}
+        self.replays = {e: Replays() for e in (0, 1)}
+        self.answering.serve({ExpertId(0, e): r for e, r in self.replays.items()})
+        self.awake = os.eventfd(1)
+
+    def capture(self, expert: int, num_rows: int, fails: int = 0) -> None:
+        for slot in slots_of(num_rows):
+            if slot not in self.device.buffers:
+                self.device.lend(slot, torch.zeros(slot_rows(slot), WIDTH))
+            rows_RD = self.device.buffers[slot]
+            graph = Graph(rows_RD.data_ptr(), rows_RD.numel(), expert + 2, fails)
+            self.graphs[expert, slot] = graph
+            self.replays[expert].add(slot, ctypes.addressof(graph))
+
+    def allow(self, graphs: int) -> None:
+        """Let so many of all that were launched run."""
+        ctypes.c_int32.in_dll(self.knobs, "allowed").value = graphs
+
+    @property
+    def launched(self) -> int:
+        return ctypes.c_int32.in_dll(self.knobs, "launched").value
+
+    def dispatch(self, slot: int, expert: int, x_RD: torch.Tensor) -> Dispatch:
+        return Dispatch(self, slot, expert, x_RD)
+
+    def turn(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.gateway.progress()
+            self.answering.run(spin_s=0, wake_fd=self.awake)
+            self.transport.progress()
+
+    def turn_until(self, true: Callable[[], bool]) -> None:
+        for _ in range(5000):
+            if true():
+                return
+            self.turn()
+        raise AssertionError("it never came to that")
+
+    def close(self) -> None:
+        os.close(self.awake)
+        self.to_worker.close()
+        self.to_gateway.close()
+        self.gateway.close()
+        self.transport.close()
+
+
+class Dispatch:
+    """Rows on their way, and their reply."""
+
+    def __init__(self, worker: Worker, slot: int, expert: int, x_RD: torch.Tensor) -> None:
+        self.y_RD = torch.zeros_like(x_RD)
+        key = (slot, 0, expert, len(x_RD))
+        tag = wire.encode(wire.Kind.REPLY, REPLY_SESSION, *key)
+        self.reply = worker.to_worker.post_receive(worker.gateway.wrap(self.y_RD), tag)
+        self.x_RD = x_RD
+        tag = wire.encode(wire.Kind.DISPATCH, SESSION, *key)
+        self.sent = worker.to_worker.send(worker.gateway.wrap(self.x_RD), tag)
+
+    @property
+    def answered(self) -> bool:
+        return self.reply.completed
+
+
+@pytest.fixture
+def worker(driver: str) -> Iterator[Worker]:
+    worker = Worker(driver)
+    yield worker
+    worker.close()
+
+
+def rows(count: int, first: float = 1.0) -> torch.Tensor:
+    return torch.arange(count * WIDTH, dtype=torch.float32).reshape(count, WIDTH) + first
+
+
+def test_slots_have_the_next_power_of_two_of_rows() -> None:
+    assert [slot_rows(slots_of(n).start) for n in (1, 2, 3, 4, 5, 256)] == [1, 2, 4, 4, 8, 256]
+    assert not slots_of(257)
+    text = (Path(native.__file__).parent / "native.h").read_text()
+    assert f"RING = {native.RING}, SIZES = {native.SIZES}," in text
+
+
+def test_a_machine_without_a_driver_is_told_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match="--native-turn"):
+        ReplayDevice(0, str(tmp_path / "libcuda.so.1"))
+
+
+def test_it_answers_what_was_captured_and_counts_it(worker: Worker) -> None:
+    worker.capture(0, 3)
+    worker.allow(9)
+    one = worker.dispatch(1, 0, rows(3))
+    worker.turn_until(lambda: one.answered)
+    assert worker.gateway.failure(one.reply) is None
+    assert torch.equal(one.y_RD, 2 * rows(3))
+    worker.turn_until(lambda: worker.answering.in_hand == 0)
+    assert list(worker.answering.counts()) == [(ExpertId(0, 0), 3, 0.0005)]
+    assert worker.answering.last_progress_s > 0
+
+
+def test_it_takes_the_next_while_this_one_computes_and_replies_in_order(worker: Worker) -> None:
+    worker.capture(0, 2)
+    worker.capture(1, 2)
+    sent = [worker.dispatch(n, n % 2, rows(2, n)) for n in range(3)]
+    worker.turn_until(lambda: worker.answering.computing == 3)
+    assert worker.launched == 3
+    for done in range(1, 4):
+        worker.allow(done)
+        worker.turn_until(lambda: sent[done - 1].answered)  # noqa: B023
+        worker.turn(20)
+        assert [one.answered for one in sent] == [n < done for n in range(3)]
+    for n, one in enumerate(sent):
+        assert torch.equal(one.y_RD, (2 + n % 2) * rows(2, n))
+
+
+def test_what_finds_no_free_buffer_waits_for_one(worker: Worker) -> None:
+    worker.capture(0, 1)
+    sent = [worker.dispatch(n, 0, rows(1, n)) for n in range(3 * native.RING)]
+    worker.turn_until(lambda: worker.answering.computing == native.RING)
+    worker.turn(20)
+    assert worker.launched == native.RING
+    worker.allow(len(sent))
+    worker.turn_until(lambda: all(one.answered for one in sent))
+    assert [one.y_RD[0, 0].item() for one in sent] == [2.0 * n for n in range(len(sent))]
+    assert worker.launched == len(sent)
+
+
+@pytest.mark.parametrize(("expert", "count"), [(1, 2), (0, 5), (0, 300)])
+def test_what_has_no_graph_is_left_to_be_probed(worker: Worker, expert: int, count: int) -> None:
+    worker.capture(0, 2)
+    one = worker.dispatch(1, expert, rows(count))
+    found = []
+
+    def probed() -> bool:
+        worker.transport.progress()
+        found.append(worker.transport.probe())
+        return found[-1] is not None
+
+    worker.turn_until(probed)
+    assert wire.decode(found[-1].tag)[2:] == (1, 0, expert, count)
+    assert worker.launched == 0
+    into = torch.zeros_like(one.x_RD)
+    taken = found[-1].receive(worker.transport.wrap(into))
+    worker.turn_until(lambda: taken.completed)
+    assert torch.equal(into, rows(count))
+
+
+@pytest.mark.parametrize("fails", [FAILS_AT_LAUNCH, FAILS_LATER])
+def test_what_the_device_fails_at_is_named_and_not_launched_again(
+    worker: Worker, fails: int
+) -> None:
+    worker.capture(0, 1, fails)
+    worker.capture(1, 2)
+    worker.allow(9)
+    one = worker.dispatch(5, 0, rows(1))
+    worker.turn_until(lambda: bool(worker.answering._record.failed))
+    assert [wire.decode(tag)[2:] for tag in worker.answering.failed()] == [(5, 0, 0, 1)]
+    assert worker.answering.in_hand == 0
+    assert not one.answered
+    assert not list(worker.answering.counts())
+    assert sum(slot in worker.replays[0] for slot in slots_of(1)) == native.RING - 1
+    other = worker.dispatch(6, 1, rows(2))
+    worker.turn_until(lambda: other.answered)
+    assert torch.equal(other.y_RD, 3 * rows(2))
+
+
+def test_a_gateway_that_goes_meanwhile_gets_nothing_and_its_buffer_comes_back(
+    worker: Worker,
+) -> None:
+    worker.capture(0, 1)
+    gone = [worker.dispatch(n, 0, rows(1)) for n in range(native.RING)]
+    worker.turn_until(lambda: worker.answering.computing == native.RING)
+    worker.answering.close(SESSION)
+    worker.turn(20)
+    assert worker.answering.in_hand == native.RING  # the device still writes there
+    worker.allow(99)
+    worker.turn_until(lambda: worker.answering.in_hand == 0)
+    worker.turn(20)
+    assert not any(one.answered for one in gone)
+    worker.answering.open(SESSION, worker.to_gateway, REPLY_SESSION)
+    back = [worker.dispatch(n + 50, 0, rows(1)) for n in range(native.RING)]
+    worker.turn_until(lambda: all(one.answered for one in back))
+
+
+def test_looking_brings_what_is_in_hand_to_its_end_and_takes_nothing_new(worker: Worker) -> None:
+    worker.capture(0, 1)
+    one = worker.dispatch(1, 0, rows(1))
+    worker.turn_until(lambda: worker.answering.computing == 1)
+    late = worker.dispatch(2, 0, rows(1))
+    worker.allow(9)
+    for _ in range(5000):
+        worker.gateway.progress()
+        worker.transport.progress()
+        worker.answering.look()
+        if one.answered and not worker.answering.in_hand:
+            break
+    assert one.answered
+    assert not late.answered
+    assert worker.launched == 1
+    worker.turn_until(lambda: late.answered)
