@@ -10,12 +10,16 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from expert_worker.compute import CpuCompute
+from expert_worker.data_plane import DataPlane
+from expert_worker.expert_store import Expert, ExpertStore
 from mesh import native, wire
 from mesh.errors import Unavailable
 from mesh.plan import ExpertId
@@ -262,3 +266,81 @@ def test_looking_brings_what_is_in_hand_to_its_end_and_takes_nothing_new(worker:
     assert not late.answered
     assert worker.launched == 1
     worker.turn_until(lambda: late.answered)
+
+
+class HandsOver(CpuCompute):
+    """As the GPU's, with every graph captured before the first dispatch."""
+
+    def __init__(self, driver: str, fails: int) -> None:
+        self._driver, self._fails = driver, fails
+        self._graphs: list[Graph] = []
+
+    def open(self) -> None:
+        self.replays = ReplayDevice(0, self._driver)
+
+    def native(self, expert: Expert) -> Replays:
+        replays = Replays(expert)
+        for slot in slots_of(1):
+            rows_RD = torch.zeros(1, WIDTH)
+            self.replays.lend(slot, rows_RD)
+            self._graphs.append(Graph(rows_RD.data_ptr(), WIDTH, 2, self._fails))
+            replays.add(slot, ctypes.addressof(self._graphs[-1]))
+        return replays
+
+
+@pytest.mark.parametrize("fails", [0, FAILS_AT_LAUNCH, FAILS_LATER])
+def test_a_data_plane_counts_what_the_device_did_and_refuses_what_it_failed_at(
+    driver: str, fails: int
+) -> None:
+    knobs = ctypes.CDLL(driver)
+    for name, value in {"launched": 0, "ran": 0, "allowed": 9}.items():
+        ctypes.c_int32.in_dll(knobs, name).value = value
+    store = ExpertStore(
+        lambda expert: lambda x_RD: 2 * x_RD, expert_bytes=1, memory_bytes=9, worker_id="w"
+    )
+    store.load([ExpertId(0, 0)])
+    plane = DataPlane(
+        UcxTransport,
+        store,
+        hidden_size=WIDTH,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        num_experts=2,
+        max_rows=8,
+        merge_rows=8,
+        spin_s=0.0,
+        threads=1,
+    )
+    plane._compute_on = HandsOver(driver, fails)
+    plane.start()
+    gateway = UcxTransport()
+    endpoint = gateway.connect(plane.wait_started())
+    session = plane.connect("g", gateway.address, REPLY_SESSION)
+    x_RD, y_RD = rows(1), torch.zeros(1, WIDTH)
+    key = (3, 0, 0, 1)
+    tag = wire.encode(wire.Kind.REPLY, REPLY_SESSION, *key)
+    reply = endpoint.post_receive(gateway.wrap(y_RD), tag)
+    endpoint.send(gateway.wrap(x_RD), wire.encode(wire.Kind.DISPATCH, session, *key))
+    refused = None
+    until = time.monotonic() + 20
+    while not reply.completed and refused is None and time.monotonic() < until:
+        gateway.progress()
+        refused = gateway.probe()
+    stats = plane.stats()
+    if fails:
+        frame = wire.decode(refused.tag)
+        assert (frame.kind, *frame[2:]) == (wire.Kind.REFUSE, 3, 0, 0, wire.Refusal.FAILED)
+        assert stats.refused == {"failed": 1}
+        assert not stats.rows
+        gateway.cancel(reply)
+        refused.receive(gateway.wrap(torch.zeros(64, dtype=torch.uint8)))
+    else:
+        assert torch.equal(y_RD, 2 * x_RD)
+        assert stats.rows == {ExpertId(0, 0): 1}
+        assert stats.compute_s == {ExpertId(0, 0): 0.0005}
+    plane.drain(5)
+    plane.stop()
+    assert plane.failure is None
+    assert not stats.busy
+    endpoint.close()
+    gateway.close()
