@@ -39,9 +39,9 @@ class Faults:
         that is in quarantine it is no news."""
         begun = []
         for pair in pairs:
-            known = self._known.get(pair)
-            if known and now < known.until_s:
+            if pair in self.out:
                 continue
+            known = self._known.get(pair)
             longer_s = 2 * known.quarantine_s if known else _SHORTEST_QUARANTINE_S
             fault = _Fault(0.0, min(longer_s, _LONGEST_QUARANTINE_S))
             fault.until_s = now + fault.quarantine_s
@@ -53,11 +53,12 @@ class Faults:
 
     def expire(self, now: float) -> list[Pair]:
         """End the quarantines that are over. Returns them."""
-        for pair in [p for p, f in self._known.items() if now >= f.until_s + _FORGIVEN_AFTER_S]:
-            del self._known[pair]
-        over = sorted(p for p in self.out if p not in self._known or now >= self._known[p].until_s)
+        over = sorted(pair for pair in self.out if now >= self._known[pair].until_s)
         if over:
             self.out -= set(over)
+        forgiven = [p for p, f in self._known.items() if now >= f.until_s + _FORGIVEN_AFTER_S]
+        for pair in forgiven:
+            del self._known[pair]
         return over
 
     def forget(self, worker_id: str) -> None:

@@ -52,9 +52,7 @@ class Memory:
 
     def as_json(self) -> str:
         """Every sample, by process: a list of [seconds, MB] for ``name pid``."""
-        return json.dumps(
-            {f"{name} {pid}": samples for (name, pid), samples in self._samples.items()}
-        )
+        return json.dumps({f"{name} {pid}": samples for (name, pid), samples in self._samples.items()})
 
     def _lines(self) -> dict[tuple[str, int], tuple[float, float]]:
         lines = {}
