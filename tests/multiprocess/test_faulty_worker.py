@@ -57,4 +57,3 @@ async def test_an_expert_that_its_worker_cannot_compute_is_loaded_by_another(
         status = mesh.status()
         assert status["complete"]
         assert "expert_faulty" in kinds(status)
-        assert home not in {worker["id"] for worker in status["workers"]}
