@@ -332,6 +332,8 @@ def turn_after_death(
     config = PlacementConfig()
     home = plan(rules, workers, traffic=traffic).experts_by_worker()
     for _ in range(rounds):
+        gc.collect()
+        gc.freeze()  # as the service does when it starts: what is there already is no garbage
         mesh = Coordinator(rules, "f" * 16, config)
         for w in workers:
             info = pb.WorkerInfo(
@@ -349,9 +351,6 @@ def turn_after_death(
         listening = {w.worker_id for w in workers}
         _turn(mesh, listening)
         mesh.gateway_report(pb.GatewayReport(gateway_id="g", host="host-0", epoch=mesh.epoch), 0.5)
-        # As the service does when it starts: what is there already is no garbage.
-        gc.collect()
-        gc.freeze()
         dead = workers[100].worker_id
         began = time.thread_time()
         mesh.drop(dead, 1.0)

@@ -330,9 +330,9 @@ class PlacementService(rpc.PlacementServicer):
         if self._coordinator.publish(now):
             plan = self._coordinator.current_plan()
             log.info("plan", epoch=plan.epoch, complete=plan.complete, note=plan.note)
+        self._notify_watchers()  # first: rows may still go to the dead, and orders are many
         for lease_id, order in self._coordinator.orders(now, self._orders):
             self._orders[lease_id].put_nowait(order)
-        self._notify_watchers()
 
     def _measure(self) -> None:
         state = self._coordinator
