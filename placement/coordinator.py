@@ -30,8 +30,18 @@ MAX_MEMBERS = 16_384
 _RETRY_ORDER_S = 5.0
 _MAX_ERRORS_IN_NOTE = 3
 _BALANCE_INTERVAL_S = 1.0
+_TELL_EPOCH_AFTER_S = 0.5
+"""Many messages, and no hurry: rows wait for what others have to be told."""
 _MIN_ROWS_PER_EXPERT = 20.0
 """Of the window that load is averaged over: fewer say nothing of balance."""
+
+
+def says_no_more(order: pb.WorkerOrder, last: pb.WorkerOrder) -> bool:
+    """Whether an order tells nothing new but an epoch."""
+    same = pb.WorkerOrder()
+    same.CopyFrom(order)
+    same.epoch = last.epoch
+    return same == last
 
 
 class Coordinator:
@@ -85,6 +95,8 @@ class Coordinator:
         self._placements: dict[ExpertId, pb.ExpertPlacement] = {}
         """What the plan has where: of each expert, of each worker that has any, and in its words,
         so that a new plan takes as long as what it changes."""
+        self._tell_epoch_at_s: float | None = None
+        """When those who have nothing to do are told of the last epoch; None: they were."""
         self._trials = 0
         """How often an expert stayed where it is for another try: gateways try by a new plan."""
         self._moved: tuple[tuple[object, ...], Movement] | None = None
@@ -230,6 +242,7 @@ class Coordinator:
     def next_deadline_s(self, now: float) -> float | None:
         """When time alone may change something."""
         times = [self.members.next_deadline_s(now), self.faults.next_deadline_s()]
+        times.append(self._tell_epoch_at_s)
         if self.target is None and self._stale:
             times.append(self._settled_at_s)
         return min((t for t in times if t is not None), default=None)
@@ -347,6 +360,7 @@ class Coordinator:
         if facts == self._published or (self.plan is None and not serving):
             return False
         self._epoch += 1
+        self._tell_epoch_at_s = now + _TELL_EPOCH_AFTER_S
         self._published = (self._epoch, *facts[1:])
         self._place(serving)
         before = self.plan
@@ -383,9 +397,14 @@ class Coordinator:
             nothing = pb.WorkerOrder(epoch=order.epoch, expert_shards=order.expert_shards)
             last, told_s = self._orders.get(worker.lease_id, (nothing, now))
             failed = worker.error and order.load and now - told_s >= _RETRY_ORDER_S
-            if order != last or failed:
-                self._orders[worker.lease_id] = (order, now)
-                told.append((worker.lease_id, order))
+            if order == last and not failed:
+                continue
+            if says_no_more(order, last) and now < (self._tell_epoch_at_s or now):
+                continue
+            self._orders[worker.lease_id] = (order, now)
+            told.append((worker.lease_id, order))
+        if now >= (self._tell_epoch_at_s or now):
+            self._tell_epoch_at_s = None
         return told
 
     def _order(
