@@ -273,6 +273,7 @@ class Coordinator:
             return None
         staying = [w for w in self._reachable() if not w.draining]
         gateway_hosts = [g.report.host for g in self.members.gateways.values()]
+        doubted = self.members.doubted()
         specs = [
             WorkerSpec(
                 w.worker_id,
@@ -280,6 +281,7 @@ class Coordinator:
                 w.info.expert_bytes,
                 self._topology.link_cost(w.info, gateway_hosts),
                 w.info.host,
+                w.worker_id in doubted,
             )
             for w in staying
         ]

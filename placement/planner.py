@@ -47,6 +47,8 @@ _BARRED_PRICE = 1e9
 _BUSY_PRICE = 1e3  # above what a link saves, below what a repair may move
 _EVICTION_PRICE = 1e5
 """Of a replica, to make room for what has no home: above crowding, below moving what lives."""
+_DOUBT_PRICE = 1e6
+"""Of a seat on a worker that may be cut off: above taking a replica's elsewhere."""
 
 
 def plan(
@@ -139,6 +141,7 @@ def _seat_homeless_of(
         return 0
     column_w = np.array(columns)
     price = np.array(prices) + np.where(seating.room_W[column_w] > 0, 0.0, _EVICTION_PRICE)
+    price += np.where(seating.doubted_W[column_w], _DOUBT_PRICE, 0.0)
     weights = seating.weight_GN[group, homeless]
     table = weights[:, None] * seating.price_W()[column_w] + price
     for row, unit in enumerate(homeless):

@@ -23,6 +23,8 @@ class WorkerSpec:
     link_cost: float = 1.0
     """Relative cost of a row's way between the gateways and this worker."""
     host: str = ""
+    doubted: bool = False
+    """It may not be within reach: what has no home goes there last."""
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ class Seating:
                 place = divmod(self._place[unit], self.num_units)
                 self.barred.setdefault(place, set()).add(self.index_W[worker_id])
         self.link_W = np.array([w.link_cost for w in self.workers])
+        self.doubted_W = np.array([w.doubted for w in self.workers], dtype=np.bool_)
         self.room_W = np.array([rules.room(w) for w in self.workers], dtype=np.int64)
         """Units that still fit into each worker's memory."""
         hosts = sorted({w.host for w in self.workers})

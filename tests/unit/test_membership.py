@@ -682,6 +682,29 @@ def test_a_worker_that_the_gateways_do_not_reach_is_lost_until_they_do():
     assert kinds == ["worker_unreachable", "moves", "repaired", "worker_back"]
 
 
+def test_what_a_worker_had_that_is_cut_off_goes_to_another_host_if_it_can():
+    mesh = Mesh(replace(ONE_LAYER, experts_per_worker=2))
+    for name, host in [("a0", "a"), ("a1", "a"), ("b0", "b"), ("b1", "b"), ("a2", "a")]:
+        mesh.register(name, host=host)
+    mesh.settle()
+    lost = next(w for (w, *_) in mesh.served.values() if w.startswith("a"))
+    mesh.now += 0.5
+    for name in ("b0", "b1"):
+        mesh.report(name)
+    mesh.gateway(unreachable=[lost])
+    mesh.turn()
+    assert mesh.coordinator.members.doubted() == {"a0", "a1", "a2"}
+    gone = [e for e in ONE_LAYER.experts if e not in mesh.served]
+    assert gone
+    homes = {w for e in gone for w in mesh.coordinator.target.workers_by_expert[e]}
+    assert homes <= {"b0", "b1"}
+
+    # Whoever is heard of again is as good as any.
+    mesh.now += 0.1
+    mesh.report("a2")
+    assert mesh.coordinator.members.doubted() == {"a0", "a1"}
+
+
 def test_most_gateways_must_say_so_unless_its_heartbeat_is_overdue_too():
     mesh = running(3, rules=ONE_LAYER)
     holder = mesh.served[0, 0][0]
