@@ -6,7 +6,6 @@ Workers are ``python -m benchmarks.random_model``, as :mod:`cli.layer_worker` bu
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 import zlib
@@ -17,7 +16,7 @@ from typing import Any, cast
 
 import torch
 
-from cli.bench_layer import WORKERS, _ask, end_workers
+from cli.bench_mesh import bench_mesh
 from cli.layer_worker import answer_asked
 from expert_worker.expert_mlp import load_expert
 from expert_worker.expert_store import ExpertStore
@@ -26,10 +25,6 @@ from mesh.checkpoint import INDEX_FILE, Checkpoint
 from mesh.device import open_device
 from mesh.model_config import ModelConfig
 from mesh.plan import ExpertId
-from mesh.transport.ucx import UcxTransport
-from mesh.transport.waiting import SPIN_S
-from protos import engine_pb2 as pb
-from protos import placement_pb2
 
 
 class RandomCheckpoint:
@@ -82,59 +77,44 @@ def config_of(settings: dict[str, Any]) -> ModelConfig:
 
 @contextmanager
 def mesh_of(
-    settings: dict[str, Any], num_workers: int, device: torch.device, dtype: str, max_tokens: int
+    settings: dict[str, Any],
+    num_workers: int,
+    device: torch.device,
+    dtype: str,
+    max_tokens: int,
+    first_gpu: int = 1,
 ) -> Iterator[Dispatcher]:
     """Workers that hold every expert between them, and a dispatcher connected to them."""
     config = config_of(settings)
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-    transport = UcxTransport(cuda=device.type == "cuda")
-    routing = pb.Routing(epoch=1)
-    max_rows = min(65535, max_tokens * config.experts_per_token)
-    processes = WORKERS
-    processes.clear()
-    try:
-        for number in range(num_workers):
-            order = {
-                "settings": settings,
-                "number": number,
-                "of": num_workers,
-                "device": f"cuda:{(number + 1) % gpus}" if gpus else "cpu",
-                "dtype": dtype,
-                "max_rows": max_rows,
-            }
-            command = [sys.executable, "-m", "benchmarks.random_model", json.dumps(order)]
-            pipe = subprocess.PIPE
-            processes.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True))
-        for number, process in enumerate(processes):
-            address = _ask(process, None)["address"]
-            order = {"address": transport.address.hex(), "session": number}
-            routing.peers.add(
-                worker_id=f"worker-{number}",
-                ucx_address=bytes.fromhex(address),
-                session=_ask(process, order)["session"],
-                reply_session=number,
-                max_rows=max_rows,
-            )
-        for layer in config.moe_layers:
-            for index in range(config.num_experts):
-                routing.experts.add(
-                    expert=placement_pb2.ExpertId(layer=layer, index=index),
-                    worker_ids=[f"worker-{index % num_workers}"],
-                )
-        dispatcher = Dispatcher(
-            transport,
-            config,
-            device=device,
-            dtype=getattr(torch, dtype),
-            max_tokens=max_tokens,
-            reply_timeout_s=60.0,
-            spin_s=SPIN_S[device.type],
-        )
-        dispatcher.set_routing(routing)
-        yield dispatcher
-        dispatcher.close()
-    finally:
-        end_workers(processes, timeout_s=20)
+    orders = [
+        {
+            "settings": settings,
+            "number": number,
+            "of": num_workers,
+            "device": f"cuda:{(first_gpu + number) % gpus}" if gpus else "cpu",
+            "dtype": dtype,
+        }
+        for number in range(num_workers)
+    ]
+    with bench_mesh(
+        "benchmarks.random_model",
+        orders,
+        [_held(config, number, num_workers) for number in range(num_workers)],
+        config,
+        device=device,
+        dtype=getattr(torch, dtype),
+        max_tokens=max_tokens,
+        max_rows=min(65535, max_tokens * config.experts_per_token),
+        reply_timeout_s=60.0,
+    ) as mesh:
+        yield mesh.dispatcher
+
+
+def _held(config: ModelConfig, number: int, of: int) -> list[ExpertId]:
+    """What worker ``number`` of so many holds."""
+    mine = range(number, config.num_experts, of)
+    return [ExpertId(layer, index) for layer in config.moe_layers for index in mine]
 
 
 def main() -> None:
@@ -149,8 +129,7 @@ def main() -> None:
         memory_bytes=1 << 40,
         worker_id=str(order["number"]),
     )
-    mine = range(order["number"], config.num_experts, order["of"])
-    store.load([ExpertId(layer, index) for layer in config.moe_layers for index in mine])
+    store.load(_held(config, order["number"], order["of"]))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()

@@ -8,7 +8,6 @@ under way. Each token goes to ``--top-k`` experts, drawn evenly.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli import mps
-from mesh.errors import ConfigError, Unavailable
+from cli.bench_mesh import BenchMesh, bench_mesh
+from mesh.errors import ConfigError
+from mesh.plan import ExpertId
 
 if TYPE_CHECKING:
     import torch
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
 _MAX_ERROR = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}
 _WARM_UP = 8
 _GRAPH_ROWS = 256
-
-WORKERS: list[subprocess.Popen[str]] = []
-"""Those of the mesh that is there now."""
 
 
 @dataclass(frozen=True)
@@ -141,121 +139,56 @@ def run(shape: Shape, sizes: Sequence[int], repeat: int) -> list[Line]:
         torch.cuda.set_device(device)
     torch.set_num_threads(1)
     dtype: torch.dtype = getattr(torch, shape.dtype)
-    with torch.inference_mode(), _mesh(shape, device, dtype, max(sizes)) as dispatcher:
-        return [_measure(shape, dispatcher, device, dtype, size, repeat) for size in sizes]
+    with torch.inference_mode(), layer_mesh(shape, device, dtype, max(sizes)) as mesh:
+        return [_measure(shape, mesh.dispatcher, device, dtype, size, repeat) for size in sizes]
 
 
 @contextmanager
-def _mesh(
+def layer_mesh(
     shape: Shape,
     device: torch.device,
     dtype: torch.dtype,
     max_tokens: int,
     reply_timeout_s: float = 20.0,
-) -> Iterator[Dispatcher]:
-    """Workers with their experts, and a dispatcher that is connected to them."""
+) -> Iterator[BenchMesh]:
+    """Workers with the experts of one layer, and a dispatcher that is connected to them."""
     from types import SimpleNamespace
-    from typing import cast
 
     import torch
 
-    from gateway.dispatch import Dispatcher
-    from mesh.model_config import ModelConfig
-    from mesh.transport.ucx import UcxTransport
-    from mesh.transport.waiting import SPIN_S
-    from protos import engine_pb2 as pb
-    from protos import placement_pb2
+    from cli.layer_worker import LAYER
 
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-    max_rows = min(65535, max_tokens)
-    processes = WORKERS
-    processes.clear()
-    routing = pb.Routing(epoch=1)
-    transport = UcxTransport(cuda=device.type == "cuda")
-    try:
-        for number in range(shape.workers):
-            held = list(range(number, shape.num_experts, shape.workers))
-            order = {
-                "worker_id": f"worker-{number}",
-                "device": f"cuda:{(number + 1) % gpus}" if gpus else "cpu",
-                "dtype": shape.dtype,
-                "threads": 1,
-                "hidden": shape.hidden,
-                "mlp_hidden": shape.mlp_hidden,
-                "kind": shape.kind,
-                "experts": held,
-                "num_experts": shape.num_experts,
-                "max_rows": max_rows,
-            }
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "cli.layer_worker", json.dumps(order)],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                )
-            )
-            for index in held:
-                routing.experts.add(
-                    expert=placement_pb2.ExpertId(layer=0, index=index),
-                    worker_ids=[f"worker-{number}"],
-                )
-        for number, process in enumerate(processes):
-            address = _ask(process, None)["address"]
-            session = _ask(process, {"address": transport.address.hex(), "session": number})
-            routing.peers.add(
-                worker_id=f"worker-{number}",
-                ucx_address=bytes.fromhex(address),
-                session=session["session"],
-                reply_session=number,
-                max_rows=max_rows,
-            )
-        config = SimpleNamespace(
-            num_experts=shape.num_experts,
-            hidden_size=shape.hidden,
-            experts_per_token=shape.top_k,
-        )
-        dispatcher = Dispatcher(
-            transport,
-            cast(ModelConfig, config),
-            device=device,
-            dtype=dtype,
-            max_tokens=max_tokens,
-            reply_timeout_s=reply_timeout_s,
-            spin_s=SPIN_S[device.type],
-        )
-        dispatcher.set_routing(routing)
-        yield dispatcher
-        dispatcher.close()
-    finally:
-        end_workers(processes, timeout_s=10)
-
-
-def end_workers(processes: Sequence[subprocess.Popen[str]], timeout_s: float) -> None:
-    """End them by the end of their input, and whoever takes longer at once."""
-    for process in processes:
-        if process.stdin is not None:
-            process.stdin.close()
-    for process in processes:
-        try:
-            process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _ask(process: subprocess.Popen[str], order: dict[str, Any] | None) -> dict[str, Any]:
-    """The next line of a worker that starts with a brace."""
-    if process.stdin is None or process.stdout is None:
-        raise RuntimeError("a subprocess without the pipes that it was to have")
-    if order is not None:
-        process.stdin.write(json.dumps(order) + "\n")
-        process.stdin.flush()
-    for line in process.stdout:
-        if line.startswith("{"):
-            answer: dict[str, Any] = json.loads(line)
-            return answer
-    raise Unavailable(f"a worker ended with {process.wait()}; its words are above")
+    held = [range(number, shape.num_experts, shape.workers) for number in range(shape.workers)]
+    orders = [
+        {
+            "worker_id": f"worker-{number}",
+            "device": f"cuda:{(number + 1) % gpus}" if gpus else "cpu",
+            "dtype": shape.dtype,
+            "threads": 1,
+            "hidden": shape.hidden,
+            "mlp_hidden": shape.mlp_hidden,
+            "kind": shape.kind,
+            "experts": list(mine),
+            "num_experts": shape.num_experts,
+        }
+        for number, mine in enumerate(held)
+    ]
+    sizes = SimpleNamespace(
+        num_experts=shape.num_experts, hidden_size=shape.hidden, experts_per_token=shape.top_k
+    )
+    with bench_mesh(
+        "cli.layer_worker",
+        orders,
+        [[ExpertId(LAYER, index) for index in mine] for mine in held],
+        sizes,
+        device=device,
+        dtype=dtype,
+        max_tokens=max_tokens,
+        max_rows=min(65535, max_tokens),
+        reply_timeout_s=reply_timeout_s,
+    ) as mesh:
+        yield mesh
 
 
 def _measure(

@@ -71,8 +71,9 @@ def test_no_row_of_a_batch_is_in_anothers_reply(workers: int) -> None:
     layer = Layer(_shape("bfloat16", workers=workers))
     with (
         torch.inference_mode(),
-        bench_layer._mesh(layer.shape, layer.device, layer.dtype, 300) as dispatcher,
+        bench_layer.layer_mesh(layer.shape, layer.device, layer.dtype, 300) as mesh,
     ):
+        dispatcher = mesh.dispatcher
         for seed in range(100):
             batches = [
                 layer.batch(1 + (seed * 37 + part * 91) % 150, 2 * seed + part) for part in (0, 1)
@@ -88,15 +89,16 @@ def test_a_worker_killed_with_rows_in_hand_voids_those_and_no_others() -> None:
     layer = Layer(_shape("bfloat16"))
     with (
         torch.inference_mode(),
-        bench_layer._mesh(layer.shape, layer.device, layer.dtype, 300, 4.0) as dispatcher,
+        bench_layer.layer_mesh(layer.shape, layer.device, layer.dtype, 300, 4.0) as mesh,
     ):
+        dispatcher = mesh.dispatcher
         x_TD, _, weights = layer.batch(64, 0)
         ids = torch.tensor([[0, 2], [1, 3]], device=layer.device).repeat(32, 1)
         dispatcher.begin_step(1)
         dispatcher.dispatch(0, x_TD, ids, weights).combine()
         dispatcher.begin_step(1)
         pending = dispatcher.dispatch(0, x_TD, ids, weights)
-        bench_layer.WORKERS[1].kill()
+        mesh.processes[1].kill()
         began_s = time.monotonic()
         got_TD = pending.combine()
         lost = sorted(token for _, token in dispatcher.void_rows())
