@@ -11,8 +11,10 @@ The floor of TPOT is the bytes that a step must read (weights that have rows, ke
 over the bandwidth that a copy reaches in the same run.
 
 On one GPU the papers' "experts per layer = number of GPUs" is one expert: a dense model. ``many``
-is their 16 x 16 with as many workers, which share the GPU under MPS. The baseline's tensor and
-pipeline parallelism are 1 x 1 there; other splits need more GPUs and are not written.
+is their 16 x 16 with as many workers, which share the GPU under MPS. The baseline is *monolith*
+there; on n GPUs it is every TP x PP = n (``--baseline tp2pp2`` for one), a rank a GPU. With
+``--device cpu`` everything runs in float32, ranks over gloo:
+``--model tiny --quick --device cpu --baseline tp2pp2``.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import random
 import subprocess
 import sys
 import time
@@ -28,7 +29,7 @@ import traceback
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -38,8 +39,11 @@ import structlog
 import torch
 import typer
 
+from benchmarks.baselines.shards import Split
 from benchmarks.random_model import checkpoint_on, config_of, mesh_of
+from benchmarks.work import Work, prompt
 from cli import mps
+from cli.ranks import run_ranks
 from gateway.engine import Engine, MeshExperts
 from gateway.kv_blocks import BlockAllocator
 from gateway.model.decoder import Decoder
@@ -102,25 +106,9 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-@dataclass(frozen=True)
-class Work:
-    """What is asked of each side."""
-
-    prefill_prompts: int
-    prefill_len: int
-    decode_len: int
-    num_new: int
-    batches: tuple[int, ...]
-    max_batch_tokens: int
-
-    @property
-    def max_len(self) -> int:
-        return max(self.prefill_len + 1, self.decode_len + self.num_new)
-
-
-def prompt(length: int, vocab_size: int, seed: int) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(vocab_size) for _ in range(length)]
+def dtype_on(device: torch.device) -> torch.dtype:
+    """A CPU is for seeing that it runs, and that tokens are the same."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 class Side:
@@ -194,12 +182,12 @@ def decoder_of(
     config: ModelConfig, device: torch.device, work: Work
 ) -> Iterator[tuple[Decoder, KvCache]]:
     """The gateway's part of the model and room for all sequences."""
-    decoder = Decoder.load(config, checkpoint_on(device), device, torch.bfloat16)
+    decoder = Decoder.load(config, checkpoint_on(device), device, dtype_on(device))
     blocks = max(
         max(work.batches) * -(-(work.decode_len + work.num_new) // _BLOCK),
         2 * -(-(work.prefill_len + 1) // _BLOCK) + 2,
     )
-    yield decoder, KvCache(config, blocks, _BLOCK, device, torch.bfloat16)
+    yield decoder, KvCache(config, blocks, _BLOCK, device, dtype_on(device))
     del decoder
     gc.collect()
     torch.cuda.empty_cache()
@@ -210,9 +198,10 @@ def ours(
 ) -> dict[str, Any]:
     """The mesh."""
     device, config = open_device(where), config_of(settings)
+    dtype_name = str(dtype_on(device)).removeprefix("torch.")
     with (
         decoder_of(config, device, work) as (decoder, kv),
-        mesh_of(settings, workers, device, "bfloat16", work.max_batch_tokens) as dispatcher,
+        mesh_of(settings, workers, device, dtype_name, work.max_batch_tokens) as dispatcher,
     ):
         if device.type == "cuda":
             from gateway.model.decode_graphs import DecodeGraphs
@@ -221,30 +210,42 @@ def ours(
         return Side(config, decoder, kv, dispatcher, work, micro_batches).measure()
 
 
-def monolith(settings: dict[str, Any], work: Work) -> dict[str, Any]:
-    """The baseline."""
+def monolith(settings: dict[str, Any], work: Work, where: str) -> dict[str, Any]:
+    """The baseline on one device."""
     from benchmarks.baselines.monolith import ExpertsHere, WholeStep
 
-    device, config = torch.device("cuda", 0), config_of(settings)
+    device, config = open_device(where), config_of(settings)
     with decoder_of(config, device, work) as (decoder, kv):
-        experts = ExpertsHere(config, checkpoint_on(device), device)
-        graphs: Any = WholeStep(decoder, kv, experts, work.max_len)
-        decoder.use_graphs(graphs)
+        experts: Any = ExpertsHere(config, checkpoint_on(device), device, dtype_on(device))
+        if device.type == "cuda":
+            graphs: Any = WholeStep(decoder, kv, experts, work.max_len)
+            decoder.use_graphs(graphs)
         return Side(config, decoder, kv, experts, work, 1).measure()
 
 
-def transformers(settings: dict[str, Any], work: Work) -> dict[str, Any]:
+def parallel(settings: dict[str, Any], work: Work, split: Split, where: str) -> dict[str, Any]:
+    """The baseline on as many devices as the split has ranks."""
+    from benchmarks.baselines.parallel import measure
+
+    dtype = str(dtype_on(torch.device(where))).removeprefix("torch.")
+    order = {"settings": settings, "work": asdict(work), "split": split.name, "dtype": dtype}
+    found: dict[str, Any] = run_ranks(measure, split.num_ranks, where, order)
+    return found
+
+
+def transformers(settings: dict[str, Any], work: Work, where: str) -> dict[str, Any]:
     """The peer, its weights under the same names."""
     from transformers import MixtralConfig, MixtralForCausalLM
     from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
-    device = torch.device("cuda", 0)
+    device = open_device(where)
+    dtype = dtype_on(device)
     kept = {k: v for k, v in settings.items() if k not in ("architectures", "torch_dtype")}
-    config = MixtralConfig(**kept, dtype=torch.bfloat16, attn_implementation="sdpa")
+    config = MixtralConfig(**kept, dtype=dtype, attn_implementation="sdpa")
     config._experts_implementation = "grouped_mm"
     with torch.device("meta"):
         model = MixtralForCausalLM(config).eval()
-    model.to(torch.bfloat16).to_empty(device=device)
+    model.to(dtype).to_empty(device=device)
     model.model.rotary_emb = MixtralRotaryEmbedding(config).to(device)
     checkpoint = checkpoint_on(device)
     for name, parameter in model.named_parameters():
@@ -270,10 +271,10 @@ def transformers(settings: dict[str, Any], work: Work) -> dict[str, Any]:
         return model(ids, use_cache=True, logits_to_keep=1)
 
     def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-        torch.cuda.synchronize()
+        synchronize(device)
         began_s = time.perf_counter()
         out = call()
-        torch.cuda.synchronize()
+        synchronize(device)
         return time.perf_counter() - began_s, out
 
     with torch.inference_mode():
@@ -303,6 +304,12 @@ def transformers(settings: dict[str, Any], work: Work) -> dict[str, Any]:
             del cache, out, step
             torch.cuda.empty_cache()
     return found
+
+
+def synchronize(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _stored(block: str, index: int, part: str) -> str:
@@ -355,14 +362,15 @@ def _seconds(run: Callable[[], object]) -> float:
 
 def main(
     model: Annotated[list[str], typer.Option(help=", ".join(MODELS))] = ["one"],  # noqa: B006
-    side: Annotated[list[str], typer.Option(help="ours, two, monolith, transformers")] = [  # noqa: B006
-        "ours",
-        "two",
-        "monolith",
-        "transformers",
-    ],
+    side: Annotated[
+        list[str],
+        typer.Option(help="ours, two, monolith, transformers, or a baseline such as tp2pp2"),
+    ] = ["ours", "two", "monolith", "transformers"],  # noqa: B006
+    baseline: Annotated[
+        list[str] | None, typer.Option(help="Splits; without, all of the number of GPUs.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Where the JSON goes too.")] = None,
-    device: Annotated[str, typer.Option(help="cpu: ours alone, to see that it runs.")] = "cuda",
+    device: Annotated[str, typer.Option(help="cpu, in float32, is to see that it runs.")] = "cuda",
     quick: Annotated[bool, typer.Option(help="Small, to see that it runs.")] = False,
     only: Annotated[bool, typer.Option(help="One side of one model, in this process.")] = False,
 ) -> None:
@@ -380,6 +388,9 @@ def main(
             found["device"] = device if device == "cpu" else torch.cuda.get_device_name()
         print(json.dumps(found), flush=True)
         return
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    splits = baseline or [split.name for split in Split.all_of(gpus) if gpus > 1]
+    side = [*side, *(Split.parse(split).name for split in splits)]
     results: dict[str, Any] = {}
     for name in model:
         results[name] = {}
@@ -390,9 +401,21 @@ def main(
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
             found = results[name][one] = json.loads(lines[-1]) if lines else {"failed": "no word"}
+            if "tokens" in found:
+                first = next(
+                    other["tokens"] for other in results[name].values() if "tokens" in other
+                )
+                found["tokens_agree"] = agreeing(first, found["tokens"])
             print(f"{name:10} {one:13}", json.dumps(found)[:700], flush=True)
             if out is not None:
                 out.write_text(json.dumps(results, indent=1))
+
+
+def agreeing(one: list[int], other: list[int]) -> str:
+    """How many of the first tokens of both are equal, of how many there are of both."""
+    pairs = list(zip(one, other, strict=False))
+    equal = next((n for n, (a, b) in enumerate(pairs) if a != b), len(pairs))
+    return f"{equal} of {len(pairs)}"
 
 
 def _measured(
@@ -403,7 +426,9 @@ def _measured(
             return floors(settings, work)
         if side in ("ours", "two"):
             return ours(settings, workers, work, 1 if side == "ours" else 2, device)
-        return (monolith if side == "monolith" else transformers)(settings, work)
+        if side in ("monolith", "transformers"):
+            return (monolith if side == "monolith" else transformers)(settings, work, device)
+        return parallel(settings, work, Split.parse(side), device)
     except (Exception, SystemExit) as error:  # the other sides are still worth having
         traceback.print_exc()
         return {"failed": repr(error)[:300]}
