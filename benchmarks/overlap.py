@@ -21,7 +21,8 @@ import torch
 import typer
 
 from cli import mps
-from cli.bench_layer import Shape, Step, layer_mesh
+from cli.bench_layer import Step, layer_mesh
+from cli.layer_shape import Shape
 from mesh.device import open_device
 
 Interval = tuple[float, float]

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from cli import bench_layer, mps
-from cli.bench_layer import Shape
+from cli.layer_rows import exact_expert
+from cli.layer_shape import Shape
 from cli.layer_worker import random_expert
 
 HIDDEN, MLP_HIDDEN = 256, 512
@@ -49,7 +50,7 @@ class Layer:
         want_TD = torch.zeros(x_TD.shape, device=self.device)
         for index, expert in enumerate(self._experts):
             tokens, ranks = (ids == index).nonzero(as_tuple=True)
-            y_RD = bench_layer._exact(expert, x_TD[tokens])
+            y_RD = exact_expert(expert, x_TD[tokens])
             want_TD.index_add_(0, tokens, y_RD * weights[tokens, ranks, None])
         worst = (got_TD.float() - want_TD).norm(dim=1) / want_TD.norm(dim=1)
         return float(worst.max())
