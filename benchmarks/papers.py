@@ -24,13 +24,13 @@ import json
 import logging
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -40,7 +40,7 @@ import torch
 import typer
 
 from benchmarks.baselines.shards import Split
-from benchmarks.random_model import checkpoint_on, config_of, mesh_of
+from benchmarks.random_model import checkpoint_on, config_of, mesh_of, save_random
 from benchmarks.work import Work, prompt
 from cli import mps
 from cli.ranks import run_ranks
@@ -104,6 +104,15 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
         2,
     ),
 }
+
+
+def model_of(name: str, gpus: int) -> tuple[dict[str, Any], int]:
+    """Its settings and number of workers: with several GPUs one each, and of ``one`` an expert
+    each, as the papers have it."""
+    settings, workers = MODELS[name]
+    if name == "one" and gpus > 1:
+        settings = settings | {"num_local_experts": gpus}
+    return settings, max(workers, gpus)
 
 
 def dtype_on(device: torch.device) -> torch.dtype:
@@ -238,6 +247,8 @@ def transformers(settings: dict[str, Any], work: Work, where: str) -> dict[str, 
     from transformers import MixtralConfig, MixtralForCausalLM
     from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
+    from benchmarks.baselines.transformers_peer import measure_model
+
     device = open_device(where)
     dtype = dtype_on(device)
     kept = {k: v for k, v in settings.items() if k not in ("architectures", "torch_dtype")}
@@ -263,53 +274,19 @@ def transformers(settings: dict[str, Any], work: Work, where: str) -> dict[str, 
                 parameter.data[index] = checkpoint.tensor(stored, hidden[::-1])
         else:
             parameter.data.copy_(checkpoint.tensor(name, tuple(parameter.shape)))
-    vocab = settings["vocab_size"]
-    found: dict[str, Any] = {"tpot_ms": {}}
+    return measure_model(model, work, settings["vocab_size"], device)
 
-    def prefill(count: int, length: int) -> Any:
-        ids = torch.tensor([prompt(length, vocab, n) for n in range(count)], device=device)
-        return model(ids, use_cache=True, logits_to_keep=1)
 
-    def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-        synchronize(device)
-        began_s = time.perf_counter()
-        out = call()
-        synchronize(device)
-        return time.perf_counter() - began_s, out
+def transformers_tp(settings: dict[str, Any], work: Work, ranks: int, where: str) -> dict[str, Any]:
+    """The peer by its own tensor plan, from a checkpoint that it reads itself."""
+    from benchmarks.baselines.transformers_peer import measure
 
-    with torch.inference_mode():
-        prefill(1, work.prefill_len)
-        seconds = [timed(lambda: prefill(1, work.prefill_len))[0] for _ in range(4)]
-        found["prefill_tokens_per_s"] = work.prefill_len / median(seconds)
-        for batch in work.batches:
-            outs = [prefill(min(8, batch - n), work.decode_len) for n in range(0, batch, 8)]
-            cache = outs[0].past_key_values
-            for out in outs[1:]:
-                for mine, theirs in zip(cache.layers, out.past_key_values.layers, strict=True):
-                    mine.keys = torch.cat([mine.keys, theirs.keys])
-                    mine.values = torch.cat([mine.values, theirs.values])
-            token = torch.cat([out.logits[:, -1] for out in outs]).argmax(-1, keepdim=True)
-            if batch > 8:
-                token = token[:1].expand(batch, 1).contiguous()
-            del outs
-            tokens, times = [int(token[0])], []
-            for _ in range(min(16, work.num_new - 1)):
-                step = partial(model, token, past_key_values=cache, use_cache=True)
-                seconds_of, out = timed(step)
-                token = out.logits[:, -1].argmax(-1, keepdim=True)
-                times.append(seconds_of)
-                tokens.append(int(token[0]))
-            found["tpot_ms"][batch] = median(times[2:]) * 1e3
-            found["tokens"] = found.get("tokens", tokens)
-            del cache, out, step
-            torch.cuda.empty_cache()
+    with tempfile.TemporaryDirectory() as directory:
+        device = open_device(where)
+        save_random(settings, Path(directory), device, dtype_on(device))
+        order = {"directory": directory, "work": asdict(work)}
+        found: dict[str, Any] = run_ranks(measure, ranks, where, order)
     return found
-
-
-def synchronize(device: torch.device) -> None:
-    """Until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _stored(block: str, index: int, part: str) -> str:
@@ -364,7 +341,9 @@ def main(
     model: Annotated[list[str], typer.Option(help=", ".join(MODELS))] = ["one"],  # noqa: B006
     side: Annotated[
         list[str],
-        typer.Option(help="ours, two, monolith, transformers, or a baseline such as tp2pp2"),
+        typer.Option(
+            help="ours, two, monolith, transformers, transformers-tp2, a baseline such as tp2pp2"
+        ),
     ] = ["ours", "two", "monolith", "transformers"],  # noqa: B006
     baseline: Annotated[
         list[str] | None, typer.Option(help="Splits; without, all of the number of GPUs.")
@@ -380,17 +359,18 @@ def main(
         work = Work(2, 200, 50, 10, (1, 4), 512)
     quiet = structlog.make_filtering_bound_logger(logging.WARNING)
     structlog.configure(wrapper_class=quiet)
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
     if only:
         # Before this process has a context: it must be a client of the service like its workers.
         alone = side[0] in ("ours", "two")
         with mps.sharing() if alone else nullcontext(), torch.inference_mode():
-            found = _measured(side[0], *MODELS[model[0]], work, device)
+            found = _measured(side[0], *model_of(model[0], gpus), work, device)
             found["device"] = device if device == "cpu" else torch.cuda.get_device_name()
         print(json.dumps(found), flush=True)
         return
-    gpus = torch.cuda.device_count() if device != "cpu" else 0
     splits = baseline or [split.name for split in Split.all_of(gpus) if gpus > 1]
-    side = [*side, *(Split.parse(split).name for split in splits)]
+    peers = [f"transformers-tp{gpus}"] if gpus > 1 else []
+    side = [*side, *peers, *(Split.parse(split).name for split in splits)]
     results: dict[str, Any] = {}
     for name in model:
         results[name] = {}
@@ -428,6 +408,9 @@ def _measured(
             return ours(settings, workers, work, 1 if side == "ours" else 2, device)
         if side in ("monolith", "transformers"):
             return (monolith if side == "monolith" else transformers)(settings, work, device)
+        if side.startswith("transformers-tp"):
+            ranks = int(side.removeprefix("transformers-tp"))
+            return transformers_tp(settings, work, ranks, device)
         return parallel(settings, work, Split.parse(side), device)
     except (Exception, SystemExit) as error:  # the other sides are still worth having
         traceback.print_exc()

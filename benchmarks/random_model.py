@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors.torch import save_file
 
 from cli.bench_mesh import bench_mesh
 from cli.layer_worker import answer_asked
@@ -67,6 +68,50 @@ def checkpoint_on(device: torch.device) -> Checkpoint:
     return cast(Checkpoint, RandomCheckpoint(device))
 
 
+def save_random(
+    settings: dict[str, Any], directory: Path, device: torch.device, dtype: torch.dtype
+) -> None:
+    """The same weights as files, a layer in each, for who must read them: of Mixtral's kind."""
+    checkpoint = RandomCheckpoint(device)
+    width, heads = settings["hidden_size"], settings["num_attention_heads"]
+    dim = settings.get("head_dim", width // heads)
+    q, kv = heads * dim, settings["num_key_value_heads"] * dim
+    hidden, vocab = settings["intermediate_size"], settings["vocab_size"]
+    of_layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm": (width,),
+        "post_attention_layernorm": (width,),
+        "self_attn.q_proj": (q, width),
+        "self_attn.k_proj": (kv, width),
+        "self_attn.v_proj": (kv, width),
+        "self_attn.o_proj": (width, q),
+        "block_sparse_moe.gate": (settings["num_local_experts"], width),
+    }
+    for index in range(settings["num_local_experts"]):
+        prefix = f"block_sparse_moe.experts.{index}"
+        of_layer |= {f"{prefix}.{part}": (hidden, width) for part in ("w1", "w3")}
+        of_layer[f"{prefix}.w2"] = (width, hidden)
+    files: list[dict[str, tuple[int, ...]]] = [
+        {"model.embed_tokens": (vocab, width), "model.norm": (width,), "lm_head": (vocab, width)}
+    ]
+    for layer in range(settings["num_hidden_layers"]):
+        files.append({f"model.layers.{layer}.{name}": shape for name, shape in of_layer.items()})
+    where = {}
+    for number, file in enumerate(files):
+        tensors = {f"{n}.weight": shape for n, shape in file.items()}
+        # A router's weights follow from the name that a decoder looks for first.
+        made = {
+            n: checkpoint.tensor(
+                n.replace("block_sparse_moe.gate", "mlp.gate"), shape, dtype=dtype
+            ).cpu()
+            for n, shape in tensors.items()
+        }
+        save_file(made, directory / f"part-{number}.safetensors", {"format": "pt"})
+        where |= dict.fromkeys(made, f"part-{number}.safetensors")
+    (directory / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    name = str(dtype).removeprefix("torch.")
+    (directory / "config.json").write_text(json.dumps(settings | {"torch_dtype": name}))
+
+
 def config_of(settings: dict[str, Any]) -> ModelConfig:
     """The model that a config.json of these settings describes."""
     with tempfile.TemporaryDirectory() as directory:
@@ -82,7 +127,6 @@ def mesh_of(
     device: torch.device,
     dtype: str,
     max_tokens: int,
-    first_gpu: int = 1,
 ) -> Iterator[Dispatcher]:
     """Workers that hold every expert between them, and a dispatcher connected to them."""
     config = config_of(settings)
@@ -92,7 +136,7 @@ def mesh_of(
             "settings": settings,
             "number": number,
             "of": num_workers,
-            "device": f"cuda:{(first_gpu + number) % gpus}" if gpus else "cpu",
+            "device": f"cuda:{(number + 1) % gpus}" if gpus else "cpu",
             "dtype": dtype,
         }
         for number in range(num_workers)

@@ -106,13 +106,13 @@ def layer(
     if as_json:
         typer.echo(json.dumps({**asdict(shape), "lines": [asdict(line) for line in found]}))
         return
-    columns = ("rows", "busiest", "floor us", "ours us", "p99", "over", "x floor", "two us", "p99")
-    columns += ("reference us", "p99", "ours / ref", "two / ref", "error")
+    columns = "rows,busiest,floor us,ours us,p99,over,x floor,two us,p99"
+    columns += ",reference us,p99,ours / ref,two / ref,error"
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None)
-    for column in columns:
+    for column in columns.split(","):
         table.add_column(column, justify="right")
     for line in found:
         best = line.reference

@@ -93,7 +93,7 @@ class Reference:
             order_S = expert_S.argsort(stable=True)
             computed_SD = self._stack(x_SD[order_S], counts_NL.sum(0).int())
             return torch.empty_like(computed_SD).index_copy_(0, order_S, computed_SD)
-        runs_NL = x_SD.split([count for row in on_host for count in row])
+        runs_NL = torch.split(x_SD, [count for row in on_host for count in row])
         y_by_run = [torch.empty(0)] * len(runs_NL)
         for index in range(self._l):
             of_it = runs_NL[index :: self._l]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import start_processes
 
 Work = Callable[[int, torch.device, Any], Any]
 """What a rank does: its number, its device and the order; what it answers must be JSON."""
@@ -29,7 +29,7 @@ def run_ranks(work: Work, num_ranks: int, device: str, order: Any) -> Any:
     this process is gone, they go too.
     """
     with tempfile.TemporaryDirectory() as directory:
-        processes = mp.start_processes(  # type: ignore[no-untyped-call]
+        processes = start_processes(
             _rank,
             (work, num_ranks, device, json.dumps(order), directory),
             nprocs=num_ranks,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.baselines.shards import Split
-from benchmarks.papers import MODELS, monolith, parallel, transformers
+from benchmarks.papers import MODELS, monolith, parallel, transformers, transformers_tp
 from benchmarks.work import Work
 from mesh.errors import ConfigError
 
@@ -34,6 +34,14 @@ def test_tokens_are_those_of_one_process_and_of_transformers(
     assert found["tokens"] == alone["tokens"] == peer["tokens"]
     assert found["prefill_tokens_per_s"] > 0
     assert all(found["tpot_ms"][str(batch)] > 0 for batch in WORK.batches)
+
+
+@pytest.mark.slow
+def test_transformers_by_its_tensor_plan_writes_what_it_writes_alone() -> None:
+    with torch.inference_mode():
+        alone = transformers(SETTINGS, WORK, "cpu")
+    found = transformers_tp(SETTINGS, WORK, 2, "cpu")
+    assert found["tokens"] == alone["tokens"]
 
 
 def test_a_split_that_does_not_go_is_refused() -> None:
