@@ -70,6 +70,19 @@ _NO_REPLICAS = ("--max-replicas", "1") if _HAS_REPLICAS else ()
 _Choose = Callable[[Fleet, random.Random], Any]
 
 
+class Nothing(Event):
+    """The control: how far throughput goes up and down by itself."""
+
+    kind = "nothing"
+
+    @classmethod
+    def draw(cls, rng: random.Random, at_s: float, shape: Shape) -> Event:
+        return cls(at_s, "nobody", 0.0)
+
+    async def act(self, fleet: Fleet) -> None:
+        """Nothing."""
+
+
 class LeaveClient(Event):
     """One of the clients goes away in the middle of its answer."""
 
@@ -139,6 +152,7 @@ _NEEDED = 16 // EXPERTS_PER_WORKER
 # Replicas never crowd: they take workers that have nothing else of a layer.
 _DOUBLE: dict[str, Any] = {"workers": 32, "experts_per_worker": 1}
 ROWS = (
+    Row("nothing", Nothing, _placement, for_s=0.0),
     Row("worker, replica", KillWorker, _replicated, **_DOUBLE),
     Row("worker, spare", KillWorker, _holder),
     Row(

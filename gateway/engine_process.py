@@ -159,7 +159,7 @@ class EngineLoop:
                 self._engine.set_routing(message.routing)
                 log.info("routing_changed", epoch=message.routing.epoch)
             case "drop_peer":
-                self._dispatcher.drop(message.drop_peer)
+                self._dispatcher.peers.drop(message.drop_peer)
             case "ping":
                 self._send_stats(message.ping.sequence)
             case "shutdown":
@@ -189,11 +189,11 @@ class EngineLoop:
             self._channel.send(pb.FromEngine(outputs=pb.Outputs(outputs=outputs)))
 
     def _tell_of_peers(self) -> None:
-        for lost in self._dispatcher.lost_peers():
+        for lost in self._dispatcher.peers.take_lost():
             self._channel.send(pb.FromEngine(peer_lost=lost))
-        for late in self._dispatcher.late_peers():
+        for late in self._dispatcher.peers.take_late():
             self._channel.send(pb.FromEngine(peer_late=late))
-        for fault in self._dispatcher.expert_faults():
+        for fault in self._dispatcher.peers.take_expert_faults():
             self._channel.send(pb.FromEngine(expert_fault=fault))
 
     def _attend(self) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
+import socket
 import tempfile
 import time
 import urllib.error
@@ -64,6 +66,7 @@ class Fleet:
         self._model = model
         self._flags = flags or {}
         self._addresses: dict[str, str] = {}
+        self._ports: dict[str, int] = {}
         self._kills: list[tuple[str, float]] = []
         """Who was killed, and when."""
         self._stopped: set[int] = set()
@@ -115,7 +118,8 @@ class Fleet:
             inside = [self._network.namespace(home)]
         argv = [*inside, command, *words, "--model", str(self._model), "--host", host]
         # Who comes back is found where it was; placement and gateways are looked for there.
-        argv += ["--port", self._addresses.get(name, ":0").rpartition(":")[2]]
+        port = self._ports.setdefault(name, _free_port(set(self._ports.values())))
+        argv += ["--port", str(port)]
         if command == "placement":
             argv += ["--experts-per-worker", str(self.shape.experts_per_worker)]
         else:
@@ -292,6 +296,15 @@ class Fleet:
 def ids_of(status: pb.MeshStatus) -> set[str]:
     """Of the workers that are registered."""
     return {w.worker.worker_id for w in status.workers}
+
+
+def _free_port(besides: set[int]) -> int:
+    """One that the kernel gives to nobody by itself: it must be there for who comes back."""
+    while True:
+        port = random.randrange(12000, 32000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            if port not in besides:
+                return port
 
 
 def _http_get(address: str, path: str) -> tuple[int, str]:

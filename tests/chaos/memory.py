@@ -13,16 +13,21 @@ _WARM_UP_S = 60.0
 """Of a process's life: allocators fill, buffers of each size are made once."""
 _LEAST_SPAN_S = 45.0
 _MB = 1 << 20
-_STEEP_MB = 8.0
-"""Growth over the whole span that is no longer noise ..."""
+_NOISE_MB = 8.0
+"""Growth over the whole span, beside what may fill, that means nothing ..."""
 _STEEP_MB_PER_MIN = 0.25
-"""... nor a slope that a cache which fills slowly has after an hour."""
+"""... and a slope that an allocator still has after an hour."""
 
 
 class Memory:
-    """Samples of every process. One that is started again is another."""
+    """Samples of every process. One that is started again is another.
 
-    def __init__(self) -> None:
+    ``fills_mb`` is what a process may still take without growing: a cache of that size is there
+    from the start, but its pages count only once they are used.
+    """
+
+    def __init__(self, fills_mb: float = 0.0) -> None:
+        self._steep_mb = _NOISE_MB + fills_mb
         self._samples: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
 
     def sample(self, pids: Mapping[str, int], now_s: float) -> None:
@@ -47,12 +52,14 @@ class Memory:
         return [
             (f"{name} (pid {pid})", slope)
             for (name, pid), (slope, span_s) in self._lines().items()
-            if slope > _STEEP_MB_PER_MIN and slope * span_s / 60 > _STEEP_MB
+            if slope > _STEEP_MB_PER_MIN and slope * span_s / 60 > self._steep_mb
         ]
 
     def as_json(self) -> str:
         """Every sample, by process: a list of [seconds, MB] for ``name pid``."""
-        return json.dumps({f"{name} {pid}": samples for (name, pid), samples in self._samples.items()})
+        return json.dumps(
+            {f"{name} {pid}": samples for (name, pid), samples in self._samples.items()}
+        )
 
     def _lines(self) -> dict[tuple[str, int], tuple[float, float]]:
         lines = {}

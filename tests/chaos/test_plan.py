@@ -97,3 +97,12 @@ def test_memory_that_grows_is_told_from_memory_that_fills() -> None:
     memory.add("fills", 2, [(s, 100 + 50 * min(minute, 1.0)) for s, minute in minutes])
     memory.add("young", 3, [(s, 100 + 50 * minute) for s, minute in minutes if minute < 1.5])
     assert [name for name, _ in memory.growing()] == ["leaks (pid 1)"]
+
+
+def test_a_cache_may_be_used_for_the_first_time_late() -> None:
+    minutes = [(float(s), s / 60) for s in range(0, 180, 2)]
+    filling = [(s, 100 + 8 * max(minute - 1.0, 0.0)) for s, minute in minutes]
+    for fills_mb, grows in [(0.0, True), (16.0, False)]:
+        memory = Memory(fills_mb)
+        memory.add("engine", 1, filling)
+        assert bool(memory.growing()) is grows

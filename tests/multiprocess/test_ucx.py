@@ -136,7 +136,7 @@ def test_a_killed_worker_is_noticed_in_flight_and_its_rows_go_to_the_replica(pai
     pending = pair.dispatcher.dispatch(0, *step)
     first.kill()
     torch.testing.assert_close(pending.combine(), expected(0, *step))
-    assert [lost.worker_id for lost in pair.dispatcher.lost_peers()] == ["w0"]
+    assert [lost.worker_id for lost in pair.dispatcher.peers.take_lost()] == ["w0"]
     assert 0 < pair.dispatcher.replayed_rows < 1000
     assert second.ask(stats=1)["refused"] == {}
 
@@ -149,7 +149,7 @@ def test_a_stopped_worker_is_given_up_and_what_it_says_later_harms_nothing(pair:
         pair.dispatcher.begin_step(1)
         y_TD = pair.dispatcher.dispatch(0, *step).combine()
         torch.testing.assert_close(y_TD, expected(0, *step))
-    (lost,) = pair.dispatcher.lost_peers()
+    (lost,) = pair.dispatcher.peers.take_lost()
     assert lost.worker_id == "w0"
     assert "no reply within 1 s" in lost.reason or "UCX" in lost.reason
     first.process.send_signal(signal.SIGCONT)
@@ -171,7 +171,7 @@ def test_a_stopped_worker_is_replaced_amid_the_step_and_used_again_when_it_goes_
         torch.testing.assert_close(dispatcher.dispatch(0, *step).combine(), expected(0, *step))
 
     def slowness() -> float:
-        paces = {pace.worker_id: pace.row_s for pace in dispatcher.paces()}
+        paces = {pace.worker_id: pace.row_s for pace in dispatcher.peers.paces()}
         return paces["w0"] / paces["w1"]
 
     for seed in range(20):
@@ -183,14 +183,14 @@ def test_a_stopped_worker_is_replaced_amid_the_step_and_used_again_when_it_goes_
             run(num_tokens, seed)
             if dispatcher.failovers > failovers:
                 break
-        assert {late.worker_id for late in dispatcher.late_peers()} == {"w0"}
+        assert {late.worker_id for late in dispatcher.peers.take_late()} == {"w0"}
         first.process.send_signal(signal.SIGCONT)
         # It is tried again as seldom as it was slow, and then used as it deserves.
         small = random_step(4, seed=3)
         while dispatcher._abandoned or slowness() > 4:
             dispatcher.begin_step(1)
             dispatcher.dispatch(0, *small).combine()
-    assert dispatcher.lost_peers() == []
+    assert dispatcher.peers.take_lost() == []
     mesh.close()
 
 

@@ -54,16 +54,16 @@ class Rig:
     def hold_replies_of(self, *workers: Worker) -> None:
         """Nothing of what these say arrives before the transport's release."""
         sessions = {
-            peer.reply_session
+            self.dispatcher.peers[worker.worker_id].reply_session
             for worker in workers
-            if (peer := self.dispatcher._peers.get(worker.worker_id)) is not None
+            if worker.worker_id in self.dispatcher.peers
         }
         self.transport.faults.held = lambda tag: wire.decode(tag).session in sessions
 
     @property
     def num_frames_held(self) -> int:
         """Between steps: frames that are neither free nor forgotten."""
-        return self.dispatcher._num_frames - len(self.dispatcher._free_frames)
+        return self.dispatcher._frames.num_frames - self.dispatcher._frames.num_free
 
     def end(self) -> None:
         for worker in self.workers:
@@ -173,7 +173,7 @@ def test_rows_that_a_failed_step_left_away_do_not_leak(rig: Rig) -> None:
 def test_a_routing_that_was_on_its_way_does_not_bring_a_lost_session_back(rig: Rig) -> None:
     worker = rig.worker("all", 0, 1, 2, 3)
     stale = connect(rig.dispatcher, rig.transport, rig.workers)
-    rig.dispatcher._lose(rig.dispatcher._peers["all"], "no reply")
+    rig.dispatcher.peers.lose(rig.dispatcher.peers["all"], "no reply")
     worker.plane.disconnect("gateway", stale.peers[0].session)
     rig.dispatcher.set_routing(stale)
     rig.run(2)
@@ -234,7 +234,7 @@ def test_a_dead_worker_voids_its_rows_and_is_reported(rig: Rig) -> None:
     rig.transports["victim"].die()
     pending.combine()
     assert list(rig.dispatcher.void_rows()) == [(0, 1)]
-    assert [lost.worker_id for lost in rig.dispatcher.lost_peers()] == ["victim"]
+    assert [lost.worker_id for lost in rig.dispatcher.peers.take_lost()] == ["victim"]
     got, _ = rig.run(8, seed=5)
     assert got.isfinite().all()
 
@@ -264,7 +264,7 @@ def test_replicas_share_the_rows(rig: Rig) -> None:
     rows = [sum(worker.plane.stats().rows.values()) for worker in (first, second)]
     assert sum(rows) == 8 * 32
     assert min(rows) > 0
-    assert [pace.worker_id for pace in rig.dispatcher.paces()] == ["first", "second"]
+    assert [pace.worker_id for pace in rig.dispatcher.peers.paces()] == ["first", "second"]
 
 
 def test_answers_do_not_depend_on_how_rows_are_shared() -> None:
@@ -304,10 +304,10 @@ def test_late_rows_go_to_a_replica_and_the_late_reply_harms_nobody(rig: Rig) -> 
     got, want = rig.run(16)
     torch.testing.assert_close(got, want)
     assert rig.dispatcher.void_rows() == {}
-    ((name, reason),) = [(p.worker_id, p.reason) for p in rig.dispatcher.late_peers()]
+    ((name, reason),) = [(p.worker_id, p.reason) for p in rig.dispatcher.peers.take_late()]
     assert name == "late"
     assert "no reply to" in reason
-    assert rig.dispatcher.lost_peers() == []
+    assert rig.dispatcher.peers.take_lost() == []
     # While it is late, it is sent nothing more.
     before = late.plane.stats().rows
     for seed in range(4):
@@ -353,7 +353,7 @@ def test_rows_wait_for_a_slow_worker_that_nobody_can_replace(rig: Rig) -> None:
     asked: list[str] = []
 
     def on_late() -> None:
-        asked.extend(peer.worker_id for peer in rig.dispatcher.late_peers())
+        asked.extend(peer.worker_id for peer in rig.dispatcher.peers.take_late())
         rig.num_late += 1
         if rig.num_late == 3:
             rig.transport.release()
@@ -382,7 +382,7 @@ def test_each_worker_is_timed_by_its_own_reply(rig: Rig) -> None:
 
     rig.dispatcher.on_late = on_late
     pending.combine()
-    pace_s = {pace.worker_id: pace.dispatch_s for pace in rig.dispatcher.paces()}
+    pace_s = {pace.worker_id: pace.dispatch_s for pace in rig.dispatcher.peers.paces()}
     assert pace_s["prompt"] < pace_s["slow"]
 
 
@@ -398,7 +398,7 @@ def test_a_worker_can_be_dropped_in_the_middle_of_a_step(rig: Rig) -> None:
         pb.DropPeer(worker_id="nobody", reply_session=session),
         pb.DropPeer(worker_id="hung", reply_session=session, reason="it does not answer"),
     ]
-    rig.dispatcher.on_late = lambda: rig.dispatcher.drop(orders.pop(0))
+    rig.dispatcher.on_late = lambda: rig.dispatcher.peers.drop(orders.pop(0))
     x_TD, _, weights_TK = random_step(2)
     ids_TK = torch.tensor([[0, 2], [2, 3]])
     rig.dispatcher.begin_step(1)
@@ -407,11 +407,12 @@ def test_a_worker_can_be_dropped_in_the_middle_of_a_step(rig: Rig) -> None:
     ((row, error),) = rig.dispatcher.void_rows().items()
     assert (row, error.coming) == ((0, 0), True)
     assert "worker hung: it does not answer" in str(error)
-    assert [lost.worker_id for lost in rig.dispatcher.lost_peers()] == ["hung"]
+    assert [lost.worker_id for lost in rig.dispatcher.peers.take_lost()] == ["hung"]
     assert orders == []
     # A plan that was on its way meanwhile names it still: it is not connected again by that.
     rig.dispatcher.set_routing(routing)
-    assert rig.dispatcher._peers.keys() == {"fine"}
+    assert "fine" in rig.dispatcher.peers
+    assert "hung" not in rig.dispatcher.peers
 
 
 @pytest.mark.usefixtures("impatient")
@@ -535,10 +536,10 @@ def test_a_worker_that_answers_with_garbage_is_taken_off_and_reported(rig: Rig) 
             got = rig.dispatcher.dispatch(LAYER, x_TD, ids_TK, weights_TK).combine()
             torch.testing.assert_close(got, expected(LAYER, x_TD, ids_TK, weights_TK))
         assert rogue.num_dispatches == 3
-        (fault,) = rig.dispatcher.expert_faults()
+        (fault,) = rig.dispatcher.peers.take_expert_faults()
         assert (fault.worker_id, fault.expert.index) == ("rogue", 2)
         assert words in fault.reason
-        assert rig.dispatcher.lost_peers() == []
+        assert rig.dispatcher.peers.take_lost() == []
         rig.workers[1].plane.stop()
     rig.workers = []
 
@@ -561,7 +562,7 @@ def test_one_good_answer_excuses_the_bad_ones_before_it(rig: Rig) -> None:
         rig.dispatcher.begin_step(1)
         rig.dispatcher.dispatch(LAYER, *step).combine()
         assert len(rig.dispatcher.void_rows()) == num_void
-    assert rig.dispatcher.expert_faults() == []
+    assert rig.dispatcher.peers.take_expert_faults() == []
 
 
 def test_nobody_waits_for_an_expert_whose_only_worker_cannot_compute_it(rig: Rig) -> None:
@@ -582,7 +583,7 @@ def test_nobody_waits_for_an_expert_whose_only_worker_cannot_compute_it(rig: Rig
         coming.append(error.coming)
         assert "worker w: refused the rows: out_of_memory" in str(error)
     assert coming == [True, True, False, False, False]
-    (fault,) = rig.dispatcher.expert_faults()
+    (fault,) = rig.dispatcher.peers.take_expert_faults()
     assert "out_of_memory" in fault.reason
 
 
@@ -604,7 +605,7 @@ def test_a_silent_worker_is_given_up_after_the_reply_timeout(rig: Rig) -> None:
     rig.transports["silent"].faults.drop = lambda tag: True
     rig.run(4)
     assert len(rig.dispatcher.void_rows()) == 4
-    (lost,) = rig.dispatcher.lost_peers()
+    (lost,) = rig.dispatcher.peers.take_lost()
     assert (lost.worker_id, lost.reason) == ("silent", "no reply within 1 s")
 
 
@@ -619,7 +620,7 @@ def test_a_refusal_moves_the_rows_to_a_replica(rig: Rig) -> None:
     assert rig.dispatcher.void_rows() == {}
     # Once for the message of all four, once for the one that was at fault.
     assert moved.plane.stats().refused == {"unknown_expert": 2}
-    assert rig.dispatcher.lost_peers() == []
+    assert rig.dispatcher.peers.take_lost() == []
 
 
 def test_an_expert_that_fails_is_refused_and_the_worker_serves_on(rig: Rig) -> None:
