@@ -13,7 +13,7 @@ over the bandwidth that a copy reaches in the same run.
 On one GPU the papers' "experts per layer = number of GPUs" is one expert: a dense model. ``many``
 is their 16 x 16 with as many workers, which share the GPU under MPS. The baseline is *monolith*
 there; on n GPUs it is every TP x PP = n (``--baseline tp2pp2`` for one), a rank a GPU. With
-``--device cpu`` everything runs in float32, ranks over gloo:
+``--device cpu`` everything runs small and in float32, ranks over gloo:
 ``--model tiny --quick --device cpu --baseline tp2pp2``.
 """
 
@@ -106,10 +106,24 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-def model_of(name: str, gpus: int) -> tuple[dict[str, Any], int]:
+_SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "head_dim": 8,
+    "vocab_size": 256,
+}
+
+
+def model_of(name: str, device: str) -> tuple[dict[str, Any], int]:
     """Its settings and number of workers: with several GPUs one each, and of ``one`` an expert
-    each, as the papers have it."""
+    each, as the papers have it. On a CPU it is narrow and shallow, its experts as many."""
     settings, workers = MODELS[name]
+    if device == "cpu":
+        kv_heads = min(8, settings["num_key_value_heads"])
+        return settings | _SMALL | {"num_key_value_heads": kv_heads}, workers
+    gpus = torch.cuda.device_count()
     if name == "one" and gpus > 1:
         settings = settings | {"num_local_experts": gpus}
     return settings, max(workers, gpus)
@@ -349,7 +363,9 @@ def main(
         list[str] | None, typer.Option(help="Splits; without, all of the number of GPUs.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where the JSON goes too.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, in float32, is to see that it runs.")] = "cuda",
+    device: Annotated[
+        str, typer.Option(help="cpu: small and in float32, to see that it runs.")
+    ] = "cuda",
     quick: Annotated[bool, typer.Option(help="Small, to see that it runs.")] = False,
     only: Annotated[bool, typer.Option(help="One side of one model, in this process.")] = False,
 ) -> None:
@@ -359,15 +375,15 @@ def main(
         work = Work(2, 200, 50, 10, (1, 4), 512)
     quiet = structlog.make_filtering_bound_logger(logging.WARNING)
     structlog.configure(wrapper_class=quiet)
-    gpus = torch.cuda.device_count() if device != "cpu" else 0
     if only:
         # Before this process has a context: it must be a client of the service like its workers.
         alone = side[0] in ("ours", "two")
         with mps.sharing() if alone else nullcontext(), torch.inference_mode():
-            found = _measured(side[0], *model_of(model[0], gpus), work, device)
+            found = _measured(side[0], *model_of(model[0], device), work, device)
             found["device"] = device if device == "cpu" else torch.cuda.get_device_name()
         print(json.dumps(found), flush=True)
         return
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
     splits = baseline or [split.name for split in Split.all_of(gpus) if gpus > 1]
     peers = [f"transformers-tp{gpus}"] if gpus > 1 else []
     side = [*side, *peers, *(Split.parse(split).name for split in splits)]
