@@ -124,7 +124,9 @@ def layer(
             *(f"{t / best:.2f}" for t in (line.ours, line.two)),
             f"{line.error:.1e}",
         )
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, 130)  # columns that are cut tell nothing
+    console.print(table)
 
 
 def run(shape: Shape, sizes: Sequence[int], repeat: int) -> list[Line]:
