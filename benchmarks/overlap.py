@@ -21,7 +21,8 @@ import torch
 import typer
 
 from cli import mps
-from cli.bench_layer import WORKERS, Shape, Step, _ask, _mesh
+from cli.bench_layer import Step, layer_mesh
+from cli.layer_shape import Shape
 from mesh.device import open_device
 
 Interval = tuple[float, float]
@@ -139,7 +140,7 @@ def main(
         shape = Shape(hidden, mlp_hidden, "gated", count, 1, count, device, dtype_name)
         name = torch.cuda.get_device_name(where) if gpus else "CPU"
         sizes = [int(size) for size in rows.split(",")]
-        with _mesh(shape, where, dtype, 2 * max(sizes)) as dispatcher:
+        with layer_mesh(shape, where, dtype, 2 * max(sizes)) as mesh:
             for size in sizes:
                 batches = [
                     (
@@ -149,14 +150,13 @@ def main(
                     )
                     for _ in range(2)
                 ]
-                step = Step(dispatcher, batches)
+                step = Step(mesh.dispatcher, batches)
                 for _ in range(10):
                     step.run_on()
-                for worker in WORKERS:
-                    _ask(worker, {"served": True})
+                mesh.served()
                 for _ in range(steps):
                     step.run_on()
-                stages = [lanes(_ask(worker, {"served": True})["served"]) for worker in WORKERS]
+                stages = [lanes(served) for served in mesh.served()]
                 step.land()
                 found = shares(stages)
                 stem = out / f"overlap-{size}"

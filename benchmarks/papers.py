@@ -11,8 +11,10 @@ The floor of TPOT is the bytes that a step must read (weights that have rows, ke
 over the bandwidth that a copy reaches in the same run.
 
 On one GPU the papers' "experts per layer = number of GPUs" is one expert: a dense model. ``many``
-is their 16 x 16 with as many workers, which share the GPU under MPS. The baseline's tensor and
-pipeline parallelism are 1 x 1 there; other splits need more GPUs and are not written.
+is their 16 x 16 with as many workers, which share the GPU under MPS. The baseline is *monolith*
+there; on n GPUs it is every TP x PP = n (``--baseline tp2pp2`` for one), a rank a GPU. With
+``--device cpu`` everything runs small and in float32, ranks over gloo:
+``--model tiny --quick --device cpu --baseline tp2pp2``.
 """
 
 from __future__ import annotations
@@ -20,16 +22,15 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import random
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -38,8 +39,11 @@ import structlog
 import torch
 import typer
 
-from benchmarks.random_model import checkpoint_on, config_of, mesh_of
+from benchmarks.baselines.shards import Split
+from benchmarks.random_model import checkpoint_on, config_of, mesh_of, save_random
+from benchmarks.work import Work, prompt
 from cli import mps
+from cli.ranks import run_ranks
 from gateway.engine import Engine, MeshExperts
 from gateway.kv_blocks import BlockAllocator
 from gateway.model.decoder import Decoder
@@ -102,25 +106,32 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-@dataclass(frozen=True)
-class Work:
-    """What is asked of each side."""
-
-    prefill_prompts: int
-    prefill_len: int
-    decode_len: int
-    num_new: int
-    batches: tuple[int, ...]
-    max_batch_tokens: int
-
-    @property
-    def max_len(self) -> int:
-        return max(self.prefill_len + 1, self.decode_len + self.num_new)
+_SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "head_dim": 8,
+    "vocab_size": 256,
+}
 
 
-def prompt(length: int, vocab_size: int, seed: int) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(vocab_size) for _ in range(length)]
+def model_of(name: str, device: str) -> tuple[dict[str, Any], int]:
+    """Its settings and number of workers: with several GPUs one each, and of ``one`` an expert
+    each, as the papers have it. On a CPU it is narrow and shallow, its experts as many."""
+    settings, workers = MODELS[name]
+    if device == "cpu":
+        kv_heads = min(8, settings["num_key_value_heads"])
+        return settings | _SMALL | {"num_key_value_heads": kv_heads}, workers
+    gpus = torch.cuda.device_count()
+    if name == "one" and gpus > 1:
+        settings = settings | {"num_local_experts": gpus}
+    return settings, max(workers, gpus)
+
+
+def dtype_on(device: torch.device) -> torch.dtype:
+    """A CPU is for seeing that it runs, and that tokens are the same."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 class Side:
@@ -194,12 +205,12 @@ def decoder_of(
     config: ModelConfig, device: torch.device, work: Work
 ) -> Iterator[tuple[Decoder, KvCache]]:
     """The gateway's part of the model and room for all sequences."""
-    decoder = Decoder.load(config, checkpoint_on(device), device, torch.bfloat16)
+    decoder = Decoder.load(config, checkpoint_on(device), device, dtype_on(device))
     blocks = max(
         max(work.batches) * -(-(work.decode_len + work.num_new) // _BLOCK),
         2 * -(-(work.prefill_len + 1) // _BLOCK) + 2,
     )
-    yield decoder, KvCache(config, blocks, _BLOCK, device, torch.bfloat16)
+    yield decoder, KvCache(config, blocks, _BLOCK, device, dtype_on(device))
     del decoder
     gc.collect()
     torch.cuda.empty_cache()
@@ -210,9 +221,10 @@ def ours(
 ) -> dict[str, Any]:
     """The mesh."""
     device, config = open_device(where), config_of(settings)
+    dtype_name = str(dtype_on(device)).removeprefix("torch.")
     with (
         decoder_of(config, device, work) as (decoder, kv),
-        mesh_of(settings, workers, device, "bfloat16", work.max_batch_tokens) as dispatcher,
+        mesh_of(settings, workers, device, dtype_name, work.max_batch_tokens) as dispatcher,
     ):
         if device.type == "cuda":
             from gateway.model.decode_graphs import DecodeGraphs
@@ -221,30 +233,44 @@ def ours(
         return Side(config, decoder, kv, dispatcher, work, micro_batches).measure()
 
 
-def monolith(settings: dict[str, Any], work: Work) -> dict[str, Any]:
-    """The baseline."""
+def monolith(settings: dict[str, Any], work: Work, where: str) -> dict[str, Any]:
+    """The baseline on one device."""
     from benchmarks.baselines.monolith import ExpertsHere, WholeStep
 
-    device, config = torch.device("cuda", 0), config_of(settings)
+    device, config = open_device(where), config_of(settings)
     with decoder_of(config, device, work) as (decoder, kv):
-        experts = ExpertsHere(config, checkpoint_on(device), device)
-        graphs: Any = WholeStep(decoder, kv, experts, work.max_len)
-        decoder.use_graphs(graphs)
+        experts: Any = ExpertsHere(config, checkpoint_on(device), device, dtype_on(device))
+        if device.type == "cuda":
+            graphs: Any = WholeStep(decoder, kv, experts, work.max_len)
+            decoder.use_graphs(graphs)
         return Side(config, decoder, kv, experts, work, 1).measure()
 
 
-def transformers(settings: dict[str, Any], work: Work) -> dict[str, Any]:
+def parallel(settings: dict[str, Any], work: Work, split: Split, where: str) -> dict[str, Any]:
+    """The baseline on as many devices as the split has ranks."""
+    from benchmarks.baselines.parallel import measure
+
+    dtype = str(dtype_on(torch.device(where))).removeprefix("torch.")
+    order = {"settings": settings, "work": asdict(work), "split": split.name, "dtype": dtype}
+    found: dict[str, Any] = run_ranks(measure, split.num_ranks, where, order)
+    return found
+
+
+def transformers(settings: dict[str, Any], work: Work, where: str) -> dict[str, Any]:
     """The peer, its weights under the same names."""
     from transformers import MixtralConfig, MixtralForCausalLM
     from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
-    device = torch.device("cuda", 0)
+    from benchmarks.baselines.transformers_peer import measure_model
+
+    device = open_device(where)
+    dtype = dtype_on(device)
     kept = {k: v for k, v in settings.items() if k not in ("architectures", "torch_dtype")}
-    config = MixtralConfig(**kept, dtype=torch.bfloat16, attn_implementation="sdpa")
+    config = MixtralConfig(**kept, dtype=dtype, attn_implementation="sdpa")
     config._experts_implementation = "grouped_mm"
     with torch.device("meta"):
         model = MixtralForCausalLM(config).eval()
-    model.to(torch.bfloat16).to_empty(device=device)
+    model.to(dtype).to_empty(device=device)
     model.model.rotary_emb = MixtralRotaryEmbedding(config).to(device)
     checkpoint = checkpoint_on(device)
     for name, parameter in model.named_parameters():
@@ -262,46 +288,18 @@ def transformers(settings: dict[str, Any], work: Work) -> dict[str, Any]:
                 parameter.data[index] = checkpoint.tensor(stored, hidden[::-1])
         else:
             parameter.data.copy_(checkpoint.tensor(name, tuple(parameter.shape)))
-    vocab = settings["vocab_size"]
-    found: dict[str, Any] = {"tpot_ms": {}}
+    return measure_model(model, work, settings["vocab_size"], device)
 
-    def prefill(count: int, length: int) -> Any:
-        ids = torch.tensor([prompt(length, vocab, n) for n in range(count)], device=device)
-        return model(ids, use_cache=True, logits_to_keep=1)
 
-    def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-        torch.cuda.synchronize()
-        began_s = time.perf_counter()
-        out = call()
-        torch.cuda.synchronize()
-        return time.perf_counter() - began_s, out
+def transformers_tp(settings: dict[str, Any], work: Work, ranks: int, where: str) -> dict[str, Any]:
+    """The peer by its own tensor plan, from a checkpoint that it reads itself."""
+    from benchmarks.baselines.transformers_peer import measure
 
-    with torch.inference_mode():
-        prefill(1, work.prefill_len)
-        seconds = [timed(lambda: prefill(1, work.prefill_len))[0] for _ in range(4)]
-        found["prefill_tokens_per_s"] = work.prefill_len / median(seconds)
-        for batch in work.batches:
-            outs = [prefill(min(8, batch - n), work.decode_len) for n in range(0, batch, 8)]
-            cache = outs[0].past_key_values
-            for out in outs[1:]:
-                for mine, theirs in zip(cache.layers, out.past_key_values.layers, strict=True):
-                    mine.keys = torch.cat([mine.keys, theirs.keys])
-                    mine.values = torch.cat([mine.values, theirs.values])
-            token = torch.cat([out.logits[:, -1] for out in outs]).argmax(-1, keepdim=True)
-            if batch > 8:
-                token = token[:1].expand(batch, 1).contiguous()
-            del outs
-            tokens, times = [int(token[0])], []
-            for _ in range(min(16, work.num_new - 1)):
-                step = partial(model, token, past_key_values=cache, use_cache=True)
-                seconds_of, out = timed(step)
-                token = out.logits[:, -1].argmax(-1, keepdim=True)
-                times.append(seconds_of)
-                tokens.append(int(token[0]))
-            found["tpot_ms"][batch] = median(times[2:]) * 1e3
-            found["tokens"] = found.get("tokens", tokens)
-            del cache, out, step
-            torch.cuda.empty_cache()
+    with tempfile.TemporaryDirectory() as directory:
+        device = open_device(where)
+        save_random(settings, Path(directory), device, dtype_on(device))
+        order = {"directory": directory, "work": asdict(work)}
+        found: dict[str, Any] = run_ranks(measure, ranks, where, order)
     return found
 
 
@@ -355,14 +353,19 @@ def _seconds(run: Callable[[], object]) -> float:
 
 def main(
     model: Annotated[list[str], typer.Option(help=", ".join(MODELS))] = ["one"],  # noqa: B006
-    side: Annotated[list[str], typer.Option(help="ours, two, monolith, transformers")] = [  # noqa: B006
-        "ours",
-        "two",
-        "monolith",
-        "transformers",
-    ],
+    side: Annotated[
+        list[str],
+        typer.Option(
+            help="ours, two, monolith, transformers, transformers-tp2, a baseline such as tp2pp2"
+        ),
+    ] = ["ours", "two", "monolith", "transformers"],  # noqa: B006
+    baseline: Annotated[
+        list[str] | None, typer.Option(help="Splits; without, all of the number of GPUs.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Where the JSON goes too.")] = None,
-    device: Annotated[str, typer.Option(help="cpu: ours alone, to see that it runs.")] = "cuda",
+    device: Annotated[
+        str, typer.Option(help="cpu: small and in float32, to see that it runs.")
+    ] = "cuda",
     quick: Annotated[bool, typer.Option(help="Small, to see that it runs.")] = False,
     only: Annotated[bool, typer.Option(help="One side of one model, in this process.")] = False,
 ) -> None:
@@ -376,10 +379,14 @@ def main(
         # Before this process has a context: it must be a client of the service like its workers.
         alone = side[0] in ("ours", "two")
         with mps.sharing() if alone else nullcontext(), torch.inference_mode():
-            found = _measured(side[0], *MODELS[model[0]], work, device)
+            found = _measured(side[0], *model_of(model[0], device), work, device)
             found["device"] = device if device == "cpu" else torch.cuda.get_device_name()
         print(json.dumps(found), flush=True)
         return
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    splits = baseline or [split.name for split in Split.all_of(gpus) if gpus > 1]
+    peers = [f"transformers-tp{gpus}"] if gpus > 1 else []
+    side = [*side, *peers, *(Split.parse(split).name for split in splits)]
     results: dict[str, Any] = {}
     for name in model:
         results[name] = {}
@@ -390,9 +397,21 @@ def main(
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
             found = results[name][one] = json.loads(lines[-1]) if lines else {"failed": "no word"}
+            if "tokens" in found:
+                first = next(
+                    other["tokens"] for other in results[name].values() if "tokens" in other
+                )
+                found["tokens_agree"] = agreeing(first, found["tokens"])
             print(f"{name:10} {one:13}", json.dumps(found)[:700], flush=True)
             if out is not None:
                 out.write_text(json.dumps(results, indent=1))
+
+
+def agreeing(one: list[int], other: list[int]) -> str:
+    """How many of the first tokens of both are equal, of how many there are of both."""
+    pairs = list(zip(one, other, strict=False))
+    equal = next((n for n, (a, b) in enumerate(pairs) if a != b), len(pairs))
+    return f"{equal} of {len(pairs)}"
 
 
 def _measured(
@@ -403,7 +422,12 @@ def _measured(
             return floors(settings, work)
         if side in ("ours", "two"):
             return ours(settings, workers, work, 1 if side == "ours" else 2, device)
-        return (monolith if side == "monolith" else transformers)(settings, work)
+        if side in ("monolith", "transformers"):
+            return (monolith if side == "monolith" else transformers)(settings, work, device)
+        if side.startswith("transformers-tp"):
+            ranks = int(side.removeprefix("transformers-tp"))
+            return transformers_tp(settings, work, ranks, device)
+        return parallel(settings, work, Split.parse(side), device)
     except (Exception, SystemExit) as error:  # the other sides are still worth having
         traceback.print_exc()
         return {"failed": repr(error)[:300]}

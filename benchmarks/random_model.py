@@ -6,7 +6,6 @@ Workers are ``python -m benchmarks.random_model``, as :mod:`cli.layer_worker` bu
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 import zlib
@@ -16,8 +15,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors.torch import save_file
 
-from cli.bench_layer import WORKERS, _ask, end_workers
+from cli.bench_mesh import bench_mesh
 from cli.layer_worker import answer_asked
 from expert_worker.expert_mlp import load_expert
 from expert_worker.expert_store import ExpertStore
@@ -26,10 +26,6 @@ from mesh.checkpoint import INDEX_FILE, Checkpoint
 from mesh.device import open_device
 from mesh.model_config import ModelConfig
 from mesh.plan import ExpertId
-from mesh.transport.ucx import UcxTransport
-from mesh.transport.waiting import SPIN_S
-from protos import engine_pb2 as pb
-from protos import placement_pb2
 
 
 class RandomCheckpoint:
@@ -72,6 +68,50 @@ def checkpoint_on(device: torch.device) -> Checkpoint:
     return cast(Checkpoint, RandomCheckpoint(device))
 
 
+def save_random(
+    settings: dict[str, Any], directory: Path, device: torch.device, dtype: torch.dtype
+) -> None:
+    """The same weights as files, a layer in each, for who must read them: of Mixtral's kind."""
+    checkpoint = RandomCheckpoint(device)
+    width, heads = settings["hidden_size"], settings["num_attention_heads"]
+    dim = settings.get("head_dim", width // heads)
+    q, kv = heads * dim, settings["num_key_value_heads"] * dim
+    hidden, vocab = settings["intermediate_size"], settings["vocab_size"]
+    of_layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm": (width,),
+        "post_attention_layernorm": (width,),
+        "self_attn.q_proj": (q, width),
+        "self_attn.k_proj": (kv, width),
+        "self_attn.v_proj": (kv, width),
+        "self_attn.o_proj": (width, q),
+        "block_sparse_moe.gate": (settings["num_local_experts"], width),
+    }
+    for index in range(settings["num_local_experts"]):
+        prefix = f"block_sparse_moe.experts.{index}"
+        of_layer |= {f"{prefix}.{part}": (hidden, width) for part in ("w1", "w3")}
+        of_layer[f"{prefix}.w2"] = (width, hidden)
+    files: list[dict[str, tuple[int, ...]]] = [
+        {"model.embed_tokens": (vocab, width), "model.norm": (width,), "lm_head": (vocab, width)}
+    ]
+    for layer in range(settings["num_hidden_layers"]):
+        files.append({f"model.layers.{layer}.{name}": shape for name, shape in of_layer.items()})
+    where = {}
+    for number, file in enumerate(files):
+        tensors = {f"{n}.weight": shape for n, shape in file.items()}
+        # A router's weights follow from the name that a decoder looks for first.
+        made = {
+            n: checkpoint.tensor(
+                n.replace("block_sparse_moe.gate", "mlp.gate"), shape, dtype=dtype
+            ).cpu()
+            for n, shape in tensors.items()
+        }
+        save_file(made, directory / f"part-{number}.safetensors", {"format": "pt"})
+        where |= dict.fromkeys(made, f"part-{number}.safetensors")
+    (directory / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    name = str(dtype).removeprefix("torch.")
+    (directory / "config.json").write_text(json.dumps(settings | {"torch_dtype": name}))
+
+
 def config_of(settings: dict[str, Any]) -> ModelConfig:
     """The model that a config.json of these settings describes."""
     with tempfile.TemporaryDirectory() as directory:
@@ -82,59 +122,43 @@ def config_of(settings: dict[str, Any]) -> ModelConfig:
 
 @contextmanager
 def mesh_of(
-    settings: dict[str, Any], num_workers: int, device: torch.device, dtype: str, max_tokens: int
+    settings: dict[str, Any],
+    num_workers: int,
+    device: torch.device,
+    dtype: str,
+    max_tokens: int,
 ) -> Iterator[Dispatcher]:
     """Workers that hold every expert between them, and a dispatcher connected to them."""
     config = config_of(settings)
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-    transport = UcxTransport(cuda=device.type == "cuda")
-    routing = pb.Routing(epoch=1)
-    max_rows = min(65535, max_tokens * config.experts_per_token)
-    processes = WORKERS
-    processes.clear()
-    try:
-        for number in range(num_workers):
-            order = {
-                "settings": settings,
-                "number": number,
-                "of": num_workers,
-                "device": f"cuda:{(number + 1) % gpus}" if gpus else "cpu",
-                "dtype": dtype,
-                "max_rows": max_rows,
-            }
-            command = [sys.executable, "-m", "benchmarks.random_model", json.dumps(order)]
-            pipe = subprocess.PIPE
-            processes.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True))
-        for number, process in enumerate(processes):
-            address = _ask(process, None)["address"]
-            order = {"address": transport.address.hex(), "session": number}
-            routing.peers.add(
-                worker_id=f"worker-{number}",
-                ucx_address=bytes.fromhex(address),
-                session=_ask(process, order)["session"],
-                reply_session=number,
-                max_rows=max_rows,
-            )
-        for layer in config.moe_layers:
-            for index in range(config.num_experts):
-                routing.experts.add(
-                    expert=placement_pb2.ExpertId(layer=layer, index=index),
-                    worker_ids=[f"worker-{index % num_workers}"],
-                )
-        dispatcher = Dispatcher(
-            transport,
-            config,
-            device=device,
-            dtype=getattr(torch, dtype),
-            max_tokens=max_tokens,
-            reply_timeout_s=60.0,
-            spin_s=SPIN_S[device.type],
-        )
-        dispatcher.set_routing(routing)
-        yield dispatcher
-        dispatcher.close()
-    finally:
-        end_workers(processes, timeout_s=20)
+    orders = [
+        {
+            "settings": settings,
+            "number": number,
+            "of": num_workers,
+            "device": f"cuda:{(number + 1) % gpus}" if gpus else "cpu",
+            "dtype": dtype,
+        }
+        for number in range(num_workers)
+    ]
+    with bench_mesh(
+        "benchmarks.random_model",
+        orders,
+        [_held(config, number, num_workers) for number in range(num_workers)],
+        config,
+        device=device,
+        dtype=getattr(torch, dtype),
+        max_tokens=max_tokens,
+        max_rows=min(65535, max_tokens * config.experts_per_token),
+        reply_timeout_s=60.0,
+    ) as mesh:
+        yield mesh.dispatcher
+
+
+def _held(config: ModelConfig, number: int, of: int) -> list[ExpertId]:
+    """What worker ``number`` of so many holds."""
+    mine = range(number, config.num_experts, of)
+    return [ExpertId(layer, index) for layer in config.moe_layers for index in mine]
 
 
 def main() -> None:
@@ -149,8 +173,7 @@ def main() -> None:
         memory_bytes=1 << 40,
         worker_id=str(order["number"]),
     )
-    mine = range(order["number"], config.num_experts, order["of"])
-    store.load([ExpertId(layer, index) for layer in config.moe_layers for index in mine])
+    store.load(_held(config, order["number"], order["of"]))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()

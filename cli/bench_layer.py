@@ -2,25 +2,28 @@
 
 In one run and behind a check against float32: the *floor*, which is the busiest worker's expert
 alone on the GPU that it has; ours with one micro-batch; ours with two, whose rows pass each other
-under way. Each token goes to ``--top-k`` experts, drawn evenly.
+under way; and the reference, the same layer by collectives over as many ranks. Each token goes to
+``--top-k`` experts, drawn evenly.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cli import mps
-from mesh.errors import ConfigError, Unavailable
+from cli.bench_mesh import BenchMesh, bench_mesh
+from cli.layer_shape import Shape
+from mesh.errors import ConfigError
+from mesh.plan import ExpertId
 
 if TYPE_CHECKING:
     import torch
@@ -30,24 +33,6 @@ if TYPE_CHECKING:
 _MAX_ERROR = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}
 _WARM_UP = 8
 _GRAPH_ROWS = 256
-
-WORKERS: list[subprocess.Popen[str]] = []
-"""Those of the mesh that is there now."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What is measured."""
-
-    hidden: int
-    mlp_hidden: int
-    kind: str
-    num_experts: int
-    top_k: int
-    workers: int
-    device: str
-    dtype: str
-    native_turn: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +50,11 @@ class Line:
     two: float
     """A step with two micro-batches of half the rows each, one after the other all the time."""
     two_p99: float
+    reference: float = 0.0
+    """The same layer by ``all_to_all_single``, see :mod:`cli.layer_reference`."""
+    reference_p99: float = 0.0
+    reference_error: float = 0.0
+    reference_ranks: int = 0
 
     @property
     def over(self) -> float:
@@ -120,19 +110,27 @@ def layer(
     if as_json:
         typer.echo(json.dumps({**asdict(shape), "lines": [asdict(line) for line in found]}))
         return
-    columns = ("rows", "busiest", "floor us", "ours us", "p99", "over", "two us", "p99", "error")
+    columns = "rows,busiest,floor us,ours us,p99,over,x floor,two us,p99"
+    columns += ",reference us,p99,ours / ref,two / ref,error"
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None)
-    for column in columns:
+    for column in columns.split(","):
         table.add_column(column, justify="right")
     for line in found:
-        times = (line.floor, line.ours, line.ours_p99, line.over, line.two, line.two_p99)
+        best = line.reference
         table.add_row(
-            str(line.rows), str(line.busiest), *(f"{t:.0f}" for t in times), f"{line.error:.1e}"
+            *(str(n) for n in (line.rows, line.busiest)),
+            *(f"{t:.0f}" for t in (line.floor, line.ours, line.ours_p99, line.over)),
+            f"{line.ours / line.floor:.2f}",
+            *(f"{t:.0f}" for t in (line.two, line.two_p99, best, line.reference_p99)),
+            *(f"{t / best:.2f}" for t in (line.ours, line.two)),
+            f"{line.error:.1e}",
         )
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, 130)  # columns that are cut tell nothing
+    console.print(table)
 
 
 def run(shape: Shape, sizes: Sequence[int], repeat: int) -> list[Line]:
@@ -146,122 +144,83 @@ def run(shape: Shape, sizes: Sequence[int], repeat: int) -> list[Line]:
         torch.cuda.set_device(device)
     torch.set_num_threads(1)
     dtype: torch.dtype = getattr(torch, shape.dtype)
-    with torch.inference_mode(), _mesh(shape, device, dtype, max(sizes)) as dispatcher:
-        return [_measure(shape, dispatcher, device, dtype, size, repeat) for size in sizes]
+    with torch.inference_mode(), layer_mesh(shape, device, dtype, max(sizes)) as mesh:
+        lines = [_measure(shape, mesh.dispatcher, device, dtype, size, repeat) for size in sizes]
+    return _beside_reference(shape, lines, repeat)
+
+
+def _beside_reference(shape: Shape, lines: Sequence[Line], repeat: int) -> list[Line]:
+    """The same sizes over a rank a worker, or a rank a GPU where there are fewer: NCCL takes no
+    two ranks on one."""
+    import torch
+
+    from cli.layer_reference import measure
+    from cli.ranks import run_ranks
+
+    ranks = shape.workers
+    if shape.device != "cpu":
+        ranks = min(ranks, torch.cuda.device_count())
+    if shape.num_experts % ranks:
+        ranks = 1
+    sizes = [line.rows for line in lines]
+    order = {"shape": asdict(shape), "sizes": sizes, "repeat": repeat}
+    found = []
+    for line, answer in zip(lines, run_ranks(measure, ranks, shape.device, order), strict=True):
+        error, times = answer["error"], answer["times"]
+        if not error < _MAX_ERROR[shape.dtype]:
+            raise SystemExit(f"the reference is wrong at {line.rows} rows: error {error:.1e}")
+        theirs = {"reference": median(times), "reference_p99": _p99(times)}
+        found.append(replace(line, reference_ranks=ranks, reference_error=error, **theirs))
+    return found
 
 
 @contextmanager
-def _mesh(
+def layer_mesh(
     shape: Shape,
     device: torch.device,
     dtype: torch.dtype,
     max_tokens: int,
     reply_timeout_s: float = 20.0,
-) -> Iterator[Dispatcher]:
-    """Workers with their experts, and a dispatcher that is connected to them."""
+) -> Iterator[BenchMesh]:
+    """Workers with the experts of one layer, and a dispatcher that is connected to them."""
     from types import SimpleNamespace
-    from typing import cast
 
     import torch
 
-    from gateway.dispatch import Dispatcher
-    from mesh.model_config import ModelConfig
-    from mesh.transport.ucx import UcxTransport
-    from mesh.transport.waiting import SPIN_S
-    from protos import engine_pb2 as pb
-    from protos import placement_pb2
+    from cli.layer_worker import LAYER
 
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-    max_rows = min(65535, max_tokens)
-    processes = WORKERS
-    processes.clear()
-    routing = pb.Routing(epoch=1)
-    transport = UcxTransport(cuda=device.type == "cuda")
-    try:
-        for number in range(shape.workers):
-            held = list(range(number, shape.num_experts, shape.workers))
-            order = {
-                "worker_id": f"worker-{number}",
-                "device": f"cuda:{(number + 1) % gpus}" if gpus else "cpu",
-                "dtype": shape.dtype,
-                "threads": 1,
-                "native_turn": shape.native_turn,
-                "hidden": shape.hidden,
-                "mlp_hidden": shape.mlp_hidden,
-                "kind": shape.kind,
-                "experts": held,
-                "num_experts": shape.num_experts,
-                "max_rows": max_rows,
-            }
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "cli.layer_worker", json.dumps(order)],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                )
-            )
-            for index in held:
-                routing.experts.add(
-                    expert=placement_pb2.ExpertId(layer=0, index=index),
-                    worker_ids=[f"worker-{number}"],
-                )
-        for number, process in enumerate(processes):
-            address = _ask(process, None)["address"]
-            session = _ask(process, {"address": transport.address.hex(), "session": number})
-            routing.peers.add(
-                worker_id=f"worker-{number}",
-                ucx_address=bytes.fromhex(address),
-                session=session["session"],
-                reply_session=number,
-                max_rows=max_rows,
-            )
-        config = SimpleNamespace(
-            num_experts=shape.num_experts,
-            hidden_size=shape.hidden,
-            experts_per_token=shape.top_k,
-        )
-        dispatcher = Dispatcher(
-            transport,
-            cast(ModelConfig, config),
-            device=device,
-            dtype=dtype,
-            max_tokens=max_tokens,
-            reply_timeout_s=reply_timeout_s,
-            spin_s=SPIN_S[device.type],
-        )
-        dispatcher.set_routing(routing)
-        yield dispatcher
-        dispatcher.close()
-    finally:
-        end_workers(processes, timeout_s=10)
-
-
-def end_workers(processes: Sequence[subprocess.Popen[str]], timeout_s: float) -> None:
-    """End them by the end of their input, and whoever takes longer at once."""
-    for process in processes:
-        if process.stdin is not None:
-            process.stdin.close()
-    for process in processes:
-        try:
-            process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _ask(process: subprocess.Popen[str], order: dict[str, Any] | None) -> dict[str, Any]:
-    """The next line of a worker that starts with a brace."""
-    if process.stdin is None or process.stdout is None:
-        raise RuntimeError("a subprocess without the pipes that it was to have")
-    if order is not None:
-        process.stdin.write(json.dumps(order) + "\n")
-        process.stdin.flush()
-    for line in process.stdout:
-        if line.startswith("{"):
-            answer: dict[str, Any] = json.loads(line)
-            return answer
-    raise Unavailable(f"a worker ended with {process.wait()}; its words are above")
+    held = [range(number, shape.num_experts, shape.workers) for number in range(shape.workers)]
+    orders = [
+        {
+            "worker_id": f"worker-{number}",
+            "device": f"cuda:{(number + 1) % gpus}" if gpus else "cpu",
+            "dtype": shape.dtype,
+            "threads": 1,
+            "native_turn": shape.native_turn,
+            "hidden": shape.hidden,
+            "mlp_hidden": shape.mlp_hidden,
+            "kind": shape.kind,
+            "experts": list(mine),
+            "num_experts": shape.num_experts,
+        }
+        for number, mine in enumerate(held)
+    ]
+    sizes = SimpleNamespace(
+        num_experts=shape.num_experts, hidden_size=shape.hidden, experts_per_token=shape.top_k
+    )
+    with bench_mesh(
+        "cli.layer_worker",
+        orders,
+        [[ExpertId(LAYER, index) for index in mine] for mine in held],
+        sizes,
+        device=device,
+        dtype=dtype,
+        max_tokens=max_tokens,
+        max_rows=min(65535, max_tokens),
+        reply_timeout_s=reply_timeout_s,
+    ) as mesh:
+        yield mesh
 
 
 def _measure(
@@ -274,30 +233,19 @@ def _measure(
 ) -> Line:
     import torch
 
+    from cli.layer_rows import error_of, exact_layer, rows_of
     from cli.layer_worker import random_expert
 
-    generator = torch.Generator().manual_seed(size)
-    x_TD = torch.randn(size, shape.hidden, generator=generator).to(device, dtype)
-    scores_TE = torch.rand(size, shape.num_experts, generator=generator)
-    weights_TK, ids_TK = scores_TE.topk(shape.top_k, dim=-1)
-    weights_TK, ids_TK = weights_TK.to(device), ids_TK.to(device)
+    x_TD, ids_TK, weights_TK = rows_of(shape, size, device)
     counts = torch.bincount(ids_TK.flatten(), minlength=shape.num_experts).tolist()
     by_worker = [sum(counts[n :: shape.workers]) for n in range(shape.workers)]
 
     step = Step(dispatcher, [(x_TD, ids_TK, weights_TK)])
-    want_TD = torch.zeros(size, shape.hidden, device=device)
-    floor = 0.0
-    for index in range(shape.num_experts):
-        expert = random_expert(index, shape.hidden, shape.mlp_hidden, shape.kind, device, dtype)
-        tokens, ranks = (ids_TK == index).nonzero(as_tuple=True)
-        if len(tokens):
-            exact = _exact(expert, x_TD[tokens])
-            want_TD.index_add_(0, tokens, exact * weights_TK[tokens, ranks, None])
-        if index < shape.workers and by_worker[index] == max(by_worker) and not floor:
-            floor = _alone(expert, max(by_worker), shape, device, dtype)
-        del expert
-    got_TD = step.run()[0]
-    error = float((got_TD.float() - want_TD).norm() / want_TD.norm())
+    busiest = by_worker.index(max(by_worker))
+    expert = random_expert(busiest, shape.hidden, shape.mlp_hidden, shape.kind, device, dtype)
+    floor = _alone(expert, max(by_worker), shape, device, dtype)
+    del expert
+    error = error_of(step.run()[0], exact_layer(shape, x_TD, ids_TK, weights_TK))
     if not error < _MAX_ERROR[shape.dtype]:
         raise SystemExit(f"wrong at {size} rows: relative error {error:.1e} against float32")
     ours = _times(step.run, device, repeat)
@@ -403,20 +351,6 @@ class Step:
         for n, pending in enumerate(self._away):
             self._return(n, pending)
         self._away = []
-
-
-def _exact(expert: Any, x_RD: torch.Tensor) -> torch.Tensor:
-    """The expert in float32."""
-    import torch.nn.functional as F
-
-    up, down = (tensor.float() for tensor in expert.tensors().values())
-    hidden = F.linear(x_RD.float(), up)
-    if up.shape[0] == 2 * down.shape[1]:
-        gate, up_RH = hidden.chunk(2, dim=-1)
-        hidden = F.silu(gate) * up_RH
-    else:
-        hidden = F.gelu(hidden)
-    return F.linear(hidden, down)
 
 
 def _alone(expert: Any, rows: int, shape: Shape, device: torch.device, dtype: torch.dtype) -> float:

@@ -8,7 +8,7 @@ one, grouped ones where it has several.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +16,15 @@ from torch import Tensor
 
 from expert_worker.expert_mlp import load_expert
 from expert_worker.gpu_compute import capture
-from gateway import gpu_kernels
-from gateway.model.batch import ForwardBatch
-from gateway.model.decode_graphs import _Batch
+from gateway.model.batch import Experts, ForwardBatch
 from gateway.model.decoder import Decoder
-from gateway.model.gpu_attention import Decoding
 from gateway.model.kv_cache import KvCache
 from mesh.checkpoint import Checkpoint
-from mesh.mlp import StackedMlps
+from mesh.mlp import Mlp, StackedMlps
 from mesh.model_config import ModelConfig
+
+if TYPE_CHECKING:
+    from gateway.model.decode_graphs import _Batch
 
 
 class _Computed:
@@ -42,15 +42,26 @@ class ExpertsHere:
     expert_wait_s = 0.0
     rows_by_expert: Mapping[Any, int] = {}
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype = torch.bfloat16,
+        shard: int = 0,
+        shards: int = 1,
+    ) -> None:
+        """With ``shards``, slice ``shard`` of each expert's hidden units."""
         self._num_experts = config.num_experts
         self._layers: dict[int, Any] = {}
         for layer in config.moe_layers:
             mlps = {
-                index: load_expert(checkpoint, config, layer, index, device, torch.bfloat16)
+                index: load_expert(
+                    checkpoint, config, layer, index * shards + shard, device, dtype, shards
+                )
                 for index in range(config.num_experts)
             }
-            self._layers[layer] = mlps[0] if len(mlps) == 1 else StackedMlps.of(mlps)
+            self._layers[layer] = mlps[0] if len(mlps) == 1 else StackedMlps.of(mlps) or mlps
 
     def begin_step(self, num_micro_batches: int) -> None: ...
 
@@ -63,6 +74,10 @@ class ExpertsHere:
         mlp = self._layers[layer]
         if self._num_experts == 1:
             return _Computed((mlp(x_TD) * weights_TK).to(x_TD.dtype))
+        if isinstance(mlp, dict):
+            return _Computed(_one_by_one(mlp, x_TD, ids_TK, weights_TK))
+        from gateway import gpu_kernels
+
         num_rows = ids_TK.numel()
         new = {"dtype": torch.int32, "device": x_TD.device}
         positions_R, counts_E = torch.empty(num_rows, **new), torch.empty(self._num_experts, **new)
@@ -72,6 +87,29 @@ class ExpertsHere:
         identity_R = torch.arange(num_rows, **new)
         gpu_kernels.scatter(x_TD, positions_R, identity_R, rows_TK, x_RD)
         return _Computed(gpu_kernels.combine(mlp(x_RD, counts_E), rows_TK, weights_TK))
+
+
+def _one_by_one(
+    mlps: Mapping[int, Mlp], x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
+) -> Tensor:
+    """Where no grouped kernel takes them."""
+    y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+    for index in ids_TK.unique().tolist():
+        tokens, ranks = (ids_TK == index).nonzero(as_tuple=True)
+        y_TD.index_add_(0, tokens, mlps[index](x_TD[tokens]) * weights_TK[tokens, ranks, None])
+    return y_TD.to(x_TD.dtype)
+
+
+def through_layers(
+    decoder: Decoder, experts: Experts, x_TD: Tensor, cis_T1C: Tensor, paged: Any
+) -> Tensor:
+    """What comes out behind the last layer of those that are here."""
+    for index, layer in enumerate(decoder.layers):
+        x_TD = layer.attention(index, layer.attention_norm(x_TD), x_TD, cis_T1C, paged)
+        normed_TD = layer.mlp_norm(x_TD)
+        assert layer.router is not None
+        x_TD = x_TD + experts.dispatch(index, normed_TD, *layer.router(normed_TD)).combine()
+    return x_TD
 
 
 class WholeStep:
@@ -96,6 +134,9 @@ class WholeStep:
         return _Flight(graph, x_TD[:count])
 
     def _capture(self, size: int) -> tuple[_Batch, torch.cuda.CUDAGraph, Tensor]:
+        from gateway.model.decode_graphs import _Batch
+        from gateway.model.gpu_attention import Decoding
+
         device = self._kv.rows[0].device
         batch = _Batch(size, -(-self._max_model_len // self._kv.block_size), device)
         batch.facts_4B[2].fill_(-1)
@@ -108,13 +149,7 @@ class WholeStep:
             decoder = self._decoder
             cis = decoder.rope(batch.positions_B)
             x_TD = F.embedding(batch.tokens_B, decoder.embedding_VD)
-            for index, layer in enumerate(decoder.layers):
-                x_TD = layer.attention(index, layer.attention_norm(x_TD), x_TD, cis, decoding)
-                normed = layer.mlp_norm(x_TD)
-                assert layer.router is not None
-                away = self._experts.dispatch(index, normed, *layer.router(normed))
-                x_TD = x_TD + away.combine()
-            made["x"] = x_TD
+            made["x"] = through_layers(decoder, self._experts, x_TD, cis, decoding)
 
         torch.cuda.synchronize(device)
         with torch.cuda.stream(torch.cuda.Stream(device)):

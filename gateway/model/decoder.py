@@ -164,7 +164,7 @@ class Decoder:
             for flight in flights:
                 flight.begin(index, layer, experts)
         return [
-            self._logits(flight.finish(), batch.logit_rows_N)
+            self.logits(flight.finish(), batch.logit_rows_N)
             for flight, batch in zip(flights, batches, strict=True)
         ]
 
@@ -182,7 +182,8 @@ class Decoder:
         x_TD = F.embedding(token_ids_T, self.embedding_VD)
         return _MicroBatch(x_TD, self.rope(paged.positions_T), paged)
 
-    def _logits(self, x_TD: Tensor, rows_N: Tensor) -> Tensor:
+    def logits(self, x_TD: Tensor, rows_N: Tensor) -> Tensor:
+        """``logits_NV``, float32, of these rows behind the last layer."""
         x_ND = self._norm(x_TD.index_select(0, rows_N.to(x_TD.device)))
         return self._head(x_ND).float()
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from cli import bench_layer, mps
-from cli.bench_layer import Shape
+from cli.layer_rows import exact_expert
+from cli.layer_shape import Shape
 from cli.layer_worker import random_expert
 
 HIDDEN, MLP_HIDDEN = 256, 512
@@ -49,7 +50,7 @@ class Layer:
         want_TD = torch.zeros(x_TD.shape, device=self.device)
         for index, expert in enumerate(self._experts):
             tokens, ranks = (ids == index).nonzero(as_tuple=True)
-            y_RD = bench_layer._exact(expert, x_TD[tokens])
+            y_RD = exact_expert(expert, x_TD[tokens])
             want_TD.index_add_(0, tokens, y_RD * weights[tokens, ranks, None])
         worst = (got_TD.float() - want_TD).norm(dim=1) / want_TD.norm(dim=1)
         return float(worst.max())
@@ -71,8 +72,9 @@ def test_no_row_of_a_batch_is_in_anothers_reply(workers: int) -> None:
     layer = Layer(_shape("bfloat16", workers=workers))
     with (
         torch.inference_mode(),
-        bench_layer._mesh(layer.shape, layer.device, layer.dtype, 300) as dispatcher,
+        bench_layer.layer_mesh(layer.shape, layer.device, layer.dtype, 300) as mesh,
     ):
+        dispatcher = mesh.dispatcher
         for seed in range(100):
             batches = [
                 layer.batch(1 + (seed * 37 + part * 91) % 150, 2 * seed + part) for part in (0, 1)
@@ -88,15 +90,16 @@ def test_a_worker_killed_with_rows_in_hand_voids_those_and_no_others() -> None:
     layer = Layer(_shape("bfloat16"))
     with (
         torch.inference_mode(),
-        bench_layer._mesh(layer.shape, layer.device, layer.dtype, 300, 4.0) as dispatcher,
+        bench_layer.layer_mesh(layer.shape, layer.device, layer.dtype, 300, 4.0) as mesh,
     ):
+        dispatcher = mesh.dispatcher
         x_TD, _, weights = layer.batch(64, 0)
         ids = torch.tensor([[0, 2], [1, 3]], device=layer.device).repeat(32, 1)
         dispatcher.begin_step(1)
         dispatcher.dispatch(0, x_TD, ids, weights).combine()
         dispatcher.begin_step(1)
         pending = dispatcher.dispatch(0, x_TD, ids, weights)
-        bench_layer.WORKERS[1].kill()
+        mesh.processes[1].kill()
         began_s = time.monotonic()
         got_TD = pending.combine()
         lost = sorted(token for _, token in dispatcher.void_rows())

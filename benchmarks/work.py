@@ -1,0 +1,29 @@
+"""What the papers' comparison asks of each side."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is asked of each side."""
+
+    prefill_prompts: int
+    prefill_len: int
+    decode_len: int
+    num_new: int
+    batches: Sequence[int]
+    max_batch_tokens: int
+
+    @property
+    def max_len(self) -> int:
+        return max(self.prefill_len + 1, self.decode_len + self.num_new)
+
+
+def prompt(length: int, vocab_size: int, seed: int) -> list[int]:
+    """The same tokens for the same seed."""
+    rng = random.Random(seed)
+    return [rng.randrange(vocab_size) for _ in range(length)]
