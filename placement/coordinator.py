@@ -307,6 +307,7 @@ class Coordinator:
                 for e in sorted(serving)
             ],
             experts_per_worker=self._rules.experts_per_worker,
+            strict=self._rules.rule == "strict",
             note=facts[-1],
             complete=len(serving) == len(self._experts),
             pending=map(expert_to_proto, pending),
