@@ -250,13 +250,12 @@ class _Run:
             info = await client.server_info()
             if info.running or info.waiting or info.kv_usage:
                 return f"{name} holds: {info.running} running, {info.kv_usage:.4f} of its blocks"
-        planned = {worker_id for e in status.plan.experts for worker_id in e.worker_ids}
+        planned = {worker.worker_id for worker in status.plan.workers}
         for name in workers:
             sessions = int(await fleet.metric(name, "sessions"))
-            # One that a gateway could not give back stays until the gateway comes again.
-            expected = [len(fleet.serving)] if name in planned else range(len(fleet.serving) + 1)
-            if sessions not in expected:
-                return f"{name} has {sessions} sessions for {len(fleet.serving)} gateways"
+            expected = len(fleet.serving) if name in planned else 0
+            if sessions != expected:
+                return f"{name} has {sessions} sessions for {expected} gateways"
             if queued := await fleet.metric(name, "queue_rows"):
                 return f"{name} holds {queued:.0f} rows"
         for name in fleet.members:
