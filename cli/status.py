@@ -25,6 +25,7 @@ _STYLES = {"draining": "yellow", "loading": "yellow", "unreachable": "bold red"}
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
     from protos import placement_pb2 as pb
 
@@ -132,6 +133,7 @@ def status_as_dict(mesh: pb.MeshStatus) -> dict[str, Any]:
                 "experts": [[e.layer, e.index] for e in w.resident],
                 "age_s": w.age_s,
                 "error": w.error,
+                "faulty": [[e.layer, e.index] for e in w.faulty],
             }
             for w in mesh.workers
         ],
@@ -234,7 +236,11 @@ def workers_table(mesh: pb.MeshStatus, width: int, most: int | None = None) -> T
     busiest = max((w.rows_per_s for w in mesh.workers), default=0.0)
     shown = list(mesh.workers)
     if most is not None and len(shown) > most:
-        shown.sort(key=lambda w: (w.state not in _STYLES and not w.error, -w.rows_per_s))
+
+        def is_well(w: pb.WorkerStatus) -> bool:
+            return w.state not in _STYLES and not w.error and not w.faulty
+
+        shown.sort(key=lambda w: (is_well(w), -w.rows_per_s))
         shown = sorted(shown[: most - 1], key=lambda w: w.worker.worker_id)
     for w in shown:
         where = (w.worker.grpc_address, w.worker.host, w.worker.device)
@@ -245,11 +251,23 @@ def workers_table(mesh: pb.MeshStatus, width: int, most: int | None = None) -> T
             f"{w.rows_per_s:.0f}",
             str(w.queue_rows),
             _bar(w.rows_per_s / busiest if busiest else 0.0),
-            Text(w.error, style="red") if w.error else _ranges(w.resident, 4),
+            _experts_of(w),
         )
     if len(shown) < len(mesh.workers):
         workers.add_row(f"and {len(mesh.workers) - len(shown)} more")
     return workers
+
+
+def _experts_of(worker: pb.WorkerStatus) -> Text:
+    """What it has, or why not, and what it gets wrong."""
+    from rich.text import Text
+
+    if worker.error:
+        return Text(worker.error, style="red")
+    text = Text(_ranges(worker.resident, 4))
+    if worker.faulty:
+        text.append(f" not used for {_ranges(worker.faulty, 4)}".lstrip(), style="red")
+    return text
 
 
 def events_table(events: Sequence[pb.MeshEvent]) -> Table:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from mesh.config import PlacementConfig
 from mesh.errors import ModelMismatch, Overloaded, PlacementError
 from mesh.plan import ExpertId, expert_from_proto, expert_to_proto
+from placement.faults import Faults
 from placement.history import History
 from placement.improve import Budget
 from placement.load import LoadAverage, balancedness
@@ -29,8 +30,18 @@ MAX_MEMBERS = 16_384
 _RETRY_ORDER_S = 5.0
 _MAX_ERRORS_IN_NOTE = 3
 _BALANCE_INTERVAL_S = 1.0
+_TELL_EPOCH_AFTER_S = 0.5
+"""Many messages, and no hurry: rows wait for what others have to be told."""
 _MIN_ROWS_PER_EXPERT = 20.0
 """Of the window that load is averaged over: fewer say nothing of balance."""
+
+
+def says_no_more(order: pb.WorkerOrder, last: pb.WorkerOrder) -> bool:
+    """Whether an order tells nothing new but an epoch."""
+    same = pb.WorkerOrder()
+    same.CopyFrom(order)
+    same.epoch = last.epoch
+    return same == last
 
 
 class Coordinator:
@@ -53,6 +64,7 @@ class Coordinator:
     ) -> None:
         self.members = Membership(config.lease_s)
         self.history = History()
+        self.faults = Faults()
         self.plan: pb.Plan | None = None
         """As published last; None before the first."""
         self.target: Target | None = None
@@ -78,6 +90,15 @@ class Coordinator:
         self._orders: dict[str, tuple[pb.WorkerOrder, float]] = {}
         self._guests: dict[ExpertId, str] = {}
         self._published: tuple[object, ...] = ()
+        self._serving: Mapping[ExpertId, tuple[str, ...]] = {}
+        self._placed: dict[str, set[ExpertId]] = {}
+        self._placements: dict[ExpertId, pb.ExpertPlacement] = {}
+        """What the plan has where: of each expert, of each worker that has any, and in its words,
+        so that a new plan takes as long as what it changes."""
+        self._tell_epoch_at_s: float | None = None
+        """When those who have nothing to do are told of the last epoch; None: they were."""
+        self._trials = 0
+        """How often an expert stayed where it is for another try: gateways try by a new plan."""
         self._moved: tuple[tuple[object, ...], Movement] | None = None
         self._policy = RebalancePolicy(config.rebalance_below, config.rebalance_after_s)
         self._next_balance_s = 0.0
@@ -99,6 +120,7 @@ class Coordinator:
         earlier = self.members.register(request.worker, lease_id, resident, now)
         if earlier:
             self._orders.pop(earlier.lease_id, None)
+        self.faults.forget(request.worker.worker_id)
         if resident and self._settled_at_s is None:
             self._settled_at_s = now + self._config.settle_s
         self._hear_epoch(request.last_epoch, now)
@@ -137,13 +159,39 @@ class Coordinator:
             expert = expert_from_proto(load.expert)
             if expert in self._experts:
                 self._traffic.observe(expert, load.rows, now)
+        faulty = self._hear_faults(report, now)
         if known is None:
             return True
         before = known.report
-        return (before.epoch, before.unreachable_worker_ids) != (
+        return faulty or (before.epoch, before.unreachable_worker_ids) != (
             report.epoch,
             report.unreachable_worker_ids,
         )
+
+    def _hear_faults(self, report: pb.GatewayReport, now: float) -> bool:
+        """Take note of experts that workers get wrong. True when there are new ones.
+
+        What a gateway says by another plan than the last is old, and will be said again. One that
+        finds fault with everybody is at fault itself.
+        """
+        if not report.faults or self.plan is None or report.epoch != self.plan.epoch:
+            return False
+        said = {
+            (worker_id, expert_from_proto(fault.expert))
+            for fault in report.faults
+            for worker_id in fault.worker_ids
+        }
+        placed = self._placed
+        said &= {(w, expert) for w, experts in placed.items() for expert in experts}
+        if len(placed) > 1 and {w for w, _ in said} == placed.keys():
+            return False
+        begun = self.faults.hear(sorted(said), now)
+        for (worker_id, expert), seconds in begun:
+            text = f"{worker_id} gets {expert} wrong: not used for it for {seconds:g} s"
+            facts = {"worker_id": worker_id, "expert": str(expert)}
+            self.history.note(now, "expert_faulty", text, bad=True, seconds=seconds, **facts)
+        self._stale |= bool(begun)
+        return bool(begun)
 
     def gateway_gone(self, gateway_id: str) -> None:
         """A gateway's stream ended."""
@@ -164,7 +212,7 @@ class Coordinator:
         for worker in dead:
             text = f"{worker.worker_id} was silent for {self._config.lease_s:g} s"
             self._lose(worker, now, "worker_silent", text)
-        placed = {w for e in self.plan.experts for w in e.worker_ids} if self.plan else set()
+        placed = self._placed
         lost, back = self.members.judge(placed, now)
         for worker in lost:
             text = f"{worker.worker_id} is alive, but gateways do not reach it"
@@ -172,7 +220,14 @@ class Coordinator:
         for worker in back:
             text = f"{worker.worker_id} is within reach again"
             self.history.note(now, "worker_back", text, worker_id=worker.worker_id)
-        self._stale |= bool(lost or back)
+        tried_again = self.faults.expire(now)
+        for worker_id, expert in tried_again:
+            text = f"{worker_id} may serve {expert} again"
+            self.history.note(
+                now, "expert_tried_again", text, worker_id=worker_id, expert=str(expert)
+            )
+            self._trials += expert in placed.get(worker_id, ())
+        self._stale |= bool(lost or back or tried_again)
         return dead
 
     def drain(self, worker_id: str, now: float) -> None:
@@ -186,7 +241,8 @@ class Coordinator:
 
     def next_deadline_s(self, now: float) -> float | None:
         """When time alone may change something."""
-        times = [self.members.next_deadline_s(now)]
+        times = [self.members.next_deadline_s(now), self.faults.next_deadline_s()]
+        times.append(self._tell_epoch_at_s)
         if self.target is None and self._stale:
             times.append(self._settled_at_s)
         return min((t for t in times if t is not None), default=None)
@@ -217,6 +273,7 @@ class Coordinator:
             return None
         staying = [w for w in self._reachable() if not w.draining]
         gateway_hosts = [g.report.host for g in self.members.gateways.values()]
+        doubted = self.members.doubted()
         specs = [
             WorkerSpec(
                 w.worker_id,
@@ -224,6 +281,7 @@ class Coordinator:
                 w.info.expert_bytes,
                 self._topology.link_cost(w.info, gateway_hosts),
                 w.info.host,
+                w.worker_id in doubted,
             )
             for w in staying
         ]
@@ -237,6 +295,7 @@ class Coordinator:
             specs,
             homes=self._homes(staying),
             residents={w.worker_id: w.resident for w in staying},
+            barred=self.faults.by_worker(),
             traffic=self._traffic_now(now),
             max_replicas=self._config.max_replicas,
             budget=budget,
@@ -251,6 +310,11 @@ class Coordinator:
         before = self.target.workers_by_expert if self.target else {}
         self.target = target
         self._guests.clear()
+        for worker_id, expert in sorted(self.faults.out):
+            if worker_id in target.workers_by_expert.get(expert, ()):
+                text = f"{worker_id} keeps {expert}, which it gets wrong: nobody else has a seat"
+                facts = {"worker_id": worker_id, "expert": str(expert)}
+                self.history.note(now, "faulty_expert_stays", text, bad=True, **facts)
         moves = [
             (expert, worker_id)
             for expert, worker_ids in target.workers_by_expert.items()
@@ -287,32 +351,35 @@ class Coordinator:
         if self.target is None:
             return False
         serving = self._movement().serving
-        ids = {worker_id for ids in serving.values() for worker_id in ids}
+        ids = {worker_id for ids in set(serving.values()) for worker_id in ids}
         # Those cut off are named so that gateways go on trying to reach them.
         ids |= {w.worker_id for w in self.members.workers.values() if w.cut_off}
         infos = [self.members.workers[worker_id].info for worker_id in sorted(ids)]
         # Also what a worker had that died since the target was made: a new one is on its way.
         pending = sorted(self._experts - serving.keys() - set(self.target.missing))
-        facts = (self._epoch, serving, infos, pending, self._note(self.target))
+        note = self._note(self.target)
+        facts = (self._epoch, serving, infos, pending, note, self._trials)
         if facts == self._published or (self.plan is None and not serving):
             return False
         self._epoch += 1
+        self._tell_epoch_at_s = now + _TELL_EPOCH_AFTER_S
         self._published = (self._epoch, *facts[1:])
+        self._place(serving)
+        before = self.plan
         fresh = self.plan = pb.Plan(
             epoch=self._epoch,
             model_fingerprint=self._fingerprint,
             workers=infos,
-            experts=[
-                pb.ExpertPlacement(expert=expert_to_proto(e), worker_ids=serving[e])
-                for e in sorted(serving)
-            ],
+            experts=[self._placements[expert] for expert in sorted(serving)],
             experts_per_worker=self._rules.experts_per_worker,
             strict=self._rules.rule == "strict",
-            note=facts[-1],
+            note=note,
             complete=len(serving) == len(self._experts),
             pending=map(expert_to_proto, pending),
             expert_shards=self._rules.shards,
         )
+        if not fresh.complete and before is not None and before.complete:
+            self._incomplete_since_s = self._incomplete_since_s or now
         if fresh.complete and self._incomplete_since_s is not None:
             took_s = now - self._incomplete_since_s
             self._incomplete_since_s = None
@@ -333,15 +400,20 @@ class Coordinator:
             nothing = pb.WorkerOrder(epoch=order.epoch, expert_shards=order.expert_shards)
             last, told_s = self._orders.get(worker.lease_id, (nothing, now))
             failed = worker.error and order.load and now - told_s >= _RETRY_ORDER_S
-            if order != last or failed:
-                self._orders[worker.lease_id] = (order, now)
-                told.append((worker.lease_id, order))
+            if order == last and not failed:
+                continue
+            if says_no_more(order, last) and now < (self._tell_epoch_at_s or now):
+                continue
+            self._orders[worker.lease_id] = (order, now)
+            told.append((worker.lease_id, order))
+        if now >= (self._tell_epoch_at_s or now):
+            self._tell_epoch_at_s = None
         return told
 
     def _order(
-        self, worker: Worker, movement: Movement, routed: Mapping[str, set[ExpertId]]
+        self, worker: Worker, movement: Movement, routed: Mapping[str, Collection[ExpertId]]
     ) -> pb.WorkerOrder:
-        here = routed.get(worker.worker_id, set())
+        here = set(routed.get(worker.worker_id, ()))
         steps = Steps() if worker.cut_off else movement.steps(worker, here)
         missing = set(self.target.missing) if self.target else set()
         nobody_routes = self.plan is None and self._settled_at_s is None
@@ -429,6 +501,7 @@ class Coordinator:
                     queue_rows=w.queue_rows,
                     age_s=now - w.last_seen_s,
                     error=w.error,
+                    faulty=map(expert_to_proto, self.faults.of(w.worker_id)),
                 )
                 for _, w in sorted(self.members.workers.items())
             ],
@@ -454,11 +527,11 @@ class Coordinator:
 
     def num_missing(self) -> int:
         """Experts that nobody serves."""
-        return len(self._experts) - (len(self.plan.experts) if self.plan else 0)
+        return len(self._experts) - len(self._serving)
 
     def num_replicas(self) -> int:
         """Workers that serve an expert beside its first."""
-        return sum(len(e.worker_ids) - 1 for e in self.plan.experts) if self.plan else 0
+        return sum(map(len, self._placed.values())) - len(self._serving)
 
     # Between them.
 
@@ -499,6 +572,7 @@ class Coordinator:
             )
             self.history.note(now, "fenced", text, bad=True, epoch=epoch, ours=self._epoch)
             self.plan = self.target = None
+            self._place({})
             self._guests.clear()
             self._settled_at_s = now + self._config.settle_s
             self._stale = True
@@ -510,15 +584,13 @@ class Coordinator:
     def _lose(self, worker: Worker, now: float, kind: str, text: str) -> None:
         self._orders.pop(worker.lease_id, None)
         self._worker_load.forget(worker.worker_id)
+        self.faults.forget(worker.worker_id)
         self._stale = True
         self._note_loss(worker, now, kind, text)
 
     def _note_loss(self, worker: Worker, now: float, kind: str, text: str) -> None:
         """A repair begins with the loss of a worker that rows went to."""
-        routes_here = self.plan is not None and any(
-            worker.worker_id in placed.worker_ids for placed in self.plan.experts
-        )
-        if routes_here and self._incomplete_since_s is None:
+        if worker.worker_id in self._placed and self._incomplete_since_s is None:
             self._incomplete_since_s = now
         facts = {"worker_id": worker.worker_id, "draining": worker.draining}
         self.history.note(now, kind, text, bad=not worker.draining, **facts)
@@ -539,9 +611,14 @@ class Coordinator:
             self.target or Target(),
             [(w.info, w.resident, w.draining) for w in workers],
             dict(self._guests),
+            self.faults.out,
         )
         if self._moved is None or self._moved[0] != facts:
-            self._moved = facts, Movement(self._rules, facts[1], workers, self._guests)
+            before = self._moved[1] if self._moved and self._moved[0][0] == self._rules else None
+            self._moved = (
+                facts,
+                Movement(self._rules, facts[1], workers, self._guests, self.faults.out, before),
+            )
         return self._moved[1]
 
     def _has_arrived(self, expert: ExpertId) -> bool:
@@ -550,7 +627,7 @@ class Coordinator:
         return all(w in workers and expert in workers[w].resident for w in target)
 
     def _traffic_now(self, now: float) -> dict[ExpertId, float]:
-        return {e: self._traffic.rate(e, now) for e in self._experts}
+        return self._traffic.rates(self._experts, now)
 
     def _may_plan(self, now: float) -> bool:
         if self.target is not None:
@@ -565,21 +642,15 @@ class Coordinator:
     def _homes(self, staying: Collection[Worker]) -> Mapping[str, Collection[ExpertId]]:
         """Where each expert counts as living already: where it is planned to be, unless the
         worker failed to load it; else where it is."""
-        homes: dict[str, set[ExpertId]] = {w.worker_id: set() for w in staying}
-        by_id = {w.worker_id: w for w in staying}
-        holders: dict[ExpertId, list[str]] = {}
+        planned = self.target.experts_by_worker() if self.target else {}
+        homes: dict[str, Collection[ExpertId]] = {}
         for worker in staying:
-            for expert in worker.resident:
-                holders.setdefault(expert, []).append(worker.worker_id)
-        target = self.target.workers_by_expert if self.target else {}
-        for expert in self._experts:
-            planned = [
-                w
-                for w in target.get(expert, ())
-                if w in by_id and (expert in by_id[w].resident or not by_id[w].error)
-            ]
-            for worker_id in planned or holders.get(expert, []):
-                homes[worker_id].add(expert)
+            here = planned.get(worker.worker_id, frozenset())
+            homes[worker.worker_id] = here & worker.resident if worker.error else here
+        elsewhere = self._experts.difference(*homes.values())
+        for worker in staying:
+            if stranded := elsewhere & worker.resident:
+                homes[worker.worker_id] = stranded.union(homes[worker.worker_id])
         return homes
 
     def _gateways_follow(self) -> bool:
@@ -589,15 +660,27 @@ class Coordinator:
             g.report.epoch >= plan.epoch for g in self.members.gateways.values()
         )
 
-    def _routed(self) -> dict[str, set[ExpertId]]:
+    def _routed(self) -> Mapping[str, Collection[ExpertId]]:
         """What gateways may still send to each worker: everything, until all have the plan."""
         if self.plan is None or not self._gateways_follow():
-            return {w.worker_id: set(w.resident) for w in self.members.workers.values()}
-        routed: dict[str, set[ExpertId]] = {}
-        for placement in self.plan.experts:
-            for worker_id in placement.worker_ids:
-                routed.setdefault(worker_id, set()).add(expert_from_proto(placement.expert))
-        return routed
+            return {w.worker_id: w.resident for w in self.members.workers.values()}
+        return self._placed
+
+    def _place(self, serving: Mapping[ExpertId, tuple[str, ...]]) -> None:
+        """Take over where experts are served from now on."""
+        changed = [e for e, ids in serving.items() if self._serving.get(e) != ids]
+        changed += self._serving.keys() - serving.keys()
+        for expert in changed:
+            ids = serving.get(expert, ())
+            for worker_id in self._serving.get(expert, ()):
+                self._placed[worker_id].discard(expert)
+            for worker_id in ids:
+                self._placed.setdefault(worker_id, set()).add(expert)
+            self._placements[expert] = pb.ExpertPlacement(
+                expert=expert_to_proto(expert), worker_ids=ids
+            )
+        self._placed = {w: experts for w, experts in self._placed.items() if experts}
+        self._serving = serving
 
     def _note(self, target: Target) -> str:
         errors = [

@@ -84,7 +84,9 @@ def _exchange_one(seating: Seating, g: int, price: float, max_replicas: int) -> 
         seats = [
             w
             for w in holders[i]
-            if w not in holders[busiest] and not _new_conflict(seating, g, busiest, w)
+            if w not in holders[busiest]
+            and w not in seating.barred.get((g, busiest), ())
+            and not _new_conflict(seating, g, busiest, w)
         ]
         if seats:
             w = min(seats, key=lambda w: (price_W[w], w))
@@ -163,6 +165,8 @@ def _try_swap(seating: Seating, g: int, own_seat: int, seat: int) -> int:
     """Swap two seats of a group if the rules allow it. How many experts moved."""
     worker, other = own_seat // seating.seats, seat // seating.seats
     unit, back = int(seating.unit_GS[g, own_seat]), int(seating.unit_GS[g, seat])
+    if other in seating.barred.get((g, unit), ()) or worker in seating.barred.get((g, back), ()):
+        return 0
     if other in seating.holders[g][unit] or _new_conflict(seating, g, unit, other, worker):
         return 0
     if back != EMPTY and (

@@ -8,29 +8,42 @@ from typing import Generic, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
 
+_MOST_WINDOWS = 100.0
+"""That numbers may grow for: e to the power of it is far from what a float holds."""
+
 
 class LoadAverage(Generic[Key]):
     """Rows per second of each key, averaged over an exponentially fading window."""
 
     def __init__(self, window_s: float = 30.0) -> None:
         self.window_s = window_s
-        self._faded: dict[Key, tuple[float, float]] = {}
+        # What rows at one time would come to the same; later ones count more. So all fade as one.
+        self._rows: dict[Key, float] = {}
+        self._at_s = 0.0
 
     def observe(self, key: Key, rows: int, now: float) -> None:
         """Rows that were counted since the last observation of the key."""
-        self._faded[key] = (self._at(key, now) + rows, now)
+        if not self._rows or now > self._at_s + _MOST_WINDOWS * self.window_s:
+            left = self._left(now)
+            self._rows = {k: n * left for k, n in self._rows.items()}
+            self._at_s = now
+        self._rows[key] = self._rows.get(key, 0.0) + rows / self._left(now)
 
     def rate(self, key: Key, now: float) -> float:
         """Rows per second; 0 for a key that was never seen."""
-        return self._at(key, now) / self.window_s
+        return self._rows.get(key, 0.0) * self._left(now) / self.window_s
+
+    def rates(self, keys: Iterable[Key], now: float) -> dict[Key, float]:
+        """The same of many."""
+        factor = self._left(now) / self.window_s
+        return {key: self._rows.get(key, 0.0) * factor for key in keys}
 
     def forget(self, key: Key) -> None:
         """Drop a key that is gone."""
-        self._faded.pop(key, None)
+        self._rows.pop(key, None)
 
-    def _at(self, key: Key, now: float) -> float:
-        rows, then = self._faded.get(key, (0.0, now))
-        return rows * math.exp((then - now) / self.window_s)
+    def _left(self, now: float) -> float:
+        return math.exp((self._at_s - now) / self.window_s)
 
 
 def balancedness(loads: Iterable[float]) -> float:

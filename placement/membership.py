@@ -142,6 +142,23 @@ class Membership:
                 back.append(worker)
         return lost, back
 
+    def doubted(self) -> set[str]:
+        """Workers that share a host with one that is cut off, and were not heard of since.
+
+        The link of a host takes all of its workers away at once, and only those that rows go to
+        are missed at once.
+        """
+        cut_off_s: dict[str, float] = {}
+        for worker in self.workers.values():
+            if worker.cut_off:
+                before_s = cut_off_s.get(worker.info.host, -math.inf)
+                cut_off_s[worker.info.host] = max(before_s, worker.cut_off_at_s)
+        return {
+            worker.worker_id
+            for worker in self.workers.values()
+            if worker.last_seen_s <= cut_off_s.get(worker.info.host, -math.inf)
+        }
+
     def _votes(self, placed: Collection[str]) -> tuple[dict[str, int], float]:
         """How many gateways that may be believed name each worker, and half their number."""
         named = [set(g.report.unreachable_worker_ids) for g in self.gateways.values()]

@@ -42,9 +42,13 @@ _MOVE_PRICE = 1e7
 """Nothing that lives is moved but to seat what has no home."""
 _CROWDING_PRICE = 1e4
 _HOMELESS_PRICE = 1e10
+_BARRED_PRICE = 1e9
+"""Of a seat that its unit is not to have: above everything but having none."""
 _BUSY_PRICE = 1e3  # above what a link saves, below what a repair may move
 _EVICTION_PRICE = 1e5
 """Of a replica, to make room for what has no home: above crowding, below moving what lives."""
+_DOUBT_PRICE = 1e6
+"""Of a seat on a worker that may be cut off: above taking a replica's elsewhere."""
 
 
 def plan(
@@ -54,6 +58,7 @@ def plan(
     homes: Mapping[str, Collection[ExpertId]] | None = None,
     residents: Mapping[str, Collection[ExpertId]] | None = None,
     traffic: Mapping[ExpertId, float] | None = None,
+    barred: Mapping[str, Collection[ExpertId]] | None = None,
     max_replicas: int = 0,
     budget: Budget | None = None,
     partial: bool = False,
@@ -62,20 +67,21 @@ def plan(
 
     ``homes`` are the experts that live on each worker already, ``residents`` those that it
     has in its memory for whatever reason; ``traffic`` is in any unit, experts it does not name
-    count as average. At most ``max_replicas`` workers hold one expert, 0: as many
-    as there are seats. What lives is moved for balance as far as ``budget`` goes; where nothing
-    lives yet it is free to. PlacementError, naming what is missing and the remedy,
-    when the rules cannot be met; with ``partial``, layer by layer as many experts as can be have a
-    home, the busiest first, and the note says the same.
+    count as average. ``barred`` are experts that a worker is not to have unless nobody else can:
+    they do not live there, but nothing that lives anywhere is moved for them. At most
+    ``max_replicas`` workers hold one expert, 0: as many as there are seats. What lives is moved
+    for balance as far as ``budget`` goes; where nothing lives yet it is free to. PlacementError,
+    naming what is missing and the remedy, when the rules cannot be met; with ``partial``, layer
+    by layer as many experts as can be have a home, the busiest first, and the note says the same.
     """
     short = shortage(rules, workers)
     if short and not partial:
         raise PlacementError(short)
-    seating = Seating(rules, workers, traffic or {})
+    seating = Seating(rules, workers, traffic or {}, barred or {})
     seating.keep(homes or {})
     is_new = not any(at for holders in seating.holders for at in holders)
     if is_new or not _seat_homeless(seating):
-        seating = _seat_anew(seating, traffic or {}, bool(short), max_replicas)
+        seating = _seat_anew(seating, traffic or {}, barred or {}, bool(short), max_replicas)
     _trim(seating, max_replicas)
     seating.keep_replicas(residents or {}, max_replicas)
     _replicate(seating, max_replicas)
@@ -121,24 +127,25 @@ def _seat_homeless_of(
 ) -> int:
     """Of one group; how many. ``extra_W`` are the replicas of each worker that may go."""
     room_W = seating.room_W + num_extra_W
-    columns: list[int] = []
-    prices: list[float] = []
-    for w in np.flatnonzero(room_W > 0).tolist():
-        crowd = int(seating.crowd_GW[group, w])
-        free = min(seating.seats - crowd, int(room_W[w]))
-        columns += [w] * free
-        prices += [_CROWDING_PRICE * (crowd + seat) for seat in range(free)]
-        if not free:
-            for _, i in [e for e in extra_W[w] if e[0] == group]:
-                weight, count = seating.weight_GN[group, i], len(seating.holders[group][i])
-                columns.append(w)
-                prices.append(_EVICTION_PRICE + weight / (count - 1))
+    crowd_W = seating.crowd_GW[group]
+    free_W = np.clip(np.minimum(seating.seats - crowd_W, room_W), 0, None)
+    columns = np.repeat(np.arange(len(free_W)), free_W).tolist()
+    numbers = np.concatenate([np.arange(count) for count in [0, *free_W[free_W > 0]]])
+    prices = (_CROWDING_PRICE * (crowd_W[columns] + numbers)).tolist()
+    for w in np.flatnonzero((free_W == 0) & (room_W > 0) & (num_extra_W > 0)).tolist():
+        for _, i in [e for e in extra_W[w] if e[0] == group]:
+            weight, count = seating.weight_GN[group, i], len(seating.holders[group][i])
+            columns.append(w)
+            prices.append(_EVICTION_PRICE + weight / (count - 1))
     if not columns:
         return 0
     column_w = np.array(columns)
     price = np.array(prices) + np.where(seating.room_W[column_w] > 0, 0.0, _EVICTION_PRICE)
+    price += np.where(seating.doubted_W[column_w], _DOUBT_PRICE, 0.0)
     weights = seating.weight_GN[group, homeless]
     table = weights[:, None] * seating.price_W()[column_w] + price
+    for row, unit in enumerate(homeless):
+        table[row, np.isin(column_w, list(seating.barred.get((group, unit), ())))] += _BARRED_PRICE
     if len(homeless) > len(columns):
         stay = np.repeat(_HOMELESS_PRICE + _BUSY_PRICE * weights[:, None], len(homeless), axis=1)
         table = np.hstack([table, stay])
@@ -173,10 +180,14 @@ def _take_over(
 
 
 def _seat_anew(
-    old: Seating, traffic: Mapping[ExpertId, float], partial: bool, max_replicas: int
+    old: Seating,
+    traffic: Mapping[ExpertId, float],
+    barred: Mapping[str, Collection[ExpertId]],
+    partial: bool,
+    max_replicas: int,
 ) -> Seating:
     """Every layer solved exactly, at a price for each move; replicas stay where they still fit."""
-    seating = Seating(old.rules, old.workers, traffic)
+    seating = Seating(old.rules, old.workers, traffic, barred)
     share_GN = seating.weight_GN / _expected_holders(seating, max_replicas)
     load_W = np.zeros(len(seating.workers))
     room_W = seating.room_W.copy()
@@ -184,6 +195,7 @@ def _seat_anew(
         move_NW = np.full((seating.num_units, len(seating.workers)), _MOVE_PRICE)
         for i, at in enumerate(old.holders[g]):
             move_NW[i, at] = 0.0
+            move_NW[i, list(seating.barred.get((g, i), ()))] = _BARRED_PRICE
         cost = share_GN[g][:, None] * seating.price_W(load_W) + move_NW
         layers_left = len(seating.groups) - g - 1
         chosen = _assign(cost, share_GN[g], room_W, seating.seats, layers_left, partial)
@@ -282,6 +294,7 @@ def _replicate(seating: Seating, max_replicas: int) -> None:
             if max_replicas and len(at) >= max_replicas:
                 continue
             may_W = empty_GW[g] & (seating.room_W > 0)
+            may_W[list(seating.barred.get((g, i), ()))] = False
             if not may_W.any():
                 continue
             elsewhere_W = may_W & ~np.isin(seating.host_W, seating.host_W[at])

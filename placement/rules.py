@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -22,6 +23,8 @@ class WorkerSpec:
     link_cost: float = 1.0
     """Relative cost of a row's way between the gateways and this worker."""
     host: str = ""
+    doubted: bool = False
+    """It may not be within reach: what has no home goes there last."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,17 @@ class Target:
     shards: int = 1
     """Slices of an expert, which the ids count."""
 
-    def experts_by_worker(self) -> dict[str, set[ExpertId]]:
+    def experts_by_worker(self) -> dict[str, frozenset[ExpertId]]:
         """The other way round; workers without experts are absent."""
-        experts_by_worker: dict[str, set[ExpertId]] = {}
+        return dict(self._experts_by_worker)
+
+    @functools.cached_property
+    def _experts_by_worker(self) -> dict[str, frozenset[ExpertId]]:
+        experts_by_worker: dict[str, list[ExpertId]] = {}
         for expert, worker_ids in self.workers_by_expert.items():
             for worker_id in worker_ids:
-                experts_by_worker.setdefault(worker_id, set()).add(expert)
-        return experts_by_worker
+                experts_by_worker.setdefault(worker_id, []).append(expert)
+        return {w: frozenset(experts) for w, experts in experts_by_worker.items()}
 
     def loads(self, traffic: Mapping[ExpertId, float]) -> dict[str, float]:
         """Of each worker that holds anything, where replicas share rows evenly."""

@@ -14,6 +14,7 @@ Everything is judged by one cost, which is linear in where rows go and quadratic
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
@@ -28,25 +29,28 @@ class Seating:
     """Seats of workers and the units on them."""
 
     def __init__(
-        self, rules: Rules, workers: Sequence[WorkerSpec], traffic: Mapping[ExpertId, float]
+        self,
+        rules: Rules,
+        workers: Sequence[WorkerSpec],
+        traffic: Mapping[ExpertId, float],
+        barred: Mapping[str, Collection[ExpertId]],
     ) -> None:
         self.rules = rules
         self.workers = sorted(workers, key=lambda worker: worker.worker_id)
-        per_layer = [
-            [ExpertId(layer, i) for i in range(rules.units_per_layer)] for layer in rules.layers
-        ]
-        if rules.rule == "strict":
-            self.groups, seats = [[unit for units in per_layer for unit in units]], 1
-        else:
-            self.groups, seats = per_layer, rules.experts_per_worker
+        self.groups, self._place = _groups(rules)
+        seats = 1 if rules.rule == "strict" else rules.experts_per_worker
         self.num_units = len(self.groups[0])
-        self._place = {
-            unit: (g, i) for g, group in enumerate(self.groups) for i, unit in enumerate(group)
-        }
         self.seats = min(seats, self.num_units)
         """Of one worker in one group."""
         self.index_W = {w.worker_id: i for i, w in enumerate(self.workers)}
+        self.barred: dict[tuple[int, int], set[int]] = {}
+        """Workers that are not to have a unit of a group while anybody else can."""
+        for worker_id in barred.keys() & self.index_W.keys():
+            for unit in barred[worker_id]:
+                place = divmod(self._place[unit], self.num_units)
+                self.barred.setdefault(place, set()).add(self.index_W[worker_id])
         self.link_W = np.array([w.link_cost for w in self.workers])
+        self.doubted_W = np.array([w.doubted for w in self.workers], dtype=np.bool_)
         self.room_W = np.array([rules.room(w) for w in self.workers], dtype=np.int64)
         """Units that still fit into each worker's memory."""
         hosts = sorted({w.host for w in self.workers})
@@ -133,13 +137,20 @@ class Seating:
         """Seat what lives already where it does, as far as the rules go: of every unit one home
         first, those that have no choice before the others; then replicas, where they crowd nobody.
         """
-        holders: dict[ExpertId, list[int]] = {}
+        holders: dict[int, list[int]] = {}
         for worker_id in sorted(homes.keys() & self.index_W.keys()):
+            w = self.index_W[worker_id]
             for unit in homes[worker_id]:
-                holders.setdefault(unit, []).append(self.index_W[worker_id])
+                holders.setdefault(self._place[unit], []).append(w)
+        for (g, i), barred in self.barred.items():
+            place = g * self.num_units + i
+            if at := [w for w in holders.pop(place, ()) if w not in barred]:
+                holders[place] = at
         if self._keep_all(holders):
             return
-        living = sorted((len(at), *self._place[unit], at) for unit, at in holders.items())
+        living = sorted(
+            (len(at), *divmod(place, self.num_units), at) for place, at in holders.items()
+        )
         for _, g, i, at in living:
             fits = [w for w in at if self.crowd_GW[g, w] < self.seats and self.room_W[w] > 0]
             if fits:
@@ -150,31 +161,31 @@ class Seating:
                     if self.crowd_GW[g, w] == 0 and self.room_W[w] > 0:
                         self.put(g, i, w)
 
-    def _keep_all(self, holders: Mapping[ExpertId, list[int]]) -> bool:
+    def _keep_all(self, holders: Mapping[int, list[int]]) -> bool:
         """Seat all of them at once, if that is within the rules: the usual case, and fast."""
-        seats = [(*self._place[unit], w) for unit, at in holders.items() for w in at]
-        if not seats:
+        if not holders:
             return True
-        g_H, i_H, w_H = np.array(seats).T
-        counts_GN = np.zeros_like(self.weight_GN, dtype=np.int64)
+        places = np.fromiter(holders, dtype=np.int64, count=len(holders))
+        counts = np.fromiter(map(len, holders.values()), dtype=np.int64, count=len(holders))
+        w_H = np.array([w for at in holders.values() for w in at])
+        g_H, i_H = np.divmod(np.repeat(places, counts), self.num_units)
+        count_H = np.repeat(counts, counts)
         crowd_GW = np.zeros_like(self.crowd_GW)
-        np.add.at(counts_GN, (g_H, i_H), 1)
         np.add.at(crowd_GW, (g_H, w_H), 1)
         used_W = crowd_GW.sum(axis=0)
-        is_replica_H = counts_GN[g_H, i_H] > 1
         if (
             self.seats > 1
             or (used_W > self.room_W).any()
             or (crowd_GW > self.seats).any()
-            or (is_replica_H & (crowd_GW[g_H, w_H] > 1)).any()
+            or ((count_H > 1) & (crowd_GW[g_H, w_H] > 1)).any()
         ):
             return False
         self.unit_GS[g_H, w_H] = i_H
         self.crowd_GW += crowd_GW
         self.room_W -= used_W
-        np.add.at(self.load_W, w_H, self.weight_GN[g_H, i_H] / counts_GN[g_H, i_H])
-        for unit, at in holders.items():
-            g, i = self._place[unit]
+        np.add.at(self.load_W, w_H, self.weight_GN[g_H, i_H] / count_H)
+        for place, at in holders.items():
+            g, i = divmod(place, self.num_units)
             self.holders[g][i] = at
         return True
 
@@ -188,9 +199,11 @@ class Seating:
             if not is_spare_W[w]:
                 continue
             for unit in sorted(residents[worker_id]):
-                g, i = self._place[unit]
+                g, i = divmod(self._place[unit], self.num_units)
                 at = self.holders[g][i]
                 few = not max_replicas or len(at) < max_replicas
+                if w in self.barred.get((g, i), ()):
+                    continue
                 if at and few and self.crowd_GW[g, w] == 0 and self.room_W[w] > 0:
                     self.put(g, i, w)
 
@@ -213,3 +226,14 @@ class Seating:
                 else:
                     missing.append(unit)
         return Target(placed, tuple(missing), shards=self.rules.shards)
+
+
+@functools.lru_cache(maxsize=2)
+def _groups(rules: Rules) -> tuple[list[list[ExpertId]], dict[ExpertId, int]]:
+    """The units of each group, and the place of each among all, one group after another."""
+    per_layer = [
+        [ExpertId(layer, i) for i in range(rules.units_per_layer)] for layer in rules.layers
+    ]
+    units = [unit for layer in per_layer for unit in layer]
+    groups = [units] if rules.rule == "strict" else per_layer
+    return groups, {unit: place for place, unit in enumerate(units)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import os
 import secrets
 import time
@@ -38,6 +39,7 @@ _MAX_NAME_LENGTH = 256
 _MAX_EPOCH = 1 << 62
 _MAX_SHARDS = 1 << 10
 _REPAIR_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+_FAULT = "expert_faulty"
 _LOSSES = ("worker_gone", "worker_silent", "worker_unreachable")
 
 
@@ -70,7 +72,7 @@ class PlacementService(rpc.PlacementServicer):
         self._replan = asyncio.Event()
         self._rebalance_is_due = False
         self._trouble = self._coordinator.why_not_ready()
-        self._stopping = False
+        self._stopping = asyncio.Event()
         self._gauges = {
             name: Gauge(telemetry.METRIC_PREFIX + name, text, registry=registry)
             for name, text in (
@@ -91,6 +93,11 @@ class PlacementService(rpc.PlacementServicer):
             telemetry.METRIC_PREFIX + "workers_lost",
             "Workers that died, fell silent or got out of the gateways' reach.",
             ["how"],
+            registry=registry,
+        )
+        self._faults_counter = Counter(
+            telemetry.METRIC_PREFIX + "expert_faults",
+            "Experts that a worker was taken off because it gets them wrong.",
             registry=registry,
         )
         self._rebalances = Counter(
@@ -144,7 +151,7 @@ class PlacementService(rpc.PlacementServicer):
 
     def stop(self) -> None:
         """End every open stream."""
-        self._stopping = True
+        self._stopping.set()
         for lease_id in self._orders:
             self._end_stream(lease_id)
         self._notify_watchers()
@@ -210,7 +217,7 @@ class PlacementService(rpc.PlacementServicer):
 
     async def WatchPlan(self, request: pb.WatchPlanRequest, context: Any) -> AsyncIterator[pb.Plan]:
         sent = None
-        while not self._stopping:
+        while not self._stopping.is_set():
             changed = self._changed
             plan = self._coordinator.plan
             if plan is not None and plan is not sent:
@@ -225,37 +232,16 @@ class PlacementService(rpc.PlacementServicer):
     async def ReportLoad(
         self, request_iterator: AsyncIterator[pb.GatewayReport], context: Any
     ) -> pb.ReportLoadReply:
-        gateway_id = ""
-        unreachable: set[str] = set()
-        try:
-            async for report in request_iterator:
-                if not 0 < len(report.gateway_id) <= _MAX_NAME_LENGTH or report.epoch > _MAX_EPOCH:
-                    raise InvalidInput(
-                        f"a report needs a gateway_id of 1 to {_MAX_NAME_LENGTH} characters and "
-                        f"an epoch below {_MAX_EPOCH}"
-                    )
-                if gateway_id and report.gateway_id != gateway_id:
-                    raise InvalidInput(f"this stream is of gateway {gateway_id}")
-                gateway_id = report.gateway_id
-                if lost := set(report.unreachable_worker_ids) - unreachable:
-                    log.warning("workers_unreachable", gateway_id=gateway_id, workers=sorted(lost))
-                now = time.monotonic()
-                if self._coordinator.gateway_report(report, now):
-                    # What died is news at any time; that all have the plan can wait a little.
-                    self._rethink(urgent=unreachable != set(report.unreachable_worker_ids))
-                if report.load and self._coordinator.rebalance_due(now):
-                    self._rebalance_is_due = True
-                    self._replan.set()
-                unreachable = set(report.unreachable_worker_ids)
-        finally:
-            self._coordinator.gateway_gone(gateway_id)
-            self._rethink()
+        # Its other side keeps the stream open; a server that ends would cut it.
+        await until_first_ends(self._take_load(request_iterator), self._stopping.wait())
         return pb.ReportLoadReply()
 
     async def Drain(self, request: pb.DrainRequest, context: Any) -> pb.DrainReply:
         self._coordinator.drain(request.worker_id, time.monotonic())
         self._rethink()
-        while request.worker_id in self._coordinator.members.workers and not self._stopping:
+        while (
+            request.worker_id in self._coordinator.members.workers and not self._stopping.is_set()
+        ):
             await self._changed.wait()
         return pb.DrainReply(epoch=self._coordinator.current_plan().epoch)
 
@@ -270,6 +256,35 @@ class PlacementService(rpc.PlacementServicer):
         return self._coordinator.status(now, now + self._unix_offset_s)
 
     # Between them.
+
+    async def _take_load(self, reports: AsyncIterator[pb.GatewayReport]) -> None:
+        """What one gateway reports, until it ends."""
+        gateway_id = ""
+        unreachable: set[str] = set()
+        try:
+            async for report in reports:
+                if not 0 < len(report.gateway_id) <= _MAX_NAME_LENGTH or report.epoch > _MAX_EPOCH:
+                    raise InvalidInput(
+                        f"a report needs a gateway_id of 1 to {_MAX_NAME_LENGTH} characters and "
+                        f"an epoch below {_MAX_EPOCH}"
+                    )
+                if gateway_id and report.gateway_id != gateway_id:
+                    raise InvalidInput(f"this stream is of gateway {gateway_id}")
+                gateway_id = report.gateway_id
+                if lost := set(report.unreachable_worker_ids) - unreachable:
+                    log.warning("workers_unreachable", gateway_id=gateway_id, workers=sorted(lost))
+                now = time.monotonic()
+                if self._coordinator.gateway_report(report, now):
+                    # What died is news at any time; that all have the plan can wait a little.
+                    lost_some = unreachable != set(report.unreachable_worker_ids)
+                    self._rethink(urgent=lost_some or bool(report.faults))
+                if report.load and self._coordinator.rebalance_due(now):
+                    self._rebalance_is_due = True
+                    self._replan.set()
+                unreachable = set(report.unreachable_worker_ids)
+        finally:
+            self._coordinator.gateway_gone(gateway_id)
+            self._rethink()
 
     def _take_report(self, worker: Worker, report: pb.WorkerReport) -> None:
         if self._coordinator.report(worker, report, time.monotonic()):
@@ -315,9 +330,9 @@ class PlacementService(rpc.PlacementServicer):
         if self._coordinator.publish(now):
             plan = self._coordinator.current_plan()
             log.info("plan", epoch=plan.epoch, complete=plan.complete, note=plan.note)
+        self._notify_watchers()  # first: rows may still go to the dead, and orders are many
         for lease_id, order in self._coordinator.orders(now, self._orders):
             self._orders[lease_id].put_nowait(order)
-        self._notify_watchers()
 
     def _measure(self) -> None:
         state = self._coordinator
@@ -335,6 +350,8 @@ class PlacementService(rpc.PlacementServicer):
             (log.warning if event.is_bad else log.info)(event.kind, **event.facts)
             if event.kind in _LOSSES and not event.facts.get("draining"):
                 self._lost_counter.labels(event.kind.removeprefix("worker_")).inc()
+            elif event.kind == _FAULT:
+                self._faults_counter.inc()
         states = state.states()
         for name in ("registered", "loading", "ready", "draining", "unreachable"):
             self._workers_gauge.labels(name).set(states.count(name))
@@ -351,6 +368,9 @@ class PlacementService(rpc.PlacementServicer):
 async def serve(config: PlacementConfig) -> None:
     """The placement process: :func:`run` until a signal, with its events on stderr."""
     telemetry.configure_logging("placement", f"placement-{os.getpid()}", config.log_level)
+    # What was imported is not to be searched for garbage while a large mesh is planned anew.
+    gc.collect()
+    gc.freeze()
     await run(config, ModelConfig.from_hf(config.model), stop_signals())
 
 

@@ -247,7 +247,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker", "state", "resident", "rows_per_s", "queue_rows", "age_s", "error")
+    __slots__ = ("worker", "state", "resident", "rows_per_s", "queue_rows", "age_s", "error", "faulty")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_FIELD_NUMBER: _ClassVar[int]
@@ -255,6 +255,7 @@ class WorkerStatus(_message.Message):
     QUEUE_ROWS_FIELD_NUMBER: _ClassVar[int]
     AGE_S_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    FAULTY_FIELD_NUMBER: _ClassVar[int]
     worker: WorkerInfo
     state: str
     resident: _containers.RepeatedCompositeFieldContainer[ExpertId]
@@ -262,7 +263,8 @@ class WorkerStatus(_message.Message):
     queue_rows: int
     age_s: float
     error: str
-    def __init__(self, worker: _Optional[_Union[WorkerInfo, _Mapping]] = ..., state: _Optional[str] = ..., resident: _Optional[_Iterable[_Union[ExpertId, _Mapping]]] = ..., rows_per_s: _Optional[float] = ..., queue_rows: _Optional[int] = ..., age_s: _Optional[float] = ..., error: _Optional[str] = ...) -> None: ...
+    faulty: _containers.RepeatedCompositeFieldContainer[ExpertId]
+    def __init__(self, worker: _Optional[_Union[WorkerInfo, _Mapping]] = ..., state: _Optional[str] = ..., resident: _Optional[_Iterable[_Union[ExpertId, _Mapping]]] = ..., rows_per_s: _Optional[float] = ..., queue_rows: _Optional[int] = ..., age_s: _Optional[float] = ..., error: _Optional[str] = ..., faulty: _Optional[_Iterable[_Union[ExpertId, _Mapping]]] = ...) -> None: ...
 
 class GatewayStatus(_message.Message):
     __slots__ = ("gateway", "age_s")

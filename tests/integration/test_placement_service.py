@@ -324,12 +324,21 @@ async def test_the_process_announces_itself_and_stops_on_sigterm(tmp_path: Path)
     async with Mesh(ready["grpc"], model) as mesh:
         plans = mesh.stub.WatchPlan(pb.WatchPlanRequest())
         await mesh.start("w0")
+        # A gateway keeps its stream open for ever: so placement has to end it.
+        load = mesh.stub.ReportLoad()
+        await load.write(pb.GatewayReport(gateway_id="g"))
+        while not (await mesh.stub.GetStatus(pb.GetStatusRequest())).gateways:
+            pass
         process.send_signal(signal.SIGTERM)
         with contextlib.suppress(grpc.aio.AioRpcError):
             async with asyncio.timeout(20):
                 assert [plan async for plan in plans] == []
+        async with asyncio.timeout(20):
+            assert await load == pb.ReportLoadReply()
     _, stderr = await asyncio.wait_for(process.communicate(), 20)
     assert process.returncode == 0, stderr.decode()
-    events = [json.loads(line)["event"] for line in stderr.decode().splitlines()]
+    lines = [json.loads(line) for line in stderr.decode().splitlines()]
+    assert not [line for line in lines if line["level"] == "error"]
+    events = [line["event"] for line in lines]
     assert events[0] == "placement_listening"
     assert events[-1] == "placement_stopping" or "worker_gone" in events[-1]

@@ -76,6 +76,7 @@ class Mesh:
         load: dict[ExpertId, int] | None = None,
         name: str = "g",
         unreachable: Iterable[str] = (),
+        faults: Iterable[tuple[str, ExpertId]] = (),
     ) -> None:
         """A report; of the newest epoch unless it is said."""
         report = pb.GatewayReport(
@@ -83,6 +84,9 @@ class Mesh:
             host="gateway-host",
             epoch=self.coordinator.epoch if epoch is None else epoch,
             unreachable_worker_ids=unreachable,
+            faults=[
+                pb.ExpertPlacement(expert=expert_to_proto(e), worker_ids=[w]) for w, e in faults
+            ],
         )
         for expert, rows in (load or {}).items():
             report.load.add(expert=expert_to_proto(expert), rows=rows)
@@ -150,6 +154,10 @@ def running(num_workers: int = 2, **fields: object) -> Mesh:
         mesh.register(f"w{i}")
     mesh.settle()
     assert mesh.coordinator.plan.complete
+    mesh.now += 0.5  # until all are told of the last epoch
+    for i in range(num_workers):
+        mesh.report(f"w{i}")
+    mesh.settle()
     return mesh
 
 
@@ -326,6 +334,21 @@ def test_orders_are_never_older_than_what_their_worker_has_heard_of():
     }
 
 
+def test_who_has_nothing_to_do_hears_of_a_new_epoch_a_little_later():
+    mesh = running(3, rules=ONE_LAYER)
+    holder = mesh.served[0, 0][0]
+    spare = ({"w0", "w1", "w2"} - homes(mesh).keys()).pop()
+    mesh.coordinator.drop(f"lease-{holder}-1", mesh.now)
+    assert list(mesh.turn()) == [spare]
+    mesh.obey()
+    mesh.turn()
+    assert mesh.coordinator.next_deadline_s(mesh.now) == pytest.approx(mesh.now + 0.5)
+    mesh.now += 0.5
+    (idle,) = {"w0", "w1", "w2"} - {holder, spare}
+    assert mesh.turn()[idle] == pb.WorkerOrder(epoch=mesh.coordinator.epoch, expert_shards=1)
+    assert mesh.turn() == {}
+
+
 def test_a_draining_worker_hands_over_before_it_leaves():
     mesh = running(3, rules=ONE_LAYER)
     holder = mesh.served[0, 0][0]
@@ -341,7 +364,7 @@ def test_a_draining_worker_hands_over_before_it_leaves():
     orders = mesh.turn()
     assert mesh.served[0, 0] == (spare,)
     # The gateway may still send by the plan before this one.
-    assert not orders[holder].leave
+    assert not any(order.leave for order in orders.values())
     mesh.gateway(epoch=mesh.coordinator.plan.epoch)
     assert mesh.turn()[holder].leave
 
@@ -350,22 +373,21 @@ def test_a_draining_worker_leaves_anyway_when_nobody_can_take_over():
     mesh = running(2)
     mesh.report("w0", draining=True)
     orders = mesh.turn()
-    assert orders["w0"].leave
-    assert not orders["w1"].leave
+    assert [name for name, order in orders.items() if order.leave] == ["w0"]
     assert "start 1 more" in mesh.coordinator.plan.note
 
 
 @settings(deadline=None, max_examples=200)
 @given(
-    st.lists(st.tuples(st.sampled_from("jkdogurt"), st.integers(0, 4)), max_size=25),
+    st.lists(st.tuples(st.sampled_from("jkdogurtf"), st.integers(0, 4)), max_size=25),
     st.sampled_from((20, 30, 1000)),
     st.integers(0, 2),
 )
 def test_whatever_happens_the_plan_is_true_and_in_the_end_complete(
     events: list[tuple[str, int]], memory_bytes: int, max_replicas: int
 ):
-    """Workers join, are killed, drain, obey or not and cannot be reached, a gateway follows or
-    lags behind, experts become busy and are rebalanced, and time passes."""
+    """Workers join, are killed, drain, obey or not, cannot be reached and get experts wrong, a
+    gateway follows or lags behind, experts become busy and are rebalanced, and time passes."""
     mesh = Mesh(config=replace(CONFIG, max_replicas=max_replicas))
     for event, number in events:
         name = f"w{number}"
@@ -384,6 +406,8 @@ def test_whatever_happens_the_plan_is_true_and_in_the_end_complete(
             mesh.gateway(max(mesh.coordinator.current_plan().epoch - number, 0))
         elif event == "u":
             mesh.gateway(mesh.coordinator.current_plan().epoch, unreachable=[name])
+        elif event == "f":
+            mesh.gateway(faults=[(name, e) for e in RULES.experts[number % 3 :]])
         elif event == "r" and mesh.coordinator.target:
             mesh.gateway(0, load={RULES.experts[number % 4]: 500})
             budget = Budget()
@@ -658,6 +682,29 @@ def test_a_worker_that_the_gateways_do_not_reach_is_lost_until_they_do():
     assert kinds == ["worker_unreachable", "moves", "repaired", "worker_back"]
 
 
+def test_what_a_worker_had_that_is_cut_off_goes_to_another_host_if_it_can():
+    mesh = Mesh(replace(ONE_LAYER, experts_per_worker=2))
+    for name, host in [("a0", "a"), ("a1", "a"), ("b0", "b"), ("b1", "b"), ("a2", "a")]:
+        mesh.register(name, host=host)
+    mesh.settle()
+    lost = next(w for (w, *_) in mesh.served.values() if w.startswith("a"))
+    mesh.now += 0.5
+    for name in ("b0", "b1"):
+        mesh.report(name)
+    mesh.gateway(unreachable=[lost])
+    mesh.turn()
+    assert mesh.coordinator.members.doubted() == {"a0", "a1", "a2"}
+    gone = [e for e in ONE_LAYER.experts if e not in mesh.served]
+    assert gone
+    homes = {w for e in gone for w in mesh.coordinator.target.workers_by_expert[e]}
+    assert homes <= {"b0", "b1"}
+
+    # Whoever is heard of again is as good as any.
+    mesh.now += 0.1
+    mesh.report("a2")
+    assert mesh.coordinator.members.doubted() == {"a0", "a1"}
+
+
 def test_most_gateways_must_say_so_unless_its_heartbeat_is_overdue_too():
     mesh = running(3, rules=ONE_LAYER)
     holder = mesh.served[0, 0][0]
@@ -705,6 +752,135 @@ def test_a_worker_that_comes_and_goes_stays_out_for_longer_each_time():
             mesh.turn()
         out_s.append(mesh.now - left_s)
     assert out_s == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+
+
+# Who gets an expert wrong.
+
+
+def kinds_of(mesh: Mesh) -> list[str]:
+    return [event.kind for event in mesh.coordinator.history.latest]
+
+
+def faulty_in(mesh: Mesh) -> dict[str, list[ExpertId]]:
+    status = mesh.coordinator.status(mesh.now)
+    return {w.worker.worker_id: list(map(expert_from_proto, w.faulty)) for w in status.workers}
+
+
+def test_an_expert_that_its_worker_gets_wrong_is_seated_elsewhere():
+    mesh = running(3, rules=ONE_LAYER)
+    expert, kept = ExpertId(0, 0), ExpertId(0, 1)
+    (wrong,) = mesh.served[expert]
+    (spare,) = {"w0", "w1", "w2"} - homes(mesh).keys()
+    before = mesh.served
+    mesh.gateway(faults=[(wrong, expert)])
+    loads = {name: order.load for name, order in mesh.turn().items() if order.load}
+    assert loads == {spare: [expert_to_proto(expert)]}
+    # Requests wait for it, as gateways send that worker none of its rows any more.
+    assert mesh.served == {kept: before[kept]}
+    assert list(map(expert_from_proto, mesh.coordinator.plan.pending)) == [expert]
+    assert faulty_in(mesh)[wrong] == [expert]
+    # The spare may have to fetch it from there.
+    mesh.gateway()
+    assert not any(order.unload for order in mesh.turn().values())
+    mesh.obey()
+    assert not any(order.unload for order in mesh.turn().values())
+    assert mesh.served == {expert: (spare,), kept: before[kept]}
+    mesh.gateway()
+    assert list(map(expert_from_proto, mesh.turn()[wrong].unload)) == [expert]
+    mesh.settle()
+    assert kinds_of(mesh)[3:] == ["expert_faulty", "moves", "repaired"]
+
+    mesh.now += 1.0
+    for name in ("w0", "w1", "w2"):
+        mesh.report(name)
+    mesh.settle()
+    assert mesh.served[expert] == (spare,)
+    assert faulty_in(mesh) == {"w0": [], "w1": [], "w2": []}
+    assert kinds_of(mesh)[-1] == "expert_tried_again"
+
+
+def test_a_replica_serves_at_once_what_another_worker_gets_wrong():
+    mesh = with_replicas(4, rules=ONE_LAYER)
+    wrong, other = mesh.served[0, 1]
+    mesh.gateway(faults=[(wrong, ExpertId(0, 1))])
+    mesh.coordinator.publish(mesh.now)
+    assert mesh.coordinator.plan.complete
+    assert mesh.served[0, 1] == (other,)
+    mesh.settle()
+    # Its seat takes a replica of the other expert meanwhile.
+    assert wrong in mesh.served[0, 0]
+    assert mesh.coordinator.faults.of(wrong) == [(0, 1)]
+
+
+def test_of_two_that_have_an_expert_it_is_loaded_from_the_one_that_gets_it_right():
+    mesh = with_replicas(4, rules=ONE_LAYER)
+    wrong, other = mesh.served[0, 1]
+    for name, worker in mesh.coordinator.members.workers.items():
+        worker.info.host = "far" if name == other else "near"
+    mesh.gateway(faults=[(wrong, ExpertId(0, 1))])
+    mesh.register("w9", host="near")
+    order = mesh.turn()["w9"]
+    assert list(map(expert_from_proto, order.load)) == [(0, 1)]
+    assert [s.grpc_address for s in order.sources] == [f"{other}:1"]
+
+
+def test_the_only_worker_that_can_have_an_expert_keeps_it_and_is_tried_less_and_less_often():
+    mesh = running(2)
+    before = mesh.served
+    (wrong,) = before[0, 0]
+    fault = (wrong, ExpertId(0, 0))
+    out_s = []
+    for _ in range(8):
+        epoch = mesh.coordinator.epoch
+        mesh.gateway(faults=[fault])
+        mesh.turn()
+        since_s = mesh.now
+        while mesh.coordinator.epoch == epoch:
+            mesh.now += 0.5
+            for name in ("w0", "w1"):
+                mesh.report(name)
+            mesh.gateway(epoch, faults=[fault])
+            mesh.turn()
+            assert mesh.served == before
+            assert mesh.now < since_s + 100.0
+        # By a new plan gateways try it again; what they said by the old one is old.
+        mesh.gateway(epoch, faults=[fault])
+        mesh.turn()
+        assert mesh.coordinator.faults.of(wrong) == []
+        out_s.append(mesh.now - since_s)
+    assert out_s == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+    assert "faulty_expert_stays" in kinds_of(mesh)
+
+    mesh.now += 120.0
+    for name in ("w0", "w1"):
+        mesh.coordinator.members.workers[name].last_seen_s = mesh.now
+    mesh.turn()
+    mesh.gateway(faults=[fault])
+    mesh.turn()
+    assert mesh.coordinator.faults.next_deadline_s() == mesh.now + 1.0
+
+
+def test_a_worker_that_starts_anew_starts_without_faults():
+    mesh = running(3, rules=ONE_LAYER)
+    (wrong,) = mesh.served[0, 0]
+    mesh.gateway(faults=[(wrong, ExpertId(0, 0))])
+    mesh.turn()
+    mesh.coordinator.drop(f"lease-{wrong}-1", mesh.now)
+    mesh.register(wrong, pid=2)
+    assert not mesh.coordinator.faults.out
+    mesh.settle()
+    assert mesh.coordinator.plan.complete
+
+
+def test_a_gateway_that_finds_fault_with_everybody_is_at_fault_itself():
+    mesh = running(3, rules=ONE_LAYER)
+    before = mesh.served
+    mesh.gateway(faults=[(ids[0], expert) for expert, ids in before.items()])
+    mesh.turn()
+    assert mesh.served == before
+    mesh.gateway(faults=[("w9", ExpertId(0, 0)), (before[0, 0][0], ExpertId(0, 1))])
+    mesh.turn()
+    assert mesh.served == before
 
 
 # Slices.

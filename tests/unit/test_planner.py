@@ -361,6 +361,55 @@ def test_a_rebalance_keeps_the_rules_and_its_budget(
     assert len(lives_in(after)) == len(lives_in(before))
 
 
+@settings(deadline=None)
+@given(st.data())
+def test_a_worker_has_what_it_is_barred_from_only_where_nobody_else_can(
+    data: st.DataObject,
+) -> None:
+    seats = data.draw(st.integers(1, 2))
+    rules = Rules((0, 1), data.draw(st.integers(1, 5)), experts_per_worker=seats)
+    specs = workers(rules.workers_needed + data.draw(st.integers(0, 3)))
+    draw = st.fixed_dictionaries({e: st.floats(0, 50) for e in rules.experts})
+    before = plan(rules, specs, traffic=data.draw(draw))
+    living = lives_in(before)
+    barred = data.draw(st.sets(st.sampled_from(sorted(living)), max_size=6))
+    by_worker: dict[str, list[ExpertId]] = {}
+    for expert, worker_id in barred:
+        by_worker.setdefault(worker_id, []).append(expert)
+    after = plan(
+        rules,
+        specs,
+        traffic=data.draw(draw),
+        homes=before.experts_by_worker(),
+        residents=before.experts_by_worker(),
+        barred=by_worker,
+        budget=data.draw(st.sampled_from((None, Budget()))),
+    )
+    assert_within_rules(after, rules, specs)
+    assert not after.missing
+    crowds = Counter((w, e.layer) for e, ids in after.workers_by_expert.items() for w in ids)
+    replicas = {(w, e.layer) for e, w in lives_in(after) if len(after.workers_by_expert[e]) > 1}
+    for expert, worker_id in lives_in(after) & barred:
+        assert after.workers_by_expert[expert] == (worker_id,)
+        for spec in specs:
+            place = (spec.worker_id, expert.layer)
+            if (expert, spec.worker_id) not in barred:
+                assert crowds[place] == seats
+                assert place not in replicas
+
+
+def test_nothing_is_moved_for_what_a_worker_is_barred_from_but_replicas():
+    rules = Rules((0,), 2)
+    homes = {"w0": [ExpertId(0, 0)], "w1": [ExpertId(0, 1)]}
+    full = plan(rules, workers(2), homes=homes, barred={"w0": [ExpertId(0, 0)]})
+    assert full == plan(rules, workers(2), homes=homes)
+    replicated = {**homes, "w2": [ExpertId(0, 1)]}
+    target = plan(rules, workers(3), homes=replicated, barred={"w0": [ExpertId(0, 0)]})
+    (new,) = target.workers_by_expert[0, 0]
+    assert new != "w0"
+    assert "w0" in target.workers_by_expert[0, 1]
+
+
 def test_colocation_is_the_least_crowded_and_says_so():
     target = plan(Rules((0, 1), 16, experts_per_worker=16), workers(5))
     for layer in (0, 1):
