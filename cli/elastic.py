@@ -94,12 +94,27 @@ def lack_without(mesh: pb.MeshStatus, worker_id: str) -> str:
     crowd = max(mesh.plan.experts_per_worker, 1)
     in_layer = Counter(e.expert.layer for e in mesh.plan.experts)
     needed = -(-max(in_layer.values(), default=0) // crowd)
-    if len(others) >= needed:
-        return ""
-    return (
-        f"without {worker_id} there are {len(others)} workers, and every expert needs {needed} "
-        f"with {crowd} of a layer on each: start another first"
-    )
+    if len(others) < needed:
+        return (
+            f"without {worker_id} there are {len(others)} workers, and every expert needs {needed} "
+            f"with {crowd} of a layer on each: start another first"
+        )
+    seats = sum(_seats(w.worker, mesh.plan, len(in_layer)) for w in others)
+    if seats < in_layer.total():
+        rule = "one expert in all" if mesh.plan.strict else f"{crowd} of a layer"
+        return (
+            f"without {worker_id} there are seats for {seats} of {in_layer.total()} experts, by "
+            f"the memory of the {len(others)} other workers and {rule} on each: start another "
+            "first, or give them more --memory-bytes"
+        )
+    return ""
+
+
+def _seats(worker: pb.WorkerInfo, plan: pb.Plan, num_layers: int) -> int:
+    """How many experts, or slices, a worker may hold and has memory for."""
+    allowed = 1 if plan.strict else num_layers * max(plan.experts_per_worker, 1)
+    unit_bytes = -(-worker.expert_bytes // max(plan.expert_shards, 1))
+    return min(allowed, worker.memory_bytes // unit_bytes) if unit_bytes else allowed
 
 
 def rebalance(

@@ -16,13 +16,14 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cli.backoff import Backoff
+from cli.liveness import LOOKS, is_live
 from cli.mesh_spec import MAX_WORKERS, MeshSpec
 from cli.options import to_argv
 from cli.report import JsonReport, Ready, TextReport
 from cli.supervisor import Process, Supervisor
 from mesh.config import GatewayConfig, PlacementConfig, WorkerConfig
 from mesh.errors import DeadlineExceeded, InvalidInput, Overloaded, PlacementError, Unavailable
-from mesh.grpc_server import TlsFiles, open_channel
+from mesh.grpc_server import TlsFiles, open_channel, until_first_ends
 from protos import placement_pb2 as pb
 from protos.placement_pb2_grpc import PlacementStub
 
@@ -48,12 +49,15 @@ class Member:
     began_s: float = field(default_factory=time.monotonic)
     backoff: Backoff = field(default_factory=Backoff)
     restarting: asyncio.Task[None] | None = None
+    silent_looks: int = 0
+    """In a row, of this process: how often it was asked whether it lives and did not say so."""
     rolling: bool = False
     """A successor is on its way, so its end is nobody else's care."""
 
     def became(self, process: Process) -> None:
         self.process = process
         self.began_s = time.monotonic()
+        self.silent_looks = 0
 
 
 class Mesh:
@@ -230,10 +234,13 @@ class Mesh:
     # While it serves.
 
     async def watch(self) -> None:
-        """Report each end and start again what died, for ever.
+        """Report each end and start again what died or hangs, for ever.
 
         Raises Unavailable when no gateway is left, and none is to come.
         """
+        await until_first_ends(self._take_ends(), self._look_after_all())
+
+    async def _take_ends(self) -> None:
         while True:
             self._take_end(await self._ended.get())
             if self._supervisor.ended:
@@ -243,6 +250,32 @@ class Mesh:
                 )
             if not (self._spec.up.restart or any(g.process.alive for g in self.gateways)):
                 raise Unavailable(f"no gateway is left; the logs are in {self._supervisor.log_dir}")
+
+    async def _look_after_all(self) -> None:
+        """Kill what hangs, which is then started again as what died is."""
+        up = self._spec.up
+        if not (up.restart and up.hung_after_s):
+            await asyncio.Event().wait()
+        while True:
+            await asyncio.sleep(up.hung_after_s / LOOKS)
+            members = (*self.placement, *self.workers, *self.gateways)
+            await asyncio.gather(*map(self._look_after, members))
+
+    async def _look_after(self, member: Member) -> None:
+        process = member.process
+        if member.rolling or not process.alive or not process.started.done():
+            return
+        up = self._spec.up
+        if process.ready.done():
+            lives = await is_live(process.ready.result()["http"], up.hung_after_s / LOOKS)
+        else:
+            lives = time.monotonic() - member.began_s < up.timeout_s
+        if member.process is not process or not process.alive:
+            return
+        member.silent_looks = 0 if lives else member.silent_looks + 1
+        if member.silent_looks == LOOKS:
+            self._say("hung", name=process.name, pid=process.pid, silent_s=up.hung_after_s)
+            self._supervisor.signal(process, signal.SIGKILL)
 
     def _take_end(self, process: Process) -> None:
         members = (*self.placement, *self.workers, *self.gateways)

@@ -45,6 +45,10 @@ class UpConfig:
         None, "Name by which `scale` and `roll` find it; made from the pid if absent."
     )
     restart: bool = option(True, "Start a process that died again, ever later if it keeps dying.")
+    hung_after_s: float = option(
+        60.0,
+        "Silence of its /healthz after which a process is killed and started again; 0: never.",
+    )
     json: bool = option(False, "Print JSON objects: one when all is ready, one for each event.")
     log_dir: Path | None = option(None, "Where processes log; if absent, a temporary directory.")
     timeout_s: float = option(120.0, "How long all may take to be ready.")
@@ -57,6 +61,8 @@ class UpConfig:
             raise ConfigError(f"workers must be 0 to {MAX_WORKERS}, gateways 1 or more")
         if not (0 < self.timeout_s < math.inf and 0 <= self.drain_s < math.inf):
             raise ConfigError("timeout_s must be positive, drain_s must not be negative")
+        if not 0 <= self.hung_after_s < math.inf:
+            raise ConfigError("hung_after_s must not be negative")
 
     @property
     def name(self) -> str:

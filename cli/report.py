@@ -49,6 +49,10 @@ def describe(event: Mapping[str, Any]) -> str:
             often = f", {ends} in a row" if ends > 1 else ""
             when = f"in {pause_s:.0f} s" if pause_s else "now"
             return f"{name} is started again {when}{often}"
+        case {"event": "hung", "name": name, "pid": pid, "silent_s": silent_s}:
+            return (
+                f"{name} (pid {pid}) hangs: /healthz said nothing for {silent_s:g} s; it is killed"
+            )
         case {"event": "exited", "name": name, "code": code, "signal": signal}:
             return f"{name} ended with " + (
                 f"code {code}" if signal is None else f"signal {signal}"
@@ -142,7 +146,7 @@ class TextReport:
             )
 
     def happened(self, event: Mapping[str, Any], text: str) -> None:
-        style = "bold red" if event["event"] == "exited" else ""
+        style = "bold red" if event["event"] in ("exited", "hung") else ""
         self._console.print(Text(text or describe(event), style=style), soft_wrap=True)
 
     def draining(self) -> None:

@@ -26,7 +26,7 @@ import torch
 from expert_worker.batcher import Batcher
 from expert_worker.compute import Compute, CpuCompute, Part, Ticket
 from expert_worker.expert_store import Expert, ExpertStore
-from expert_worker.weights import WeightTransfers
+from expert_worker.weights import Allowance, WeightTransfers
 from mesh import wire
 from mesh.errors import MeshError, ModelMismatch, Unavailable
 from mesh.plan import ExpertId
@@ -39,7 +39,6 @@ T = TypeVar("T")
 _SCRATCH_BYTES = 64
 _MAX_IN_HAND = 256
 _CALL_TIMEOUT_S = 10.0
-_WEIGHTS_SHARE = 0.25
 # Plain integers: an enum's member costs a microsecond to look up, on every message.
 _DISPATCH = int(wire.Kind.DISPATCH)
 _REPLY = int(wire.Kind.REPLY)
@@ -315,6 +314,7 @@ class DataPlane(threading.Thread):
             transport = self._transport = self._make_transport()
             self._scratch = transport.wrap(torch.zeros(_SCRATCH_BYTES, dtype=torch.uint8))
             self._weights = WeightTransfers(transport)
+            self._allowance = Allowance()
             self._waiter = Waiter(transport, spin_s=self._spin_s)
             self._answering = transport.answering(
                 row_bytes=self._row_bytes,
@@ -374,14 +374,16 @@ class DataPlane(threading.Thread):
             self._forget_dead_gateways()
 
     def _move_weights(self, began_s: float) -> bool:
-        """Both ends have to be at it for a chunk to move, so give it a part of what rows took."""
+        """Both ends have to be at it for a chunk to move."""
         now_s = time.monotonic()
-        until_s = now_s + _WEIGHTS_SHARE * (now_s - began_s)
+        self._allowance.begin(now_s, now_s - began_s)
         moved = self._weights.turn()
-        while self._weights.any and time.monotonic() < until_s:
-            self._transport.progress()
-            moved |= self._accept()
-            moved |= self._weights.turn()
+        step = True
+        while self._weights.any and self._allowance.goes_on(time.monotonic(), step):
+            step = self._transport.progress()
+            step |= self._accept()
+            step |= self._weights.turn()
+            moved |= step
         return moved
 
     def _answer(self, answering: Answering) -> None:

@@ -92,6 +92,8 @@ class ExpertReader:
         self._loop = loop
         self._taking: Future[Mlp] | None = None
         self._closed = False
+        self._failed_s: dict[str, float] = {}
+        """Of each worker that failed last time, when; by address."""
         self.paces = Paces()
         self.shards = 1
         self.sources: Mapping[ExpertId, list[str]] = {}
@@ -104,7 +106,9 @@ class ExpertReader:
         if self._checkpoint is not None:
             ways["file"].append(partial(self._read, self._checkpoint))
         if self.plane is not None:
-            for address in self.sources.get(expert, ()):
+            # Who hangs costs seconds with each expert, unless another is asked first.
+            known = self.sources.get(expert, ())
+            for address in sorted(known, key=lambda source: self._failed_s.get(source, 0.0)):
                 ways["peer"].append(partial(self._take, self.plane, address))
         failures: list[Exception] = []
         for way in self.paces.ranked(ways):
@@ -161,7 +165,10 @@ class ExpertReader:
         self._taking = asyncio.run_coroutine_threadsafe(
             self._ask(plane, address, expert), self._loop
         )
-        return self._taking.result()
+        self._failed_s[address] = time.monotonic()
+        mlp = self._taking.result()
+        del self._failed_s[address]
+        return mlp
 
     async def _ask(self, plane: DataPlane, address: str, expert: ExpertId) -> Mlp:
         """Have a worker give its expert, and watch over it."""

@@ -32,6 +32,39 @@ _FETCH = int(wire.Kind.FETCH)
 _WEIGHTS = int(wire.Kind.WEIGHTS)
 
 
+_SHARE = 0.25
+_MOST_SAVED_S = 0.02
+_PATIENCE_S = 0.0002
+
+
+class Allowance:
+    """How long weights may have the thread after each turn of rows. Pure: the clock is passed in.
+
+    A share of what rows took. What the other end was not there to use is kept for when it is:
+    where both ends serve, each is at it for a fifth of the time, and seldom the same one.
+    """
+
+    def __init__(self) -> None:
+        self.saved_s = 0.0
+        self._began_s = 0.0
+        self._moved_s = 0.0
+
+    def begin(self, now_s: float, rows_s: float) -> None:
+        """Rows took so long."""
+        self.saved_s = min(self.saved_s + _SHARE * rows_s, max(_MOST_SAVED_S, _SHARE * rows_s))
+        self._began_s = self._moved_s = now_s
+
+    def goes_on(self, now_s: float, moved: bool) -> bool:
+        """Whether to go on now: there is time left, and something moved lately."""
+        if moved:
+            self._moved_s = now_s
+        spent_s = now_s - self._began_s
+        if spent_s < self.saved_s and now_s - self._moved_s < _PATIENCE_S:
+            return True
+        self.saved_s = max(self.saved_s - spent_s, 0.0)
+        return False
+
+
 def chunks_of(tensors: Mapping[str, torch.Tensor], chunk_bytes: int) -> list[torch.Tensor]:
     """The bytes of contiguous tensors, by name, cut into views of at most ``chunk_bytes``.
 

@@ -32,6 +32,8 @@ _CONNECT_TOGETHER_S = 0.1
 """How long the first of several connections waits for the others before it is used."""
 _LOST_PEER_PAUSE_S = 0.5
 _TAKEOVER_TIMEOUT_S = 5.0
+_DISCONNECT_TRIES = 40
+"""Over three minutes: a worker that hangs, or whose link is cut, is back or gone by then."""
 _HEALTH_TIMEOUT_S = 0.3
 _HEALTH_CHECKS = 2
 
@@ -147,6 +149,7 @@ class Router:
         self._wake_reconcile = asyncio.Event()
         self._wake_report = asyncio.Event()
         self._retiring: set[asyncio.Task[None]] = set()
+        self._closing = asyncio.Event()
         self._examining: dict[str, asyncio.Task[None]] = {}
         self._faults: dict[ExpertId, set[str]] = {}
         link.on_peer_lost = self._on_peer_lost
@@ -182,7 +185,8 @@ class Router:
             tasks.create_task(self._report_forever(identity))
 
     async def close(self) -> None:
-        """Give every session back. The engine sends nothing any more."""
+        """Give every session back, each by one try. The engine sends nothing any more."""
+        self._closing.set()
         for task in (*self._examining.values(), *self._connecting.values()):
             task.cancel()
         for worker_id in list(self._connections):
@@ -409,15 +413,35 @@ class Router:
                 await self._link.until_epoch(epoch)
         except TimeoutError:
             log.warning("engine_keeps_old_routing", epoch=epoch)
+        try:
+            await self._give_back(connection)
+        finally:
+            await connection.channel.close(None)
+
+    async def _give_back(self, connection: Connection) -> None:
+        """Tell the worker, again and again where the word is lost: it would keep the session."""
+        worker = connection.worker
         request = worker_pb2.DisconnectRequest(
             gateway_id=self._gateway_id, session=connection.peer.session
         )
-        try:
-            stub = worker_pb2_grpc.ExpertWorkerStub(connection.channel)
-            await stub.Disconnect(request, timeout=_CONNECT_TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            log.info("worker_gone", worker_id=connection.worker.worker_id, why=_why(error))
-        await connection.channel.close(None)
+        stub = worker_pb2_grpc.ExpertWorkerStub(connection.channel)
+        for attempt in range(_DISCONNECT_TRIES):
+            newer = self._connections.get(worker.worker_id)
+            if newer is not None and newer.worker.ucx_address == worker.ucx_address:
+                return  # To grant the new session, it ended this one.
+            try:
+                await stub.Disconnect(request, timeout=_CONNECT_TIMEOUT_S)
+            except grpc.aio.AioRpcError as error:
+                if attempt == 0:
+                    log.info("worker_gone", worker_id=worker.worker_id, why=_why(error))
+            else:
+                return
+            try:
+                async with asyncio.timeout(backoff_s(attempt)):
+                    await self._closing.wait()
+            except TimeoutError:
+                continue
+            return
 
     # Reports.
 

@@ -372,6 +372,7 @@ class Coordinator:
             workers=infos,
             experts=[self._placements[expert] for expert in sorted(serving)],
             experts_per_worker=self._rules.experts_per_worker,
+            strict=self._rules.rule == "strict",
             note=note,
             complete=len(serving) == len(self._experts),
             pending=map(expert_to_proto, pending),

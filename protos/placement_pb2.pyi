@@ -161,7 +161,7 @@ class ExpertPlacement(_message.Message):
     def __init__(self, expert: _Optional[_Union[ExpertId, _Mapping]] = ..., worker_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("epoch", "model_fingerprint", "workers", "experts", "experts_per_worker", "note", "complete", "expert_shards", "pending")
+    __slots__ = ("epoch", "model_fingerprint", "workers", "experts", "experts_per_worker", "note", "complete", "expert_shards", "pending", "strict")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
@@ -171,6 +171,7 @@ class Plan(_message.Message):
     COMPLETE_FIELD_NUMBER: _ClassVar[int]
     EXPERT_SHARDS_FIELD_NUMBER: _ClassVar[int]
     PENDING_FIELD_NUMBER: _ClassVar[int]
+    STRICT_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     model_fingerprint: str
     workers: _containers.RepeatedCompositeFieldContainer[WorkerInfo]
@@ -180,7 +181,8 @@ class Plan(_message.Message):
     complete: bool
     expert_shards: int
     pending: _containers.RepeatedCompositeFieldContainer[ExpertId]
-    def __init__(self, epoch: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., experts: _Optional[_Iterable[_Union[ExpertPlacement, _Mapping]]] = ..., experts_per_worker: _Optional[int] = ..., note: _Optional[str] = ..., complete: _Optional[bool] = ..., expert_shards: _Optional[int] = ..., pending: _Optional[_Iterable[_Union[ExpertId, _Mapping]]] = ...) -> None: ...
+    strict: bool
+    def __init__(self, epoch: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., experts: _Optional[_Iterable[_Union[ExpertPlacement, _Mapping]]] = ..., experts_per_worker: _Optional[int] = ..., note: _Optional[str] = ..., complete: _Optional[bool] = ..., expert_shards: _Optional[int] = ..., pending: _Optional[_Iterable[_Union[ExpertId, _Mapping]]] = ..., strict: _Optional[bool] = ...) -> None: ...
 
 class GatewayReport(_message.Message):
     __slots__ = ("gateway_id", "grpc_address", "http_address", "host", "device", "pid", "epoch", "load", "running", "waiting", "kv_usage", "unreachable_worker_ids", "faults")

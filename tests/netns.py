@@ -59,6 +59,18 @@ class Network:
         """By which everybody reaches it."""
         return f"{self._subnet}.{self._numbers[host]}"
 
+    @property
+    def gate(self) -> str:
+        """The address of this process in it."""
+        return f"{self._subnet}.254"
+
+    def slow(self, host: str, rate: str) -> None:
+        """Let no more come from a host than ``rate``, as tc(8) writes it."""
+        shape = ("tbf", "rate", rate, "burst", "32kbit", "latency", "50ms")
+        inside = ("ip", "netns", "exec", self.namespace(host))
+        command = (*inside, "tc", "qdisc", "add", "dev", _LINK, "root", *shape)
+        subprocess.run(command, check=True, capture_output=True, text=True)
+
     def namespace(self, host: str) -> str:
         """The name for :func:`main`."""
         return f"{self._name}-{host}"
@@ -78,7 +90,7 @@ class Network:
             _ip("-n", self._name, "link", "set", "switch", "up")
             self._plug_in("port0", "name", self._name)
             undo.callback(_ip, "link", "del", self._name)
-            _ip("addr", "add", f"{self._subnet}.254/24", "dev", self._name)
+            _ip("addr", "add", f"{self.gate}/24", "dev", self._name)
             _ip("link", "set", self._name, "up")
             for host, number in self._numbers.items():
                 inside = self.namespace(host)

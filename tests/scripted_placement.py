@@ -23,14 +23,16 @@ from protos import placement_pb2 as pb
 class ScriptedPlacement(placement_pb2_grpc.PlacementServicer):
     """Takes every worker, and orders nothing by itself."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1") -> None:
         self.registered: dict[str, pb.RegisterRequest] = {}
         self.reports: dict[str, pb.WorkerReport] = {}
         self.plan = pb.Plan()
         self._orders: defaultdict[str, asyncio.Queue[pb.WorkerOrder]] = defaultdict(asyncio.Queue)
         self._heard = asyncio.Condition()
         self._server = GrpcServer(
-            ServerConfig(), [(placement_pb2_grpc.add_PlacementServicer_to_server, self)], []
+            ServerConfig(host=host),
+            [(placement_pb2_grpc.add_PlacementServicer_to_server, self)],
+            [],
         )
 
     @property

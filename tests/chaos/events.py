@@ -205,6 +205,37 @@ class JoinWorker(Event):
         await fleet.end(self.target)
 
 
+class Scale(Event):
+    """``expert-mesh scale`` to more workers, and back to as many as there were."""
+
+    kind = "scale"
+    weight = 0.5
+    takes_target = False
+    most: ClassVar[int] = 3
+
+    @classmethod
+    def draw(cls, rng: random.Random, at_s: float, shape: Shape) -> Event:
+        return cls(at_s, f"by {rng.randint(1, cls.most)}", rng.uniform(5.0, 15.0))
+
+    def targets(self, shape: Shape) -> frozenset[str]:
+        return frozenset({"scale"})
+
+    async def act(self, fleet: Fleet) -> None:
+        async with fleet.scaled_by(int(self.target.split()[1])):
+            await asyncio.sleep(self.for_s)
+
+
+class RollWorker(WorkerEvent):
+    """What ``expert-mesh roll`` does to each worker: a successor takes over, then it ends."""
+
+    kind = "roll worker"
+    takes_target = False
+    least_s, most_s = 5.0, 5.0
+
+    async def act(self, fleet: Fleet) -> None:
+        await fleet.roll(self.target)
+
+
 class Rebalance(Event):
     """Placement is asked for a better target: experts move."""
 
@@ -316,3 +347,5 @@ ON_ONE_HOST: tuple[type[Event], ...] = (
     *(Rebalance, KillPlacement, KillGateway, KillEngine, HangEngine, RestartGateway),
 )
 """The kinds that need nothing but processes."""
+ELASTIC: tuple[type[Event], ...] = (Scale, RollWorker)
+"""The kinds that go through the code of ``up``, which starts processes on its own host."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 import signal
@@ -11,13 +12,17 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import grpc
 import psutil
 
+from cli.local_mesh import Member, Mesh
+from cli.mesh_spec import MeshSpec
+from cli.report import JsonReport
 from cli.supervisor import Process, Supervisor
 from cli.up import _PRELOAD as PRELOAD
 from expert_mesh import AsyncClient
@@ -59,7 +64,10 @@ class Fleet:
         self.shape = shape
         self.serving: dict[str, AsyncClient] = {}
         self.members: dict[str, Process] = {}
-        """Those that should be there."""
+        """Those that should be there, by the name that a plan has for them."""
+        self._ids: dict[str, str] = {}
+        """Of who was rolled, the name of the process that came last."""
+        self._rolls = itertools.count(2)
         self.every_pid: set[int] = set()
         self._supervisor = supervisor
         self._network = network
@@ -125,6 +133,7 @@ class Fleet:
         else:
             argv += ["--placement", self._addresses["placement"]]
         process = self._supervisor.spawn(name, [*argv, *self._flags.get(command, ())])
+        self._ids.pop(name, None)
         self.members[name] = process
         async with asyncio.timeout(_START_S):
             ready = await self._supervisor.wait_ready(process)
@@ -159,7 +168,7 @@ class Fleet:
         """Have placement send a worker away; it has to end well."""
         process = self._leaving(worker)
         async with self.placement() as placement:
-            await placement.Drain(pb.DrainRequest(worker_id=worker), timeout=_RPC_S)
+            await placement.Drain(pb.DrainRequest(worker_id=process.name), timeout=_RPC_S)
         await self._wait_end(process, code=0)
 
     async def rebalance(self) -> int:
@@ -190,6 +199,56 @@ class Fleet:
         finally:
             self._network.heal(host)
 
+    @asynccontextmanager
+    async def scaled_by(self, count: int) -> AsyncIterator[None]:
+        """So many workers more, by what ``expert-mesh scale`` calls, for the length of a block."""
+        workers = [n for n in self.members if n not in self.shape.gateway_names]
+        mesh = self._mesh([name for name in workers if name != "placement"])
+        before = len(mesh.workers)
+        await mesh.scale(before + count, lambda event: None)
+        comers = mesh.workers[before:]
+        for comer in comers:
+            self.members[comer.name] = comer.process
+            self._addresses[comer.name] = comer.process.ready.result()["grpc"]
+            self.every_pid.add(comer.process.pid)
+        yield
+        processes = [self._leaving(comer.name) for comer in comers]
+        await mesh.scale(before, lambda event: None)
+        for process in processes:
+            await self._wait_end(process, code=0)
+
+    async def roll(self, name: str) -> None:
+        """Replace one worker by what ``expert-mesh roll`` calls."""
+        before = self.members[name]
+        mesh = self._mesh([name])
+        (member,) = mesh.workers
+        member.num_started = next(self._rolls)
+
+        def leaves(process: Process) -> None:
+            if process is before:
+                successor = member.process
+                self.members[name] = successor
+                self._ids[name] = successor.name
+                self._addresses[name] = successor.ready.result()["grpc"]
+                self.every_pid.add(successor.pid)
+
+        mesh.on_leave = leaves
+        await mesh.roll(lambda event: None)
+        await self._wait_end(before, code=0)
+
+    def _mesh(self, names: Sequence[str]) -> Mesh:
+        """What ``up`` would know of these workers."""
+        values = {"model": self._model, "experts_per_worker": self.shape.experts_per_worker}
+        spec = MeshSpec.of({**values, "timeout_s": _START_S, "drain_s": _END_S})
+        mesh = _FleetMesh(spec, self._supervisor, self._addresses["placement"], self.shape.workers)
+        for name in names:
+            mesh.workers.append(Member(name, spec.worker(0), self.members[name]))
+        return mesh
+
+    def id_of(self, name: str) -> str:
+        """What placement calls the worker that a plan of events calls ``name``."""
+        return self._ids.get(name, name)
+
     def _leaving(self, name: str) -> Process:
         """Ask it nothing more, and expect its end."""
         self.serving.pop(name, None)
@@ -206,7 +265,7 @@ class Fleet:
 
     def ended(self, process: Process) -> str | None:
         """What is wrong with the end of a process; None when it was expected."""
-        if self.members.get(process.name) is process:
+        if process in self.members.values():
             return f"nobody ended it: {process.describe_end()}"
         return None
 
@@ -250,8 +309,10 @@ class Fleet:
     async def expect_unplanned(self, worker: str) -> None:
         """No plan may name a worker for long that is dead or silent."""
 
+        worker_id = self.id_of(worker)
+
         def unplanned(status: pb.MeshStatus) -> bool:
-            return worker not in {w.worker_id for w in status.plan.workers}
+            return worker_id not in {w.worker_id for w in status.plan.workers}
 
         await self._until(unplanned, SETTLE_S, f"the plan names {worker}, which is gone,")
 
@@ -291,6 +352,36 @@ class Fleet:
         workers = [n for n in self.members if n not in (*gateways, "placement")]
         for names in (gateways, workers, ["placement"]):
             await asyncio.gather(*(self.end(name) for name in names if name in self.members))
+
+
+class _FleetMesh(Mesh):
+    """A mesh that is there already, as ``up`` would scale and roll it."""
+
+    def __init__(
+        self, spec: MeshSpec, supervisor: Supervisor, placement: str, first_number: int
+    ) -> None:
+        super().__init__(spec, supervisor, _Silent(), asyncio.Queue())
+        self._address = placement
+        self._first_number = first_number
+        self.on_leave: Callable[[Process], None] = lambda process: None
+        """Told of each process that is about to be told to leave."""
+
+    def _free_number(self) -> int:
+        """None of a worker of the plan, which may be away for a while only."""
+        taken = self._supervisor.processes.keys()
+        numbers = itertools.count(self._first_number)
+        return next(n for n in numbers if self._spec.worker(n).worker_id not in taken)
+
+    def _end(self, process: Process) -> asyncio.Task[None]:
+        self.on_leave(process)
+        return super()._end(process)
+
+
+class _Silent(JsonReport):
+    """The run itself says what happens."""
+
+    def happened(self, event: Mapping[str, Any], text: str) -> None:
+        """Nothing."""
 
 
 def ids_of(status: pb.MeshStatus) -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from tests.chaos.events import ON_ONE_HOST, SETTLE_S, CutHost, Event, KillPlacement, Shape
+from tests.chaos.events import ELASTIC, ON_ONE_HOST, SETTLE_S, CutHost, Event, KillPlacement, Shape
 
 _FIRST_S = 3.0
 _MEAN_GAP_S = 2.5
@@ -22,7 +22,7 @@ def make_plan(
 ) -> tuple[Event, ...]:
     """Events by their time, each over by ``duration_s``, that together the mesh can survive."""
     if kinds is None:
-        kinds = (*ON_ONE_HOST, CutHost) if shape.hosts else ON_ONE_HOST
+        kinds = (*ON_ONE_HOST, *([CutHost] if shape.hosts else ELASTIC))
     rng = random.Random(seed)
     events: list[Event] = []
     # First what needs the most room, or it would find none.

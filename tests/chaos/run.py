@@ -244,19 +244,19 @@ class _Run:
         if not status.plan.complete:
             return f"the plan is not complete: {status.plan.note}"
         workers = fleet.members.keys() - set(fleet.shape.gateway_names) - {"placement"}
-        if ids_of(status) != workers:
-            return f"registered: {sorted(ids_of(status))}, alive: {sorted(workers)}"
+        alive = set(map(fleet.id_of, workers))
+        if ids_of(status) != alive:
+            return f"registered: {sorted(ids_of(status))}, alive: {sorted(alive)}"
         for name, client in fleet.serving.items():
             info = await client.server_info()
             if info.running or info.waiting or info.kv_usage:
                 return f"{name} holds: {info.running} running, {info.kv_usage:.4f} of its blocks"
-        planned = {worker_id for e in status.plan.experts for worker_id in e.worker_ids}
+        planned = {worker.worker_id for worker in status.plan.workers}
         for name in workers:
             sessions = int(await fleet.metric(name, "sessions"))
-            # One that a gateway could not give back stays until the gateway comes again.
-            expected = [len(fleet.serving)] if name in planned else range(len(fleet.serving) + 1)
-            if sessions not in expected:
-                return f"{name} has {sessions} sessions for {len(fleet.serving)} gateways"
+            expected = len(fleet.serving) if fleet.id_of(name) in planned else 0
+            if sessions != expected:
+                return f"{name} has {sessions} sessions for {expected} gateways"
             if queued := await fleet.metric(name, "queue_rows"):
                 return f"{name} holds {queued:.0f} rows"
         for name in fleet.members:

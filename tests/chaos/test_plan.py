@@ -13,6 +13,8 @@ from tests.chaos.events import (
     KillPlacement,
     KillWorker,
     PauseWorker,
+    RollWorker,
+    Scale,
     Shape,
     SlowWorker,
 )
@@ -32,7 +34,7 @@ def test_the_seed_alone_makes_the_plan() -> None:
 
 def test_an_hour_has_something_of_everything() -> None:
     kinds = {type(event) for event in make_plan(1, HOUR_S, Shape())}
-    assert len(kinds) == 13
+    assert len(kinds) == 15
     assert CutHost in {type(e) for e in make_plan(1, HOUR_S, Shape(20, 2, 2, hosts=2))}
 
 
@@ -65,6 +67,15 @@ def test_one_process_has_one_trouble_at_a_time() -> None:
     slow: list[Event] = [SlowWorker(10.0, "worker-00", 5.0)]
     assert not survivable(PauseWorker(12.0, "worker-00", 1.0), slow, ONE_SPARE)
     assert survivable(PauseWorker(12.0, "worker-01", 1.0), slow, ONE_SPARE)
+
+
+def test_one_change_of_size_at_a_time_and_no_other_trouble_for_who_is_rolled() -> None:
+    scale: list[Event] = [Scale(10.0, "by 1", 5.0)]
+    assert not survivable(Scale(12.0, "by 2", 5.0), scale, ONE_SPARE)
+    assert survivable(KillWorker(12.0, "worker-00", 5.0), scale, ONE_SPARE)
+    roll: list[Event] = [RollWorker(10.0, "worker-00", 5.0)]
+    assert not survivable(KillWorker(12.0, "worker-00", 5.0), roll, ONE_SPARE)
+    assert survivable(KillWorker(12.0, "worker-01", 5.0), roll, ONE_SPARE)
 
 
 def test_one_gateway_stays() -> None:

@@ -55,6 +55,7 @@ class Worker(worker_pb2_grpc.ExpertWorkerServicer):
     def __init__(self, worker_id: str) -> None:
         self.worker_id = worker_id
         self.refuse = False
+        self.lost_words = 0
         self.answering = asyncio.Event()
         self.answering.set()
         self.control: GrpcServer | None = None
@@ -75,6 +76,9 @@ class Worker(worker_pb2_grpc.ExpertWorkerServicer):
 
     async def Disconnect(self, request: Any, context: Any) -> worker_pb2.DisconnectReply:
         self.disconnects.put_nowait(request)
+        if self.lost_words > 0:
+            self.lost_words -= 1
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "its link is down")
         return worker_pb2.DisconnectReply()
 
     def info(self, generation: int = 0) -> placement_pb2.WorkerInfo:
@@ -227,6 +231,30 @@ async def test_a_worker_that_left_the_plan_gets_its_session_back_after_the_takeo
         assert mesh.workers[1].disconnects.empty()
         mesh.engine.send(engine_pb2.FromEngine(stats=engine_pb2.EngineStats(epoch=2)))
         assert (await mesh.workers[1].disconnects.get()).gateway_id == "g1"
+
+
+async def test_a_worker_that_did_not_hear_it_is_told_again_that_it_left_the_plan() -> None:
+    async with running_mesh() as mesh:
+        mesh.workers[1].lost_words = 2
+        mesh.plan(("w0",), ("w1",))
+        await mesh.routed()
+        await mesh.routed()
+        mesh.plan(("w0",), ("w0",))
+        await mesh.routed()
+        told = [await mesh.workers[1].disconnects.get() for _ in range(3)]
+        assert [request.session for request in told] == [1, 1, 1]
+    assert mesh.workers[1].disconnects.empty()
+
+
+async def test_a_worker_that_never_hears_it_does_not_hold_up_the_end() -> None:
+    async with running_mesh() as mesh:
+        mesh.workers[1].lost_words = 1 << 30
+        mesh.plan(("w0",), ("w1",))
+        await mesh.routed()
+        await mesh.routed()
+        mesh.plan(("w0",), ("w0",))
+        await mesh.routed()
+        await mesh.workers[1].disconnects.get()
 
 
 async def test_a_worker_that_came_back_under_its_name_is_connected_anew() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -131,6 +132,22 @@ async def test_a_killed_worker_is_back_before_a_request_gives_up(small: RunningM
             told = await asyncio.to_thread(small.next_event, event)
             assert victim in (told["name"], told.get("replaces"))
         await until(small, lambda status: bool(status["complete"]))
+
+
+async def test_a_worker_that_hangs_is_killed_and_started_again(tmp_path: Path) -> None:
+    model = make_token_is_expert(tmp_path / "model")
+    flags = ("--workers", "5", "--hung-after-s", "3", "--expert-patience-s", "30")
+    with running_mesh("--model", model, *flags) as mesh:
+        victim = mesh.home_of(layer=0, index=1)
+        async with load(mesh):
+            psutil.Process(mesh.pid_of(victim)).suspend()
+            hung = await asyncio.to_thread(mesh.next_event, "hung")
+            assert (hung["name"], hung["pid"]) == (victim, mesh.pid_of(victim))
+            exited = await asyncio.to_thread(mesh.next_event, "exited")
+            assert (exited["name"], exited["signal"]) == (victim, signal.SIGKILL)
+            assert (await asyncio.to_thread(mesh.next_event, "restarting"))["name"] == victim
+            assert (await asyncio.to_thread(mesh.next_event, "joined"))["replaces"] == victim
+            await until(mesh, lambda status: bool(status["complete"]))
 
 
 def complaint(*words: str) -> str:

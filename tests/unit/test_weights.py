@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from expert_worker.weights import Giving, Taking, WeightTransfers, chunks_of
+from expert_worker.weights import Allowance, Giving, Taking, WeightTransfers, chunks_of
 from mesh import wire
 from mesh.errors import MessageTruncated, Overloaded, PeerLost
 from mesh.transport.loopback import LoopbackHub
@@ -157,3 +157,23 @@ def test_strangers_and_the_greedy_get_nothing() -> None:
 def test_what_the_header_cannot_number_is_refused() -> None:
     with pytest.raises(Overloaded, match="65536"):
         chunks_of({"up": torch.zeros(1 << 16), "down": torch.zeros(1)}, 4)
+
+
+def test_weights_have_a_quarter_of_what_rows_took() -> None:
+    allowance = Allowance()
+    allowance.begin(1.0, rows_s=0.04)
+    assert allowance.goes_on(1.009, moved=True)
+    assert not allowance.goes_on(1.011, moved=True)
+    assert allowance.saved_s == 0.0
+
+
+def test_time_that_the_other_end_was_not_there_to_use_is_kept() -> None:
+    allowance = Allowance()
+    for turn in range(2):
+        allowance.begin(float(turn), rows_s=0.02)
+        assert not allowance.goes_on(turn + 0.001, moved=False)
+    assert allowance.saved_s == pytest.approx(0.008)
+    for turn in range(2, 100):
+        allowance.begin(float(turn), rows_s=0.02)
+        assert not allowance.goes_on(turn + 0.001, moved=False)
+    assert allowance.saved_s <= 0.02
