@@ -39,6 +39,8 @@ _SPARE_FRAMES = 8
 """For rows that are sent again before their first attempt has ended."""
 _LOOK_INTERVAL_S = 0.02
 """How often to look for what is overdue while replies are awaited."""
+_STOPPED_S = 1.0
+"""Who has not looked for so long was stopped, or busy: that time says nothing of the workers."""
 
 
 class _Run(NamedTuple):
@@ -162,6 +164,7 @@ class Dispatcher:
         self.arena_version = 0
         """Counts the times that :attr:`arenas` or :attr:`layout` were replaced."""
         self._num_moves = 0
+        self._looked_s = self._awake_since_s = time.monotonic()
         self._shards = 0
         self._cut(shards=1)
         self._allocate(max_rows=wire.MAX_ROWS)
@@ -357,7 +360,7 @@ class Dispatcher:
         slots: list[int],
         trips: list[RoundTrip],
     ) -> None:
-        now_s = time.monotonic()
+        now_s = self._note_look()
         posted = self._transport.exchange(trips)
         for (peer, runs), slot, (reply, sent) in zip(messages, slots, posted, strict=True):
             message = _Message(peer, runs, slot, sent, reply, now_s)
@@ -368,6 +371,7 @@ class Dispatcher:
         """One turn of waiting for replies."""
         requests = [r for message in pending.messages for r in (message.reply, message.sent)]
         self._transport.wait(requests, spin_s=self._spin_s, timeout_s=_LOOK_INTERVAL_S)
+        self._note_look()
         self._drain_unexpected()
         ended = [message for message in pending.messages if message.ended]
         if ended:
@@ -376,6 +380,18 @@ class Dispatcher:
                 self._end(pending, message)
             return
         self._hurry(pending)
+
+    def _note_look(self) -> float:
+        """That replies can be seen now; the time."""
+        now_s = time.monotonic()
+        if now_s - self._looked_s > _STOPPED_S:
+            self._awake_since_s = now_s
+        self._looked_s = now_s
+        return now_s
+
+    def _waited_since_s(self, message: _Message) -> float:
+        """When its worker's time began, as far as it can be told."""
+        return max(message.sent_s, self._awake_since_s)
 
     def _end(self, pending: Pending, message: _Message) -> None:
         """Close one dispatch; where it failed, send its rows to whoever else serves them."""
@@ -408,9 +424,12 @@ class Dispatcher:
             return message.refusal
         failure = self._transport.failure(message.reply)
         if failure is None:
-            self.peers.answered(
-                peer, message.experts, message.num_rows, message.sent_s, message.reply.ended_s
-            )
+            self.peers.answered(peer, message.experts)
+            if message.sent_s >= self._awake_since_s:
+                ended_s = message.reply.ended_s
+                self.peers.balancer.observe(
+                    peer.worker_id, message.num_rows, ended_s - message.sent_s, ended_s
+                )
             return None
         if isinstance(failure, MessageTruncated):
             reason = f"its answer has another length: {failure}"
@@ -430,8 +449,9 @@ class Dispatcher:
                 continue  # it ended while another one was posted
             peer = message.peer
             # What the gateway did before it began to wait is not the worker's time.
-            waited_s = now - max(message.sent_s, pending.waiting_since_s)
-            if now - message.sent_s > self._reply_timeout_s:
+            since_s = self._waited_since_s(message)
+            waited_s = now - max(since_s, pending.waiting_since_s)
+            if now - since_s > self._reply_timeout_s:
                 self.peers.lose(peer, f"no reply within {self._reply_timeout_s:g} s")
             elif self.peers.is_late(peer, message.num_rows, waited_s):
                 any_late = True
@@ -502,7 +522,7 @@ class Dispatcher:
                 )
             else:
                 left.append(abandoned)
-                if message.sent_s < overdue_s:
+                if self._waited_since_s(message) < overdue_s:
                     self.peers.lose(message.peer, f"no reply within {self._reply_timeout_s:g} s")
         self._abandoned = left
         self._frames.unpark(self._held())

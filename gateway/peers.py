@@ -200,11 +200,8 @@ class Peers:
 
     # What is learnt of them.
 
-    def answered(
-        self, peer: Peer, experts: Sequence[ExpertId], num_rows: int, sent_s: float, ended_s: float
-    ) -> None:
+    def answered(self, peer: Peer, experts: Sequence[ExpertId]) -> None:
         """A dispatch came back as it should."""
-        self.balancer.observe(peer.worker_id, num_rows, ended_s - sent_s, ended_s)
         if peer.late_s is not None:
             self.note_answer(peer)
         if self._faults:

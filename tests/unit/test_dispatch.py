@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -325,6 +326,32 @@ def test_late_rows_go_to_a_replica_and_the_late_reply_harms_nobody(rig: Rig) -> 
 
 
 @pytest.mark.usefixtures("impatient")
+def test_a_gateway_that_was_stopped_does_not_take_that_time_for_its_workers(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = rig.worker("all", 0, 1, 2, 3)
+    rig.connect()
+    for seed in range(8):
+        rig.run(4, seed)
+    balancer = rig.dispatcher.peers.balancer
+    usual_s = balancer.patience_s("all", 4)
+
+    wait = rig.transport.wait
+
+    def stopped(*args: object, **options: object) -> None:
+        monkeypatch.setattr(rig.transport, "wait", wait)
+        time.sleep(1.2)
+        rig.transport.release()  # it sees now what came meanwhile
+
+    rig.hold_replies_of(worker)
+    monkeypatch.setattr(rig.transport, "wait", stopped)
+    got, want = rig.run(4)
+    torch.testing.assert_close(got, want)
+    assert balancer.patience_s("all", 4) <= 2 * usual_s
+    assert rig.dispatcher.peers.take_late() == []
+    assert worker.worker_id in rig.dispatcher.peers
+
+
 def test_a_late_reply_may_come_before_that_of_the_replica(rig: Rig) -> None:
     late = rig.worker("late", 0, 1, 2, 3, load=wrong)
     prompt = rig.worker("prompt", 0, 1, 2, 3)
