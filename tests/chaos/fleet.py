@@ -68,7 +68,8 @@ class Fleet:
         self._ids: dict[str, str] = {}
         """Of who was rolled, the name of the process that came last."""
         self._rolls = itertools.count(2)
-        self.every_pid: set[int] = set()
+        self.ever: list[psutil.Process] = []
+        """Every process there was; psutil tells it from another that has its number now."""
         self._supervisor = supervisor
         self._network = network
         self._model = model
@@ -138,7 +139,11 @@ class Fleet:
         async with asyncio.timeout(_START_S):
             ready = await self._supervisor.wait_ready(process)
         self._addresses[name] = ready["grpc"]
-        self.every_pid.add(process.pid)
+        self._remember(process)
+
+    def _remember(self, process: Process) -> None:
+        with suppress(psutil.NoSuchProcess):
+            self.ever.append(psutil.Process(process.pid))
 
     # Breaking.
 
@@ -210,7 +215,7 @@ class Fleet:
         for comer in comers:
             self.members[comer.name] = comer.process
             self._addresses[comer.name] = comer.process.ready.result()["grpc"]
-            self.every_pid.add(comer.process.pid)
+            self._remember(comer.process)
         yield
         processes = [self._leaving(comer.name) for comer in comers]
         await mesh.scale(before, lambda event: None)
@@ -230,7 +235,7 @@ class Fleet:
                 self.members[name] = successor
                 self._ids[name] = successor.name
                 self._addresses[name] = successor.ready.result()["grpc"]
-                self.every_pid.add(successor.pid)
+                self._remember(successor)
 
         mesh.on_leave = leaves
         await mesh.roll(lambda event: None)

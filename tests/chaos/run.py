@@ -267,9 +267,10 @@ class _Run:
 
 def _look_for_survivors(fleet: Fleet, violate: Callable[[str], None]) -> None:
     left = []
-    for pid in fleet.every_pid:
+    for process in fleet.ever:
         with suppress(psutil.NoSuchProcess):
-            left.append(f"{pid} {' '.join(psutil.Process(pid).cmdline())}")
+            if process.is_running():
+                left.append(f"{process.pid} {' '.join(process.cmdline())}")
     if left:
         violate(f"left over: {left}")
 
