@@ -36,6 +36,8 @@ Way = TypeVar("Way", bound=str)
 _NEWEST_SHARE = 0.5
 _LOOK_AGAIN_EVERY = 8
 _ANSWER_TIMEOUT_S = 5.0
+_LET_GO_S = 1.0
+"""For the transport, of the memory of what was abandoned."""
 _STALL_S = 5.0
 _LOOK_INTERVAL_S = 0.5
 
@@ -240,7 +242,12 @@ class ExpertReader:
                 lost = PeerLost(reason)
                 with suppress(MeshError):
                     await asyncio.to_thread(plane.weights, lambda w: w.abandon(taking, lost))
-        await asyncio.wait((taken,))
+        await asyncio.wait((taken,), timeout=_LET_GO_S)
+        if not taken.done():
+            with suppress(MeshError):
+                await asyncio.to_thread(plane.weights, lambda w: w.leave(taking))
+            taken.cancel()
+            raise PeerLost(reason)
         taken.result()
 
 

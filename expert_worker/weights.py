@@ -125,6 +125,8 @@ class WeightTransfers:
         self._scratch = transport.wrap(torch.zeros(1, dtype=torch.uint8))
         self._givings: dict[int, Giving] = {}
         self._takings: dict[int, Taking] = {}
+        self._left: list[Taking] = []
+        """Whose chunks the transport may still write to."""
         self._small: list[Request] = []
         self._last_session = random.randrange(wire.MAX_SESSIONS)
 
@@ -169,6 +171,12 @@ class WeightTransfers:
             taking.error = error
             taking.endpoint.close()
 
+    def leave(self, taking: Taking) -> None:
+        """Wait no more for the transport to let go of what was abandoned: a message that a worker
+        has begun to give and then hangs on may never end. Its memory is kept until it does."""
+        if self._takings.pop(taking.session, None) is not None:
+            self._left.append(taking)
+
     def accept(self, message: Message) -> bool:
         """Act on a message that is about weights; False, untouched, when it is not."""
         if message.tag >> 60 not in (_FETCH, _WEIGHTS):
@@ -196,6 +204,8 @@ class WeightTransfers:
             moved |= self._take_next(taking)
         if self._small:
             self._small = [request for request in self._small if not request.completed]
+        if self._left:
+            self._left = [t for t in self._left if not all(r.completed for r, _ in t.posted)]
         return moved
 
     def close(self) -> None:
@@ -208,9 +218,10 @@ class WeightTransfers:
                 taking.result.set_exception(taking.error or PeerLost("this worker is ending"))
 
     def _new_session(self) -> int:
+        left = [taking.session for taking in self._left]
         while True:
             self._last_session = (self._last_session + 1) % wire.MAX_SESSIONS
-            if self._last_session not in self._givings | self._takings:
+            if self._last_session not in {*self._givings, *self._takings, *left}:
                 return self._last_session
 
     def _fetched(self, giving: Giving, frame: wire.Chunk) -> None:

@@ -245,22 +245,21 @@ uint64_t answering_next_failed(answering *all) {
     return one->tag;
 }
 
-/* Give way once; 0 when somebody else wants to be looked at. What computes ends without a sign, and
- * a device's worker may never be idle for long enough to sleep. */
+/* Give way once; 0 when somebody else wants to be looked at. Sleep is not certain to come: what a
+ * device computes ends without a sign, and a peer that was stopped amid a message leaves shared memory
+ * in a state that UCX calls busy for as long as that lasts. */
 static int give_way(answering *all, int64_t *idle_since_us, int64_t *looked_us, int32_t spin_us,
                     int32_t wake_fd) {
-    if (all->device) {
-        int64_t now = now_us();
-        if (now - *looked_us >= LOOK_US) {
-            struct pollfd wake = {wake_fd, POLLIN, 0};
-            if (poll(&wake, 1, 0) > 0) return 0;
-            *looked_us = now;
-        }
-        if (all->computing) {
-            *idle_since_us = now;
-            sched_yield();
-            return 1;
-        }
+    int64_t now = now_us();
+    if (now - *looked_us >= LOOK_US) {
+        struct pollfd wake = {wake_fd, POLLIN, 0};
+        if (poll(&wake, 1, 0) > 0) return 0;
+        *looked_us = now;
+    }
+    if (all->computing) {
+        *idle_since_us = now;
+        sched_yield();
+        return 1;
     }
     return postbox_idle(all->box, *idle_since_us, spin_us, INT64_MAX, wake_fd);
 }

@@ -202,7 +202,10 @@ int32_t postbox_idle(postbox *box, int64_t idle_since_us, int32_t spin_us, int64
         sched_yield();
         return 1;
     }
-    if (ucp_worker_arm(box->worker) != UCS_OK) return 1;
+    if (ucp_worker_arm(box->worker) != UCS_OK) {
+        sched_yield();
+        return 1;
+    }
     struct pollfd fds[] = {{box->event_fd, POLLIN, 0}, {wake_fd, POLLIN, 0}};
     struct timespec left = {(until_us - now) / 1000000, (until_us - now) % 1000000 * 1000};
     int ready = ppoll(fds, 2, until_us == INT64_MAX ? NULL : &left, NULL);

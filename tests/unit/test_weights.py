@@ -177,3 +177,18 @@ def test_time_that_the_other_end_was_not_there_to_use_is_kept() -> None:
         allowance.begin(float(turn), rows_s=0.02)
         assert not allowance.goes_on(turn + 0.001, moved=False)
     assert allowance.saved_s <= 0.02
+
+
+def test_what_a_giver_that_hangs_may_still_write_to_is_kept_but_not_waited_for() -> None:
+    pair = Pair()
+    _, taking = pair.start()
+    pair.taker.turn()
+    assert taking.posted
+    pair.taker.leave(taking)
+    assert pair.taker._left == [taking]
+    while pair.turn():  # The giver comes to itself, and sends what it was asked for.
+        pass
+    pair.taker.turn()
+    assert not pair.taker.any
+    assert pair.taker._left == []
+    assert not taking.result.done()
