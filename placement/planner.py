@@ -87,6 +87,8 @@ def plan(
     _replicate(seating, max_replicas)
     if is_new or budget:
         improve(seating, FREE if is_new else budget or FREE, max_replicas)
+    for g, i in sorted(seating.barred):
+        _leave_barred(seating, g, i)
     target = seating.target()
     notes = [_colocation_note(rules, seating), _missing_note(target.missing, short)]
     return replace(target, note="; ".join(note for note in notes if note))
@@ -308,6 +310,39 @@ def _replicate(seating: Seating, max_replicas: int) -> None:
             empty_GW[g, w] = False
             heapq.heappush(waiting, (-seating.share(g, i), g, i))
         waiting = put_off
+
+
+def _leave_barred(seating: Seating, g: int, i: int) -> None:
+    """Take a unit from who is barred from it, if another has it now, or a seat for it: replicas
+    that came last may have made others take a seat twice."""
+    barred = seating.barred[g, i]
+    at = seating.holders[g][i]
+    if at and barred.issuperset(at):
+        seats = [w for w in _free_seats(seating, g) if w not in barred]
+        if seats:
+            seating.put(g, i, min(seats, key=lambda w: (seating.crowd_GW[g, w], w)))
+        else:
+            extra = [
+                (seating.share(g, j), j, w)
+                for j, others in enumerate(seating.holders[g])
+                if len(set(others) - seating.barred.get((g, j), set())) > 1
+                for w in others
+                if w not in barred
+            ]
+            if not extra:
+                return
+            _, j, w = min(extra)
+            seating.take(g, j, w)
+            seating.put(g, i, w)
+    well = set(seating.holders[g][i]) - barred
+    for w in barred.intersection(seating.holders[g][i]) if well else ():
+        seating.take(g, i, w)
+
+
+def _free_seats(seating: Seating, g: int) -> list[int]:
+    """Workers that can take one more of a group."""
+    free_W = (seating.crowd_GW[g] < seating.seats) & (seating.room_W > 0)
+    return [int(w) for w in np.flatnonzero(free_W)]
 
 
 def _colocation_note(rules: Rules, seating: Seating) -> str:
