@@ -10,8 +10,8 @@ went through, must equal the quiet one token for token. The same thing happens `
   end of the window after it is over;
 * *failed*: requests that ended with an error, of all;
 * *throughput*: tokens a second in the window before the event, until it is over (what was ended
-  is back), and in the window after that: the medians over the events; the ratio is the last by
-  the first, over all events together.
+  is back, and every expert is served), and in the window after that: the medians over the events;
+  the ratio is the last by the first, over all events together.
 
 ``--row NAME`` (repeatable) runs some of the rows; ``--json FILE`` adds their results to a file, and
 ``--plot`` draws every result that is in it.
@@ -224,6 +224,7 @@ async def measure(row: Row, events: int, concurrency: int, seed: int) -> Result:
             if row.kind is LeaveClient:
                 load.leave()
             await row.kind(0.0, victim, row.for_s).act(fleet)
+            await fleet.expect_complete()
             over.append(max(time.monotonic(), at[-1] + WINDOW_S))
             await asyncio.sleep(max(over[-1] + WINDOW_S - time.monotonic(), 0.0))
         asking.cancel()

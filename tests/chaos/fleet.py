@@ -321,6 +321,10 @@ class Fleet:
 
         await self._until(unplanned, SETTLE_S, f"the plan names {worker}, which is gone,")
 
+    async def expect_complete(self) -> None:
+        """Every expert is served."""
+        await self._until(lambda s: s.plan.complete, SETTLE_S, "an expert is not served")
+
     async def expect_not_ready(self, name: str, within_s: float) -> None:
         """Health has to turn red."""
         until_s = time.monotonic() + within_s
