@@ -20,7 +20,6 @@ went through, must equal the quiet one token for token. The same thing happens `
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import random
 import shutil
@@ -39,7 +38,6 @@ from rich.table import Table
 
 from expert_worker.expert_mlp import load_expert
 from mesh.checkpoint import Checkpoint
-from mesh.config import PlacementConfig
 from mesh.errors import Unavailable
 from mesh.model_config import ModelConfig
 from tests.chaos.events import (
@@ -64,46 +62,41 @@ SETTLE_S = 2.0
 EXPERTS_PER_WORKER = 4
 _NUM_QUESTIONS = 24
 _ANSWER_TOKENS = (48, 96)
-# Where there are replicas at all, this keeps spares spare.
-_HAS_REPLICAS = any(field.name == "max_replicas" for field in dataclasses.fields(PlacementConfig))
-_NO_REPLICAS = ("--max-replicas", "1") if _HAS_REPLICAS else ()
+# Keeps spares spare.
+_NO_REPLICAS = ("--max-replicas", "1")
 _Choose = Callable[[Fleet, random.Random], Any]
 
 
-class Nothing(Event):
-    """The control: how far throughput goes up and down by itself."""
-
-    kind = "nothing"
+class _OfTheMesh(Event):
+    """Something that happens to nobody in particular."""
 
     @classmethod
     def draw(cls, rng: random.Random, at_s: float, shape: Shape) -> Event:
-        return cls(at_s, "nobody", 0.0)
+        return cls(at_s, "mesh", 0.0)
+
+
+class Nothing(_OfTheMesh):
+    """The control: how far throughput goes up and down by itself."""
+
+    kind = "nothing"
 
     async def act(self, fleet: Fleet) -> None:
         """Nothing."""
 
 
-class LeaveClient(Event):
+class LeaveClient(_OfTheMesh):
     """One of the clients goes away in the middle of its answer."""
 
     kind = "leave client"
-
-    @classmethod
-    def draw(cls, rng: random.Random, at_s: float, shape: Shape) -> Event:
-        return cls(at_s, "client", 0.0)
 
     async def act(self, fleet: Fleet) -> None:
         """The load does it: see :func:`measure`."""
 
 
-class RollWorkers(Event):
+class RollWorkers(_OfTheMesh):
     """Every worker is told to end and started again, one after the other."""
 
     kind = "roll workers"
-
-    @classmethod
-    def draw(cls, rng: random.Random, at_s: float, shape: Shape) -> Event:
-        return cls(at_s, "workers", 0.0)
 
     async def act(self, fleet: Fleet) -> None:
         for worker in fleet.shape.worker_names:

@@ -7,13 +7,10 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from mesh.plan import ExpertId
+from placement import quarantine
 
 Pair = tuple[str, ExpertId]
 """A worker, and the expert that it gets wrong."""
-
-_SHORTEST_QUARANTINE_S = 1.0
-_LONGEST_QUARANTINE_S = 60.0
-_FORGIVEN_AFTER_S = 120.0
 
 
 @dataclass
@@ -42,11 +39,9 @@ class Faults:
             if pair in self.out:
                 continue
             known = self._known.get(pair)
-            longer_s = 2 * known.quarantine_s if known else _SHORTEST_QUARANTINE_S
-            fault = _Fault(0.0, min(longer_s, _LONGEST_QUARANTINE_S))
-            fault.until_s = now + fault.quarantine_s
-            self._known[pair] = fault
-            begun.append((pair, fault.quarantine_s))
+            quarantine_s = quarantine.next_s(known.quarantine_s if known else 0.0)
+            self._known[pair] = _Fault(now + quarantine_s, quarantine_s)
+            begun.append((pair, quarantine_s))
         if begun:
             self.out |= {pair for pair, _ in begun}
         return begun
@@ -56,7 +51,9 @@ class Faults:
         over = sorted(pair for pair in self.out if now >= self._known[pair].until_s)
         if over:
             self.out -= set(over)
-        forgiven = [p for p, f in self._known.items() if now >= f.until_s + _FORGIVEN_AFTER_S]
+        forgiven = [
+            p for p, f in self._known.items() if now >= f.until_s + quarantine.FORGIVEN_AFTER_S
+        ]
         for pair in forgiven:
             del self._known[pair]
         return over

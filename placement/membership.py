@@ -9,11 +9,8 @@ from dataclasses import dataclass
 
 from mesh.errors import AlreadyExists
 from mesh.plan import ExpertId
+from placement import quarantine
 from protos import placement_pb2 as pb
-
-_SHORTEST_QUARANTINE_S = 1.0
-_LONGEST_QUARANTINE_S = 60.0
-_FORGIVEN_AFTER_S = 120.0
 
 
 @dataclass
@@ -132,9 +129,8 @@ class Membership:
             overdue = now >= worker.last_seen_s + self._overdue_s
             is_out = count > most or (count > 0 and overdue)
             if is_out and not worker.cut_off:
-                calm = now - worker.cut_off_at_s > _FORGIVEN_AFTER_S
-                longer_s = min(2 * worker.quarantine_s, _LONGEST_QUARANTINE_S)
-                worker.quarantine_s = _SHORTEST_QUARANTINE_S if calm else longer_s
+                calm = now - worker.cut_off_at_s > quarantine.FORGIVEN_AFTER_S
+                worker.quarantine_s = quarantine.next_s(0.0 if calm else worker.quarantine_s)
                 worker.cut_off, worker.cut_off_at_s = True, now
                 lost.append(worker)
             elif worker.cut_off and not is_out and self._may_return(worker, now):

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from gateway.model.decode_graphs import _Batch
 
 
-class _Computed:
+class Computed:
+    """What is there already; see :class:`gateway.model.batch.PendingExperts`."""
+
     def __init__(self, y_TD: Tensor) -> None:
         self._y_TD = y_TD
 
@@ -70,12 +72,12 @@ class ExpertsHere:
 
     def set_routing(self, routing: Any) -> None: ...
 
-    def dispatch(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> _Computed:
+    def dispatch(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Computed:
         mlp = self._layers[layer]
         if self._num_experts == 1:
-            return _Computed((mlp(x_TD) * weights_TK).to(x_TD.dtype))
+            return Computed((mlp(x_TD) * weights_TK).to(x_TD.dtype))
         if isinstance(mlp, dict):
-            return _Computed(_one_by_one(mlp, x_TD, ids_TK, weights_TK))
+            return Computed(_one_by_one(mlp, x_TD, ids_TK, weights_TK))
         from gateway import gpu_kernels
 
         num_rows = ids_TK.numel()
@@ -86,7 +88,7 @@ class ExpertsHere:
         x_RD = x_TD.new_empty(num_rows, x_TD.shape[1])
         identity_R = torch.arange(num_rows, **new)
         gpu_kernels.scatter(x_TD, positions_R, identity_R, rows_TK, x_RD)
-        return _Computed(gpu_kernels.combine(mlp(x_RD, counts_E), rows_TK, weights_TK))
+        return Computed(gpu_kernels.combine(mlp(x_RD, counts_E), rows_TK, weights_TK))
 
 
 def _one_by_one(

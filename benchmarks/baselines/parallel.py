@@ -26,7 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.baselines.monolith import ExpertsHere, through_layers
+from benchmarks.baselines.monolith import Computed, ExpertsHere, through_layers
 from benchmarks.baselines.shards import Split, checkpoint_part, part_of
 from benchmarks.random_model import checkpoint_on, config_of
 from benchmarks.work import Work, prompt
@@ -128,23 +128,15 @@ class _SummedAttention:
         return self._links.sum_(self._part(layer, x_TD, mine_TD, cis_T1C, paged))
 
 
-class _Summed:
-    def __init__(self, y_TD: Tensor) -> None:
-        self._y_TD = y_TD
-
-    def combine(self) -> Tensor:
-        return self._y_TD
-
-
 class _SummedExperts:
     """See :class:`gateway.model.batch.Experts`: of a part of each, summed over the ranks."""
 
     def __init__(self, part: ExpertsHere, links: _Links) -> None:
         self._part, self._links = part, links
 
-    def dispatch(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> _Summed:
+    def dispatch(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Computed:
         y_TD = self._part.dispatch(layer, x_TD, ids_TK, weights_TK).combine()
-        return _Summed(self._links.sum_(y_TD))
+        return Computed(self._links.sum_(y_TD))
 
 
 class _Group(Protocol):
