@@ -6,7 +6,8 @@
 #include <dlfcn.h>
 #include <stdlib.h>
 
-enum { NOT_READY = 600 }; /* of CUresult, whose 0 is success */
+enum { NOT_READY = 600 };     /* of CUresult, whose 0 is success */
+enum { DISABLE_TIMING = 2 }; /* of CUevent_flags */
 
 typedef struct {
     void *began, *ended; /* events */
@@ -17,6 +18,7 @@ typedef struct {
 struct device {
     void *stream;
     slot slots[SLOTS];
+    void *graph_ended; /* event */
     int32_t (*create)(void **event, uint32_t flags);
     int32_t (*destroy)(void *event);
     int32_t (*record)(void *event, void *stream);
@@ -49,6 +51,10 @@ device *device_new(const char *path, uint64_t stream) {
             device_free(gpu);
             return NULL;
         }
+    if (gpu->create(&gpu->graph_ended, DISABLE_TIMING)) {
+        device_free(gpu);
+        return NULL;
+    }
     return gpu;
 }
 
@@ -57,6 +63,7 @@ void device_free(device *gpu) {
         if (one->began) gpu->destroy(one->began);
         if (one->ended) gpu->destroy(one->ended);
     }
+    if (gpu->graph_ended) gpu->destroy(gpu->graph_ended);
     free(gpu);
 }
 
@@ -102,10 +109,18 @@ int32_t device_launch(device *gpu, int32_t index, void *graph) {
     return 1;
 }
 
-int32_t device_done(device *gpu, int32_t index) {
-    int32_t result = gpu->query(gpu->slots[index].ended);
+static int32_t passed(const device *gpu, void *event) {
+    int32_t result = gpu->query(event);
     return result == NOT_READY ? 0 : result ? -1 : 1;
 }
+
+int32_t device_done(device *gpu, int32_t index) { return passed(gpu, gpu->slots[index].ended); }
+
+int32_t device_launch_graph(device *gpu, void *graph) {
+    return !gpu->launch(graph, gpu->stream) && !gpu->record(gpu->graph_ended, gpu->stream);
+}
+
+int32_t device_graph_done(device *gpu) { return passed(gpu, gpu->graph_ended); }
 
 uint64_t device_microseconds(device *gpu, int32_t index) {
     float milliseconds = 0;

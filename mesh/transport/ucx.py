@@ -32,7 +32,7 @@ from ucxx._lib.libucxx import (
 )
 
 from mesh import native, wire
-from mesh.errors import MessageTruncated, PeerLost, TransportError
+from mesh.errors import MeshError, MessageTruncated, PeerLost, TransportError
 from mesh.mlp import NativeMlp
 from mesh.plan import ExpertId
 from mesh.replay import ReplayDevice, Replays
@@ -133,6 +133,7 @@ class _Postbox:
         self.ended_us: Any = self.record.ended_us
         self.dead: list[int] = []
         """Endpoints that died, whose receives are to be cancelled."""
+        self.num_deaths = 0
 
     def __del__(self) -> None:
         if self.pointer:
@@ -187,6 +188,7 @@ class UcxEndpoint:
         if self.alive:
             self.alive = False
             self._postbox.dead.append(self.handle)
+            self._postbox.num_deaths += 1
             self._postbox.record.attention = 1
 
     def send(self, buffer: Any, tag: int) -> UcxRequest | _Unposted:
@@ -291,6 +293,47 @@ class UcxAnswering:
     def run(self, *, spin_s: float, wake_fd: int) -> None:
         """See :class:`mesh.transport.base.Answering`."""
         native.long.answering_run(self._pointer, int(spin_s * 1e6), wake_fd)
+
+
+class UcxAsking:
+    """See :class:`mesh.transport.base.Asking`."""
+
+    def __init__(self, postbox: _Postbox, device: ReplayDevice) -> None:
+        self._postbox = postbox
+        self._device = device
+        self._pointer = native.short.asking_new(postbox.pointer, device.handle)
+        if not self._pointer:
+            raise TransportError("there is no memory to ask from")
+
+    def __del__(self) -> None:
+        if self._pointer:
+            native.short.asking_free(self._pointer)
+
+    @property
+    def num_deaths(self) -> int:
+        """See :class:`mesh.transport.base.Asking`."""
+        return self._postbox.num_deaths
+
+    def aim(self, ask: native.Ask, endpoint: Any) -> None:
+        """See :class:`mesh.transport.base.Asking`."""
+        ask.endpoint = endpoint.handle
+
+    def leave(self, seat: native.Seat, graph: int) -> bool:
+        """See :class:`mesh.transport.base.Asking`."""
+        left = native.long.asking_leave(self._pointer, seat, graph)
+        if left < 0:
+            raise MeshError("the GPU failed at what comes before a layer's experts")
+        return bool(left)
+
+    def wait(self, seat: native.Seat, *, spin_s: float, timeout_s: float) -> bool:
+        """See :class:`mesh.transport.base.Asking`."""
+        return bool(
+            native.long.asking_wait(self._pointer, seat, int(spin_s * 1e6), int(timeout_s * 1e6))
+        )
+
+    def taken(self, ask: native.Ask) -> tuple[UcxRequest, UcxRequest]:
+        """See :class:`mesh.transport.base.Asking`."""
+        return UcxRequest(self._postbox, ask.received), UcxRequest(self._postbox, ask.sent)
 
 
 class UcxTransport:
@@ -414,6 +457,10 @@ class UcxTransport:
     ) -> UcxAnswering | None:
         """See :class:`mesh.transport.base.Transport`."""
         return UcxAnswering(self._postbox, row_bytes, max_rows, device)
+
+    def asking(self, device: ReplayDevice) -> UcxAsking:
+        """See :class:`mesh.transport.base.Transport`."""
+        return UcxAsking(self._postbox, device)
 
     def fileno(self) -> int:
         """UCX's event descriptor."""
