@@ -136,6 +136,27 @@ enum { RING = 4, SIZES = 9, SLOTS = RING * SIZES };
 
 typedef struct device device;
 
+/* Memory of one process that another one on the same host may map. */
+typedef struct {
+    char handle[64]; /* CUipcMemHandle */
+    uint64_t offset, bytes;
+} lent;
+
+/* What a gateway lends a worker (see gateway/lending.py): it reads rows and writes replies, while the
+ * permit says what is wanted. */
+typedef struct {
+    lent sends, replies, permit;
+    int64_t rows; /* of either arena */
+    uint64_t wanted;
+} lent_arenas;
+
+/* The same, where it is mapped. */
+typedef struct {
+    uint64_t sends, replies, permit, wanted; /* sends: 0 when there is none */
+    int64_t rows;
+    uint64_t bases[3];
+} borrowed;
+
 /* NULL when there is no such driver, or it refuses. Graphs are launched on the stream (CUstream),
  * by the thread that has its context. */
 EXPORT device *device_new(const char *path, uint64_t stream);
@@ -149,18 +170,26 @@ int32_t device_take(device *gpu, void *const *graphs, int64_t rows);
 void device_give_back(device *gpu, int32_t slot);
 /* Never use this slot again. */
 void device_lose(device *gpu, int32_t slot);
-/* 0 when it failed. */
-int32_t device_launch(device *gpu, int32_t slot, void *graph);
+/* On the slot's own rows; or on the bytes that lie at this offset of what is lent, and back to the
+ * same offset of its replies. 0 when it failed. */
+int32_t device_launch(device *gpu, int32_t slot, void *graph, const borrowed *arenas,
+                      uint64_t offset, uint64_t bytes);
 /* 1, or 0 while it computes; -1 when it failed. */
 int32_t device_done(device *gpu, int32_t slot);
 /* Of a launch that is done, on the device. */
 uint64_t device_microseconds(device *gpu, int32_t slot);
+/* Lend this memory. 0 when its kind cannot be lent. */
+EXPORT int32_t device_share(device *gpu, uint64_t address, uint64_t bytes, lent *out);
+/* Map what is lent; 0, with nothing mapped, where that cannot be or it is not what it says. */
+int32_t device_borrow(device *gpu, const lent_arenas *arenas, uint64_t row_bytes, borrowed *out);
+void device_return(device *gpu, borrowed *arenas);
 
 /* ---- answering.c: see mesh/transport/base.py's Answering ---- */
 
 typedef struct {
     uint64_t endpoint; /* 0: no such session */
     uint64_t reply_session;
+    borrowed arenas;
 } session;
 
 typedef struct {
@@ -187,10 +216,17 @@ typedef struct {
     int64_t last_progress_us; /* CLOCK_MONOTONIC */
     device *device;           /* NULL: computed here */
     work *oldest, *newest;    /* of those computing */
+    borrowed *given_up;       /* what is to be returned once nothing is in hand */
+    int32_t num_given_up;
 } answering;
 
 EXPORT answering *answering_new(postbox *box, int32_t row_bytes, int32_t max_rows, device *device);
 EXPORT void answering_free(answering *all);
+EXPORT void answering_open(answering *all, int32_t number, uint64_t endpoint,
+                           uint64_t reply_session);
+EXPORT void answering_close(answering *all, int32_t number);
+/* Take dispatches of this session by reference. 0 when what it lends cannot be reached. */
+EXPORT int32_t answering_borrow(answering *all, int32_t number, const lent_arenas *arenas);
 /* Bring what is in hand forward; take nothing new. */
 EXPORT void answering_look(answering *all);
 /* The tag of a dispatch that the device failed at, which the caller refuses; 0: no more. */
