@@ -9,6 +9,7 @@ long as its rows) and sent from there. The buffer returns to the pool when the s
 
 from __future__ import annotations
 
+import ctypes
 import os
 import queue
 import random
@@ -27,7 +28,7 @@ from expert_worker.batcher import Batcher
 from expert_worker.compute import Compute, CpuCompute, Part, Ticket
 from expert_worker.expert_store import Expert, ExpertStore
 from expert_worker.weights import Allowance, WeightTransfers
-from mesh import wire
+from mesh import native, wire
 from mesh.errors import MeshError, ModelMismatch, Unavailable
 from mesh.plan import ExpertId
 from mesh.transport.base import Answering, Buffer, Endpoint, Message, Request, Transport
@@ -41,6 +42,8 @@ _MAX_IN_HAND = 256
 _CALL_TIMEOUT_S = 10.0
 # Plain integers: an enum's member costs a microsecond to look up, on every message.
 _DISPATCH = int(wire.Kind.DISPATCH)
+_REFERENCE = int(wire.Kind.REFERENCE)
+_ARENAS = int(wire.Kind.ARENAS)
 _REPLY = int(wire.Kind.REPLY)
 
 
@@ -127,6 +130,16 @@ class _Batch(NamedTuple):
     ticket: Ticket
 
 
+class _Lending(NamedTuple):
+    """What a gateway says of the arenas that it lends, on its way in."""
+
+    session: _Session
+    frame: wire.Frame
+    lent: torch.Tensor
+    buffer: Buffer
+    request: Request
+
+
 class _Command(Generic[T]):
     """A call from another thread."""
 
@@ -188,6 +201,7 @@ class DataPlane(threading.Thread):
         self._receiving: list[_Work] = []
         self._sending: list[_Work] = []
         self._dropping: list[Request] = []
+        self._lending: list[_Lending] = []
         self._compute_on: Compute = CpuCompute()
         if device.type == "cuda":
             from expert_worker.gpu_compute import GpuCompute
@@ -356,6 +370,8 @@ class DataPlane(threading.Thread):
             moved |= self._computed()
         if self._sending:
             moved |= self._sent()
+        if self._lending:
+            moved |= self._lent()
         if self._weights.any:
             moved |= self._move_weights(began_s)
         while not self._commands.empty():
@@ -396,7 +412,7 @@ class DataPlane(threading.Thread):
         self._waiter.settle()
 
     def _must_turn(self) -> bool:
-        return self._draining or self._in_hand() or self._weights.any
+        return self._draining or self._in_hand() or self._weights.any or bool(self._lending)
 
     def _computing_natively(self) -> bool:
         return self._answering is not None and self._answering.computing > 0
@@ -476,6 +492,8 @@ class DataPlane(threading.Thread):
             if self._weights.accept(message):
                 continue
             frame = wire.decode(message.tag)
+            if frame.kind == _ARENAS and self._listen(frame, message):
+                continue
             try:
                 work = self._receive(frame, message)
             except _Refused as refused:
@@ -492,7 +510,7 @@ class DataPlane(threading.Thread):
 
     def _receive(self, frame: wire.Frame, message: Message) -> _Work:
         """Check the header before a byte of the payload is touched, then start to receive."""
-        if frame.kind != _DISPATCH:
+        if frame.kind not in (_DISPATCH, _REFERENCE):
             raise _Refused(wire.Refusal.MALFORMED)
         session = self._sessions.get(frame.session)
         if session is None:
@@ -504,6 +522,8 @@ class DataPlane(threading.Thread):
         several = frame.expert == wire.SEVERAL
         if not several and ExpertId(frame.layer, frame.expert) not in self._store.experts:
             raise _Refused(wire.Refusal.UNKNOWN_EXPERT)
+        if frame.kind == _REFERENCE:
+            raise _Refused(wire.Refusal.SEND_ROWS)
         num_header_rows = self._header_rows if several else 0
         num_rows = num_header_rows + frame.rows
         if message.nbytes != num_rows * self._row_bytes:
@@ -518,15 +538,16 @@ class DataPlane(threading.Thread):
 
     def _refuse(self, frame: wire.Frame, reason: wire.Refusal) -> None:
         """Tell the gateway, where it is known; a stranger gets no answer."""
-        self._refused[reason.name.lower()] += 1
         session = self._sessions.get(frame.session)
-        log.warning(
-            "dispatch_refused",
-            reason=reason.name.lower(),
-            gateway_id=session.gateway_id if session else None,
-            **frame._asdict(),
-        )
-        if session is not None and frame.kind == _DISPATCH:
+        if reason is not wire.Refusal.SEND_ROWS:
+            self._refused[reason.name.lower()] += 1
+            log.warning(
+                "dispatch_refused",
+                reason=reason.name.lower(),
+                gateway_id=session.gateway_id if session else None,
+                **frame._asdict(),
+            )
+        if session is not None and frame.kind in (_DISPATCH, _REFERENCE):
             tag = wire.encode(
                 wire.Kind.REFUSE,
                 session.reply_session,
@@ -536,6 +557,31 @@ class DataPlane(threading.Thread):
                 reason,
             )
             self._dropping.append(session.endpoint.send(self._scratch, tag))
+
+    def _listen(self, frame: wire.Frame, message: Message) -> bool:
+        """Receive what a gateway says of its arenas; False where that is not what it is."""
+        session = self._sessions.get(frame.session)
+        if session is None or message.nbytes != ctypes.sizeof(native.LentArenas):
+            return False
+        lent = torch.empty(message.nbytes, dtype=torch.uint8)
+        buffer = self._transport.wrap(lent)
+        self._lending.append(_Lending(session, frame, lent, buffer, message.receive(buffer)))
+        return True
+
+    def _lent(self) -> bool:
+        """Answer whether what was lent can be reached."""
+        heard = [lending for lending in self._lending if lending.request.completed]
+        self._lending = [lending for lending in self._lending if not lending.request.completed]
+        for session, frame, lent, _, request in heard:
+            if self._transport.failure(request) is not None or self._answering is None:
+                continue
+            reached = session.number in self._sessions and self._answering.borrow(
+                session.number, lent.numpy().tobytes()
+            )
+            log.info("arenas_lent", gateway_id=session.gateway_id, reached=reached)
+            tag = wire.encode(_ARENAS, session.reply_session, frame.slot, 0, 0, int(reached))
+            self._dropping.append(session.endpoint.send(self._scratch, tag))
+        return bool(heard)
 
     def _received(self) -> bool:
         """Queue the rows of every message that has come in since."""

@@ -48,6 +48,13 @@ class ReplayDevice:
         self.buffers[slot] = rows_RD
         native.short.device_lend(self.handle, slot, rows_RD.data_ptr())
 
+    def share(self, memory: torch.Tensor) -> native.Lent:
+        """What another process of this host needs to map this memory. Raises Unavailable."""
+        lent = native.Lent()
+        if not native.short.device_share(self.handle, memory.data_ptr(), memory.nbytes, lent):
+            raise Unavailable("the driver does not lend this memory to other processes")
+        return lent
+
 
 class Replays:
     """One expert's graphs (``CUgraphExec``), by slot; ``owner`` and they live as long as this."""

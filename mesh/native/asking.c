@@ -9,7 +9,8 @@
 #include <stdlib.h>
 
 /* As mesh/wire.py has them. */
-enum { SEVERAL = (1 << 10) - 1 };
+enum { DISPATCH = 1, REPLY = 2, REFERENCE = 6, SEVERAL = (1 << 10) - 1 };
+enum { MAX_REFERRED = 1 << (SIZES - 1) }; /* rows; see gateway/lending.py */
 enum { IRREGULAR = 0, REGULAR = 1, FAILED = -1 };
 
 asking *asking_new(postbox *box, device *device) {
@@ -50,24 +51,19 @@ static int count(seat *one) {
 
 static round_trip trip_of(const seat *one, const ask *mine) {
     int several = mine->num_experts > 1;
+    int referred = mine->by_reference && !several && mine->num_rows <= MAX_REFERRED;
     uint64_t header = several ? mine->header_bytes : 0;
     uint64_t bytes = (uint64_t)mine->num_rows * one->row_bytes;
     uint64_t rest = (uint64_t)(several ? SEVERAL : mine->expert) << 16 | (uint64_t)mine->num_rows;
-    round_trip trip = {
+    return (round_trip){
         .endpoint = mine->endpoint,
-        .send_address = mine->rows - header,
-        .send_bytes = bytes + header,
-        .send_tag = mine->send_tag | rest,
+        .send_address = referred ? (uint64_t)&mine->first : mine->rows - header,
+        .send_bytes = referred ? sizeof mine->first : bytes + header,
+        .send_tag = (uint64_t)(referred ? REFERENCE : DISPATCH) << 60 | mine->send_tag | rest,
         .receive_address = mine->replies,
-        .receive_bytes = bytes,
-        .receive_tag = mine->reply_tag | rest,
+        .receive_bytes = referred ? 0 : bytes,
+        .receive_tag = (uint64_t)REPLY << 60 | mine->reply_tag | rest,
     };
-    if (mine->by_reference) {
-        trip.send_address = (uint64_t)&mine->first;
-        trip.send_bytes = sizeof mine->first;
-        trip.receive_bytes = 0;
-    }
-    return trip;
 }
 
 static int post(asking *all, seat *one) {

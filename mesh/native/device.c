@@ -1,13 +1,22 @@
-/* Captured graphs on a GPU: launched, asked about, timed. The driver is found at run time, so that
- * this library builds and loads where there is none.
+/* Captured graphs on a GPU: launched, asked about, timed; and memory that another process lends. The
+ * driver is found at run time, so that this library builds and loads where there is none.
  */
 #include "native.h"
 
+#include "copy_rows.h"
+
 #include <dlfcn.h>
 #include <stdlib.h>
+#include <string.h>
 
-enum { NOT_READY = 600 };     /* of CUresult, whose 0 is success */
-enum { DISABLE_TIMING = 2 }; /* of CUevent_flags */
+enum { NOT_READY = 600 };                   /* of CUresult, whose 0 is success */
+enum { DISABLE_TIMING = 2 };               /* of CUevent_flags */
+enum { LAZY_ENABLE_PEER_ACCESS = 1 };       /* of CUipcMem_flags */
+enum { THREADS = 256, MAX_BLOCKS = 64 };    /* of a copy */
+
+typedef struct {
+    char bytes[sizeof((lent *)NULL)->handle];
+} ipc_handle;
 
 typedef struct {
     void *began, *ended; /* events */
@@ -25,6 +34,16 @@ struct device {
     int32_t (*query)(void *event);
     int32_t (*elapsed)(float *milliseconds, void *began, void *ended);
     int32_t (*launch)(void *graph, void *stream);
+    int32_t (*range)(uint64_t *base, size_t *bytes, uint64_t address);
+    int32_t (*handle)(ipc_handle *of, uint64_t address);
+    int32_t (*open)(uint64_t *base, ipc_handle of, uint32_t flags);
+    int32_t (*close)(uint64_t base);
+    int32_t (*load)(void **module, const void *image);
+    int32_t (*function)(void **found, void *module, const char *name);
+    int32_t (*run)(void *function, uint32_t x, uint32_t y, uint32_t z, uint32_t threads_x,
+                   uint32_t threads_y, uint32_t threads_z, uint32_t shared_bytes, void *stream,
+                   void **arguments, void **extra);
+    void *copy; /* copy_rows, once anything was borrowed */
 };
 
 static int find(device *gpu, void *library) {
@@ -34,7 +53,16 @@ static int find(device *gpu, void *library) {
     *(void **)&gpu->query = dlsym(library, "cuEventQuery");
     *(void **)&gpu->elapsed = dlsym(library, "cuEventElapsedTime");
     *(void **)&gpu->launch = dlsym(library, "cuGraphLaunch");
-    return gpu->create && gpu->destroy && gpu->record && gpu->query && gpu->elapsed && gpu->launch;
+    *(void **)&gpu->range = dlsym(library, "cuMemGetAddressRange_v2");
+    *(void **)&gpu->handle = dlsym(library, "cuIpcGetMemHandle");
+    *(void **)&gpu->open = dlsym(library, "cuIpcOpenMemHandle_v2");
+    *(void **)&gpu->close = dlsym(library, "cuIpcCloseMemHandle");
+    *(void **)&gpu->load = dlsym(library, "cuModuleLoadData");
+    *(void **)&gpu->function = dlsym(library, "cuModuleGetFunction");
+    *(void **)&gpu->run = dlsym(library, "cuLaunchKernel");
+    return gpu->create && gpu->destroy && gpu->record && gpu->query && gpu->elapsed &&
+           gpu->launch && gpu->range && gpu->handle && gpu->open && gpu->close && gpu->load &&
+           gpu->function && gpu->run;
 }
 
 device *device_new(const char *path, uint64_t stream) {
@@ -99,10 +127,24 @@ void device_give_back(device *gpu, int32_t index) { gpu->slots[index].taken = 0;
 
 void device_lose(device *gpu, int32_t index) { gpu->slots[index].rows = 0; }
 
-int32_t device_launch(device *gpu, int32_t index, void *graph) {
+/* Copies on the stream; where a permit is named, only if it says what is wanted when that runs. */
+static int copy(device *gpu, uint64_t to, uint64_t from, uint64_t bytes, uint64_t permit,
+                uint64_t wanted) {
+    uint64_t units = bytes / UNIT_BYTES, blocks = (units + THREADS - 1) / THREADS;
+    void *arguments[] = {&to, &from, &units, &permit, &wanted};
+    uint32_t grid = blocks < MAX_BLOCKS ? (uint32_t)blocks : MAX_BLOCKS;
+    return !gpu->run(gpu->copy, grid, 1, 1, THREADS, 1, 1, 0, gpu->stream, arguments, NULL);
+}
+
+int32_t device_launch(device *gpu, int32_t index, void *graph, const borrowed *arenas,
+                      uint64_t offset, uint64_t bytes) {
     slot *one = &gpu->slots[index];
-    if (gpu->record(one->began, gpu->stream) || gpu->launch(graph, gpu->stream)) return 0;
-    if (gpu->record(one->ended, gpu->stream)) {
+    if (gpu->record(one->began, gpu->stream)) return 0;
+    if (arenas && !copy(gpu, one->rows, arenas->sends + offset, bytes, 0, 0)) return 0;
+    if (gpu->launch(graph, gpu->stream)) return 0;
+    if ((arenas && !copy(gpu, arenas->replies + offset, one->rows, bytes, arenas->permit,
+                         arenas->wanted)) ||
+        gpu->record(one->ended, gpu->stream)) {
         device_lose(gpu, index); /* nobody can tell when it will have stopped writing */
         return 0;
     }
@@ -126,4 +168,61 @@ uint64_t device_microseconds(device *gpu, int32_t index) {
     float milliseconds = 0;
     slot *one = &gpu->slots[index];
     return gpu->elapsed(&milliseconds, one->began, one->ended) ? 0 : (uint64_t)(milliseconds * 1e3f);
+}
+
+/* ---- Memory that another process lends. */
+
+int32_t device_share(device *gpu, uint64_t address, uint64_t bytes, lent *out) {
+    uint64_t base;
+    size_t all;
+    ipc_handle handle;
+    if (gpu->range(&base, &all, address) || gpu->handle(&handle, address)) return 0;
+    memcpy(out->handle, handle.bytes, sizeof handle);
+    out->offset = address - base;
+    out->bytes = bytes;
+    return 1;
+}
+
+/* Where the lent memory is here; 0 when it cannot be reached, or is not as large as is said. */
+static uint64_t reach(device *gpu, const lent *memory, uint64_t *base) {
+    ipc_handle handle;
+    uint64_t start;
+    size_t all;
+    memcpy(handle.bytes, memory->handle, sizeof handle);
+    if (gpu->open(base, handle, LAZY_ENABLE_PEER_ACCESS)) {
+        *base = 0;
+        return 0;
+    }
+    if (gpu->range(&start, &all, *base) || memory->offset > all ||
+        memory->bytes > all - memory->offset)
+        return 0;
+    return *base + memory->offset;
+}
+
+int32_t device_borrow(device *gpu, const lent_arenas *arenas, uint64_t row_bytes, borrowed *out) {
+    void *module;
+    memset(out, 0, sizeof *out);
+    if (!gpu->copy && (gpu->load(&module, COPY_ROWS) ||
+                       gpu->function(&gpu->copy, module, "copy_rows"))) {
+        gpu->copy = NULL;
+        return 0;
+    }
+    out->rows = arenas->rows;
+    out->wanted = arenas->wanted;
+    out->sends = reach(gpu, &arenas->sends, &out->bases[0]);
+    out->replies = reach(gpu, &arenas->replies, &out->bases[1]);
+    out->permit = reach(gpu, &arenas->permit, &out->bases[2]);
+    if (out->sends && out->replies && out->permit && row_bytes % UNIT_BYTES == 0 &&
+        arenas->permit.bytes >= sizeof arenas->wanted && arenas->rows > 0 &&
+        (uint64_t)arenas->rows <= arenas->sends.bytes / row_bytes &&
+        (uint64_t)arenas->rows <= arenas->replies.bytes / row_bytes)
+        return 1;
+    device_return(gpu, out);
+    return 0;
+}
+
+void device_return(device *gpu, borrowed *arenas) {
+    for (int32_t i = 0; i < 3; i++)
+        if (arenas->bases[i]) gpu->close(arenas->bases[i]);
+    memset(arenas, 0, sizeof *arenas);
 }

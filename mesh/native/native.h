@@ -136,6 +136,27 @@ enum { RING = 4, SIZES = 9, SLOTS = RING * SIZES };
 
 typedef struct device device;
 
+/* Memory of one process that another one on the same host may map. */
+typedef struct {
+    char handle[64]; /* CUipcMemHandle */
+    uint64_t offset, bytes;
+} lent;
+
+/* What a gateway lends a worker (see gateway/lending.py): it reads rows and writes replies, while the
+ * permit says what is wanted. */
+typedef struct {
+    lent sends, replies, permit;
+    int64_t rows; /* of either arena */
+    uint64_t wanted;
+} lent_arenas;
+
+/* The same, where it is mapped. */
+typedef struct {
+    uint64_t sends, replies, permit, wanted; /* sends: 0 when there is none */
+    int64_t rows;
+    uint64_t bases[3];
+} borrowed;
+
 /* NULL when there is no such driver, or it refuses. Graphs are launched on the stream (CUstream),
  * by the thread that has its context. */
 EXPORT device *device_new(const char *path, uint64_t stream);
@@ -149,8 +170,10 @@ int32_t device_take(device *gpu, void *const *graphs, int64_t rows);
 void device_give_back(device *gpu, int32_t slot);
 /* Never use this slot again. */
 void device_lose(device *gpu, int32_t slot);
-/* 0 when it failed. */
-int32_t device_launch(device *gpu, int32_t slot, void *graph);
+/* On the slot's own rows; or on the bytes that lie at this offset of what is lent, and back to the
+ * same offset of its replies. 0 when it failed. */
+int32_t device_launch(device *gpu, int32_t slot, void *graph, const borrowed *arenas,
+                      uint64_t offset, uint64_t bytes);
 /* 1, or 0 while it computes; -1 when it failed. */
 int32_t device_done(device *gpu, int32_t slot);
 /* Of a launch that is done, on the device. */
@@ -158,12 +181,18 @@ uint64_t device_microseconds(device *gpu, int32_t slot);
 /* A graph that has no slot, one at a time; and as above. */
 int32_t device_launch_graph(device *gpu, void *graph);
 int32_t device_graph_done(device *gpu);
+/* Lend this memory. 0 when its kind cannot be lent. */
+EXPORT int32_t device_share(device *gpu, uint64_t address, uint64_t bytes, lent *out);
+/* Map what is lent; 0, with nothing mapped, where that cannot be or it is not what it says. */
+int32_t device_borrow(device *gpu, const lent_arenas *arenas, uint64_t row_bytes, borrowed *out);
+void device_return(device *gpu, borrowed *arenas);
 
 /* ---- answering.c: see mesh/transport/base.py's Answering ---- */
 
 typedef struct {
     uint64_t endpoint; /* 0: no such session */
     uint64_t reply_session;
+    borrowed arenas;
 } session;
 
 typedef struct {
@@ -190,10 +219,17 @@ typedef struct {
     int64_t last_progress_us; /* CLOCK_MONOTONIC */
     device *device;           /* NULL: computed here */
     work *oldest, *newest;    /* of those computing */
+    borrowed *given_up;       /* what is to be returned once nothing is in hand */
+    int32_t num_given_up;
 } answering;
 
 EXPORT answering *answering_new(postbox *box, int32_t row_bytes, int32_t max_rows, device *device);
 EXPORT void answering_free(answering *all);
+EXPORT void answering_open(answering *all, int32_t number, uint64_t endpoint,
+                           uint64_t reply_session);
+EXPORT void answering_close(answering *all, int32_t number);
+/* Take dispatches of this session by reference. 0 when what it lends cannot be reached. */
+EXPORT int32_t answering_borrow(answering *all, int32_t number, const lent_arenas *arenas);
 /* Bring what is in hand forward; take nothing new. */
 EXPORT void answering_look(answering *all);
 /* The tag of a dispatch that the device failed at, which the caller refuses; 0: no more. */
@@ -207,12 +243,12 @@ enum { MAX_ASKS = 1 << 10 };
 
 typedef struct { /* one peer's part of a layer */
     uint64_t endpoint;
-    uint64_t send_tag, reply_tag; /* but for expert and rows */
+    uint64_t send_tag, reply_tag; /* but for kind, expert and rows */
     uint64_t rows, replies;       /* addresses of its first row in either arena */
     int64_t first;                /* the number of that row: all that is sent by reference */
     uint64_t header_bytes;        /* ahead of the rows of several experts */
     int32_t capacity;             /* rows */
-    int32_t by_reference;         /* the reply, too, is empty: its rows are in the arena */
+    int32_t by_reference;         /* where that can be, which it can be of one expert alone */
     /* Of the last time. */
     int32_t num_rows, num_experts, expert; /* the last of these experts */
     int32_t received, sent;                /* operations, where there are rows */

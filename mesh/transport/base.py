@@ -111,6 +111,11 @@ class Answering(Protocol):
         """Answer them no more."""
         ...
 
+    def borrow(self, session: int, lent: bytes) -> bool:
+        """Take this session's dispatches by reference from here on, in the arenas that ``lent`` (a
+        :class:`mesh.native.LentArenas`) tells of. False where they cannot be reached."""
+        ...
+
     def serve(self, experts: Mapping[ExpertId, NativeMlp | Replays]) -> None:
         """Answer for these experts in place of those before."""
         ...

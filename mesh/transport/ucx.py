@@ -256,11 +256,15 @@ class UcxAnswering:
 
     def open(self, session: int, endpoint: Any, reply_session: int) -> None:
         """See :class:`mesh.transport.base.Answering`."""
-        self._record.sessions[session] = native.Session(endpoint.handle, reply_session)
+        native.short.answering_open(self._pointer, session, endpoint.handle, reply_session)
 
     def close(self, session: int) -> None:
         """See :class:`mesh.transport.base.Answering`."""
-        self._record.sessions[session] = native.Session(0, 0)
+        native.short.answering_close(self._pointer, session)
+
+    def borrow(self, session: int, lent: bytes) -> bool:
+        """See :class:`mesh.transport.base.Answering`."""
+        return bool(native.short.answering_borrow(self._pointer, session, lent))
 
     def serve(self, experts: Mapping[ExpertId, NativeMlp | Replays]) -> None:
         """See :class:`mesh.transport.base.Answering`."""

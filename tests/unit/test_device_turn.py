@@ -57,7 +57,7 @@ class Worker:
     def __init__(self, driver: str) -> None:
         self.knobs = ctypes.CDLL(driver)
         self.allow(0)
-        for name in ("launched", "ran"):
+        for name in ("launched", "ran", "mapped"):
             ctypes.c_int32.in_dll(self.knobs, name).value = 0
         self.gateway, self.transport = UcxTransport(), UcxTransport()
         self.device = ReplayDevice(0, driver)
@@ -93,6 +93,14 @@ class Worker:
     def dispatch(self, slot: int, expert: int, x_RD: torch.Tensor) -> Dispatch:
         return Dispatch(self, slot, expert, x_RD)
 
+    @property
+    def mapped(self) -> int:
+        return ctypes.c_int32.in_dll(self.knobs, "mapped").value
+
+    def refer(self, slot: int, expert: int, first: int, count: int) -> Dispatch:
+        """A dispatch of rows that stay in the arena."""
+        return Dispatch(self, slot, expert, torch.tensor([first]), count)
+
     def turn(self, times: int = 1) -> None:
         for _ in range(times):
             self.gateway.progress()
@@ -115,15 +123,18 @@ class Worker:
 
 
 class Dispatch:
-    """Rows on their way, and their reply."""
+    """Rows on their way, and their reply; ``count`` of them where they are referred to."""
 
-    def __init__(self, worker: Worker, slot: int, expert: int, x_RD: torch.Tensor) -> None:
-        self.y_RD = torch.zeros_like(x_RD)
-        key = (slot, 0, expert, len(x_RD))
+    def __init__(
+        self, worker: Worker, slot: int, expert: int, x_RD: torch.Tensor, count: int = 0
+    ) -> None:
+        self.y_RD = x_RD.new_zeros(0) if count else torch.zeros_like(x_RD)
+        key = (slot, 0, expert, count or len(x_RD))
         tag = wire.encode(wire.Kind.REPLY, REPLY_SESSION, *key)
         self.reply = worker.to_worker.post_receive(worker.gateway.wrap(self.y_RD), tag)
         self.x_RD = x_RD
-        tag = wire.encode(wire.Kind.DISPATCH, SESSION, *key)
+        kind = wire.Kind.REFERENCE if count else wire.Kind.DISPATCH
+        tag = wire.encode(kind, SESSION, *key)
         self.sent = worker.to_worker.send(worker.gateway.wrap(self.x_RD), tag)
 
     @property
@@ -344,3 +355,104 @@ def test_a_data_plane_counts_what_the_device_did_and_refuses_what_it_failed_at(
     assert not stats.busy
     endpoint.close()
     gateway.close()
+
+
+ARENA_ROWS = 12
+WANTED = 77
+
+
+class Arenas:
+    """What a gateway lends; the rows of the one are numbers, those of the other NaN."""
+
+    def __init__(self, worker: Worker, num_rows: int = ARENA_ROWS) -> None:
+        self.send_RD = rows(ARENA_ROWS)
+        self.reply_RD = torch.full_like(self.send_RD, torch.nan)
+        self.permit = torch.tensor([WANTED])
+        self.said = bytes(
+            native.LentArenas(
+                worker.device.share(self.send_RD),
+                worker.device.share(self.reply_RD),
+                worker.device.share(self.permit),
+                num_rows,
+                WANTED,
+            )
+        )
+
+
+def test_referred_rows_are_read_and_answered_where_they_are(worker: Worker) -> None:
+    worker.capture(0, 3)
+    worker.allow(9)
+    arenas = Arenas(worker)
+    assert worker.answering.borrow(SESSION, arenas.said)
+    one = worker.refer(1, 0, first=4, count=3)
+    worker.turn_until(lambda: one.answered)
+    assert worker.gateway.failure(one.reply) is None
+    assert torch.equal(arenas.reply_RD[4:7], 2 * arenas.send_RD[4:7])
+    assert arenas.reply_RD.isnan().sum() == (ARENA_ROWS - 3) * WIDTH
+    assert torch.equal(arenas.send_RD, rows(ARENA_ROWS))
+    worker.turn_until(lambda: worker.answering.in_hand == 0)
+    assert [(e, n) for e, n, _ in worker.answering.counts()] == [(ExpertId(0, 0), 3)]
+
+
+def test_a_permit_that_was_taken_back_meanwhile_keeps_the_answer_out(worker: Worker) -> None:
+    worker.capture(0, 1)
+    arenas = Arenas(worker)
+    assert worker.answering.borrow(SESSION, arenas.said)
+    one = worker.refer(1, 0, first=0, count=1)
+    worker.turn_until(lambda: worker.answering.computing == 1)
+    arenas.permit[0] = 0
+    worker.allow(9)
+    worker.turn_until(lambda: one.answered)
+    assert arenas.reply_RD.isnan().all()
+
+
+@pytest.mark.parametrize(("first", "count"), [(-1, 2), (ARENA_ROWS - 1, 2), (1 << 60, 1)])
+def test_rows_outside_what_was_lent_are_refused(worker: Worker, first: int, count: int) -> None:
+    worker.capture(0, count)
+    worker.allow(9)
+    arenas = Arenas(worker)
+    assert worker.answering.borrow(SESSION, arenas.said)
+    worker.refer(3, 0, first, count)
+    worker.turn_until(lambda: bool(worker.answering._record.failed))
+    assert [wire.decode(tag)[2:] for tag in worker.answering.failed()] == [(3, 0, 0, count)]
+    assert worker.launched == 0
+    other = worker.refer(4, 0, first=0, count=count)
+    worker.turn_until(lambda: other.answered)
+    assert torch.equal(arenas.reply_RD[:count], 2 * rows(count))
+
+
+def test_what_cannot_be_reached_is_not_borrowed_and_references_are_left_to_be_probed(
+    worker: Worker,
+) -> None:
+    worker.capture(0, 1)
+    worker.allow(9)
+    assert not worker.answering.borrow(SESSION, Arenas(worker, num_rows=ARENA_ROWS + 1).said)
+    assert not worker.answering.borrow(SESSION, bytes(ctypes.sizeof(native.LentArenas)))
+    assert worker.mapped == 0
+    worker.refer(1, 0, first=0, count=1)
+
+    def probed() -> bool:
+        worker.transport.progress()
+        return (found := worker.transport.probe()) is not None and wire.decode(found.tag)[0] == 6
+
+    worker.turn_until(probed)
+    assert worker.launched == 0
+
+
+def test_what_was_lent_is_returned_once_nothing_in_hand_may_use_it(worker: Worker) -> None:
+    worker.capture(0, 1)
+    first, second = Arenas(worker), Arenas(worker)
+    assert worker.answering.borrow(SESSION, first.said)
+    assert worker.mapped == 3
+    one = worker.refer(1, 0, first=2, count=1)
+    worker.turn_until(lambda: worker.answering.computing == 1)
+    assert worker.answering.borrow(SESSION, second.said)
+    assert worker.mapped == 6
+    worker.allow(99)
+    worker.turn_until(lambda: one.answered and worker.answering.in_hand == 0)
+    assert torch.equal(first.reply_RD[2:3], 2 * rows(ARENA_ROWS)[2:3])
+    other = worker.refer(2, 0, first=5, count=1)
+    worker.turn_until(lambda: other.answered and worker.answering.in_hand == 0)
+    assert torch.equal(second.reply_RD[5:6], 2 * rows(ARENA_ROWS)[5:6])
+    worker.answering.close(SESSION)
+    assert worker.mapped == 0
