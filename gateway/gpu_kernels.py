@@ -13,7 +13,6 @@ from torch import Tensor
 _ROWS = 64
 _SORT_ROWS = 2048
 """Up to here, comparing every pair of rows is quicker than a sort."""
-MAX_PLACED_ROWS = _SORT_ROWS
 
 
 @triton.jit

