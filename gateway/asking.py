@@ -31,7 +31,7 @@ from mesh.transport.base import Asking, Request
 MAX_ROWS = 2048
 """Of a seat: up to here, comparing every pair of rows is quicker than a sort."""
 _PICK_EVERY = 64
-"""After so many uses, replicas are picked again."""
+"""After so many uses replicas are picked again; more where there are more, for what that takes."""
 _OBSERVE_EVERY = 16
 
 
@@ -123,8 +123,8 @@ class Seat:
         """Of each of them."""
         self.version = -1
         """Of the peers, that the plan was made for."""
-        self.shared = False
-        """Some expert has replicas."""
+        self.num_shared = 0
+        """Of the experts, those that have replicas."""
         self.num_uses = 0
 
     def place(self, x_TD: Tensor, ids_TK: Tensor, send_ND: Tensor) -> Tensor:
@@ -135,6 +135,12 @@ class Seat:
         rows_TK = self.rows_TK(ids_TK.shape)
         gpu_kernels.place(x_TD, ids_TK, self.tables.words, send_ND, rows_TK, self.counts_E)
         return rows_TK
+
+    @property
+    def picks_again(self) -> bool:
+        """Whether to choose among replicas anew: not all layers in one step."""
+        turn = self.num_uses + self.layer
+        return self.num_shared > 0 and turn % max(_PICK_EVERY, self.num_shared) == 0
 
     def rows_TK(self, shape: torch.Size) -> Tensor:
         """What :meth:`place` writes and returns."""
@@ -204,10 +210,9 @@ class Asks:
         if self._asking.num_deaths != self._num_deaths:
             self._num_deaths = self._asking.num_deaths
             self._peers.lose_dead()
-        pick = seat.shared and seat.num_uses % _PICK_EVERY == 0
-        if seat.version != self._peers.version or pick:
-            self._plan(seat)
         seat.num_uses += 1
+        if seat.version != self._peers.version or seat.picks_again:
+            self._plan(seat)
         return self._asking.leave(seat.record, graph)
 
     def wait(self, seat: Seat, awake_since_s: float) -> bool:
@@ -263,7 +268,7 @@ class Asks:
             self._release(key[1], self._held.pop(key))
         if seat.version != self._peers.version:
             seat.version = self._peers.version
-            seat.shared = self._peers.shares(seat.layer, seat.num_experts)
+            seat.num_shared = self._peers.num_shared(seat.layer, seat.num_experts)
         seat.peers = []
         seat.groups_E[:] = -1
         groups = self._peers.group(seat.layer, [1] * seat.num_experts)

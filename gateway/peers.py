@@ -187,10 +187,10 @@ class Peers:
         for experts in groups.values():
             experts.sort()
 
-    def shares(self, layer: int, num_experts: int) -> bool:
-        """Whether some expert of a layer may be asked of several."""
+    def num_shared(self, layer: int, num_experts: int) -> int:
+        """How many experts of a layer may be asked of several."""
         experts = (ExpertId(layer, index) for index in range(num_experts))
-        return any(len(self.replicas(expert)) > 1 for expert in experts)
+        return sum(len(self.replicas(expert)) > 1 for expert in experts)
 
     def trusts(self, peer: Peer) -> bool:
         """Nothing is held against it: it answers, and as it should."""
