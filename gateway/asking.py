@@ -187,6 +187,8 @@ class Asks:
         self._device = device
         self._spin_s = spin_s
         self._seats: dict[tuple[int, int], Seat] = {}
+        self._past: list[Seat] = []
+        """Whose rows are still to be counted."""
         self._held: dict[tuple[int, Peer], _Held] = {}
         self._num_deaths = 0
 
@@ -200,6 +202,8 @@ class Asks:
             return None
         seat = self._seats.get((micro_batch, layer))
         if seat is None or seat.num_experts != num_experts:
+            if seat is not None:
+                self._past.append(seat)
             seat = Seat(self, micro_batch, layer, num_experts, self._row_bytes, self._device)
             self._seats[micro_batch, layer] = seat
         return seat
@@ -255,10 +259,11 @@ class Asks:
 
     def take_rows(self) -> Iterator[tuple[ExpertId, int]]:
         """Rows that each expert was sent since the last call."""
-        for (_, layer), seat in self._seats.items():
+        for seat in (*self._past, *self._seats.values()):
             for index in np.flatnonzero(seat.totals_E).tolist():
-                yield ExpertId(layer, index), int(seat.totals_E[index])
+                yield ExpertId(seat.layer, index), int(seat.totals_E[index])
             seat.totals_E[:] = 0
+        self._past.clear()
 
     # Plans.
 

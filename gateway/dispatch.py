@@ -98,7 +98,7 @@ class Pending:
         self.rows_TK = torch.empty(0, dtype=torch.int64)
         self.frames: list[int] = []
         self.messages: list[_Message] = []
-        self.waiting_since_s: float | None = None
+        self.waiting_since_s = 0.0
         self.num_moves = 0
         self.failed_over = False
 
@@ -323,7 +323,7 @@ class Dispatcher:
     def wait(self, pending: Pending) -> None:
         """Until every row of ``pending`` is back or void; frees its frames."""
         started_s = time.monotonic()
-        if pending.waiting_since_s is None:
+        if not pending.waiting_since_s:
             pending.waiting_since_s = started_s
         while pending.messages:
             self._wait_once(pending)
@@ -351,6 +351,7 @@ class Dispatcher:
         if self._asks is not None:
             seat = self._asks.seat(micro_batch, layer, self._num_units, ids_TK.numel())
         if seat is not None:
+            ids_TK = ids_TK.contiguous()
             rows_TK = seat.place(x_TD, ids_TK, self._frames.send_RD)
         else:
             rows_TK = torch.full_like(ids_TK, -1)
@@ -562,7 +563,7 @@ class Dispatcher:
             peer = message.peer
             # What the gateway did before it began to wait is not the worker's time.
             since_s = self._waited_since_s(message)
-            waited_s = now - max(since_s, pending.waiting_since_s or now)
+            waited_s = now - max(since_s, pending.waiting_since_s)
             if now - since_s > self._reply_timeout_s:
                 self.peers.lose(peer, f"no reply within {self._reply_timeout_s:g} s")
             elif self.peers.is_late(peer, message.num_rows, waited_s):

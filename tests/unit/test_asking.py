@@ -429,18 +429,18 @@ def test_a_device_that_fails_is_said_and_nothing_is_sent(rig: Rig, fails: int) -
     assert sum(worker.plane.stats().rows.values()) == 4
 
 
-def test_a_layers_rows_may_be_cut_into_slices_by_the_next_plan(rig: Rig) -> None:
-    worker = rig.worker("all", 0, 1, 2, 3)
+def test_rows_count_also_where_experts_are_cut_into_slices_since(rig: Rig) -> None:
+    rig.worker("all", 0, 1, 2, 3)
     rig.connect()
     rig.run(4)
-    worker.plane.cut(2 * NUM_EXPERTS)
-    rig.workers = []
-    routing = pb.Routing(epoch=2, expert_shards=2)
     version = rig.dispatcher.arena_version
-    rig.dispatcher.set_routing(routing)
+    rig.dispatcher.set_routing(pb.Routing(epoch=2, expert_shards=2))
     assert rig.dispatcher.arena_version > version
-    assert sum(rig.dispatcher.rows_by_expert.values()) == 8
-    worker.plane.stop()
+    asks = rig.dispatcher._asks
+    assert asks is not None
+    assert asks.seat(0, LAYER, 2 * NUM_EXPERTS, 16) is not None
+    for _ in range(2):
+        assert sum(rig.dispatcher.rows_by_expert.values()) == 8
 
 
 class Referred:
