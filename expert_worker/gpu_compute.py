@@ -118,6 +118,10 @@ class GpuCompute:
             self._replays[expert] = ref(known)
         return known
 
+    def mark(self) -> GpuTicket:
+        """See :class:`expert_worker.compute.Compute`."""
+        return GpuTicket(self._stream, self._events).ends_here()
+
     def start(self, expert: Expert, parts: Sequence[Part]) -> GpuTicket:
         """See :class:`expert_worker.compute.Compute`."""
         ticket = GpuTicket(self._stream, self._events)

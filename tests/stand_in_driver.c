@@ -82,6 +82,13 @@ int32_t cuEventElapsedTime(float *milliseconds, void *began, void *ended) {
     return READY;
 }
 
+/* Whatever the test allowed. */
+int32_t cuStreamSynchronize(void *stream) {
+    (void)stream;
+    for (; ran < launched; ran++) run(&queue[ran]);
+    return READY;
+}
+
 int32_t cuMemGetAddressRange_v2(uint64_t *base, size_t *bytes, uint64_t address) {
     *base = address;
     *bytes = (size_t)1 << 30;

@@ -127,8 +127,6 @@ class Answering(Structure):
         ("device", c_void_p),
         ("oldest", c_void_p),
         ("newest", c_void_p),
-        ("given_up", c_void_p),
-        ("num_given_up", c_int32),
     ]
 
 
@@ -169,6 +167,8 @@ _SHORT: dict[str, tuple[Any, list[Any]]] = {
     "answering_open": (None, [POINTER(Answering), c_int32, c_uint64, c_uint64]),
     "answering_close": (None, [POINTER(Answering), c_int32]),
     "answering_borrow": (c_int32, [POINTER(Answering), c_int32, c_void_p]),
+    "answering_fetch": (c_int32, [POINTER(Answering), c_int32, c_int64, c_int64, c_uint64]),
+    "answering_deliver": (c_int32, [POINTER(Answering), c_int32, c_int64, c_int64, c_uint64]),
 }
 _POINTER_AND_SIZE: list[Any] = [c_void_p, c_int64]
 _LONG: dict[str, tuple[Any, list[Any]]] = {

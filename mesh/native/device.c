@@ -11,7 +11,7 @@
 
 enum { NOT_READY = 600 };                   /* of CUresult, whose 0 is success */
 enum { LAZY_ENABLE_PEER_ACCESS = 1 };       /* of CUipcMem_flags */
-enum { THREADS = 256, MAX_BLOCKS = 64 };    /* of a copy */
+enum { THREADS = 256, MAX_BLOCKS = 128 };   /* of a copy */
 
 typedef struct {
     char bytes[sizeof((lent *)NULL)->handle];
@@ -32,6 +32,7 @@ struct device {
     int32_t (*query)(void *event);
     int32_t (*elapsed)(float *milliseconds, void *began, void *ended);
     int32_t (*launch)(void *graph, void *stream);
+    int32_t (*synchronize)(void *stream);
     int32_t (*range)(uint64_t *base, size_t *bytes, uint64_t address);
     int32_t (*handle)(ipc_handle *of, uint64_t address);
     int32_t (*open)(uint64_t *base, ipc_handle of, uint32_t flags);
@@ -51,6 +52,7 @@ static int find(device *gpu, void *library) {
     *(void **)&gpu->query = dlsym(library, "cuEventQuery");
     *(void **)&gpu->elapsed = dlsym(library, "cuEventElapsedTime");
     *(void **)&gpu->launch = dlsym(library, "cuGraphLaunch");
+    *(void **)&gpu->synchronize = dlsym(library, "cuStreamSynchronize");
     *(void **)&gpu->range = dlsym(library, "cuMemGetAddressRange_v2");
     *(void **)&gpu->handle = dlsym(library, "cuIpcGetMemHandle");
     *(void **)&gpu->open = dlsym(library, "cuIpcOpenMemHandle_v2");
@@ -59,7 +61,7 @@ static int find(device *gpu, void *library) {
     *(void **)&gpu->function = dlsym(library, "cuModuleGetFunction");
     *(void **)&gpu->run = dlsym(library, "cuLaunchKernel");
     return gpu->create && gpu->destroy && gpu->record && gpu->query && gpu->elapsed &&
-           gpu->launch && gpu->range && gpu->handle && gpu->open && gpu->close && gpu->load &&
+           gpu->launch && gpu->synchronize && gpu->range && gpu->handle && gpu->open && gpu->close && gpu->load &&
            gpu->function && gpu->run;
 }
 
@@ -129,14 +131,23 @@ static int copy(device *gpu, uint64_t to, uint64_t from, uint64_t bytes, uint64_
     return !gpu->run(gpu->copy, grid, 1, 1, THREADS, 1, 1, 0, gpu->stream, arguments, NULL);
 }
 
+int32_t device_fetch(device *gpu, const borrowed *arenas, uint64_t offset, uint64_t bytes,
+                     uint64_t rows) {
+    return copy(gpu, rows, arenas->sends + offset, bytes, 0, 0);
+}
+
+int32_t device_deliver(device *gpu, const borrowed *arenas, uint64_t offset, uint64_t bytes,
+                       uint64_t rows) {
+    return copy(gpu, arenas->replies + offset, rows, bytes, arenas->permit, arenas->wanted);
+}
+
 int32_t device_launch(device *gpu, int32_t index, void *graph, const borrowed *arenas,
                       uint64_t offset, uint64_t bytes) {
     slot *one = &gpu->slots[index];
     if (gpu->record(one->began, gpu->stream)) return 0;
-    if (arenas && !copy(gpu, one->rows, arenas->sends + offset, bytes, 0, 0)) return 0;
+    if (arenas && !device_fetch(gpu, arenas, offset, bytes, one->rows)) return 0;
     if (gpu->launch(graph, gpu->stream)) return 0;
-    if ((arenas && !copy(gpu, arenas->replies + offset, one->rows, bytes, arenas->permit,
-                         arenas->wanted)) ||
+    if ((arenas && !device_deliver(gpu, arenas, offset, bytes, one->rows)) ||
         gpu->record(one->ended, gpu->stream)) {
         device_lose(gpu, index); /* nobody can tell when it will have stopped writing */
         return 0;
@@ -207,6 +218,7 @@ int32_t device_borrow(device *gpu, const lent_arenas *arenas, uint64_t row_bytes
 }
 
 void device_return(device *gpu, borrowed *arenas) {
+    gpu->synchronize(gpu->stream);
     for (int32_t i = 0; i < 3; i++)
         if (arenas->bases[i]) gpu->close(arenas->bases[i]);
     memset(arenas, 0, sizeof *arenas);

@@ -174,6 +174,11 @@ void device_lose(device *gpu, int32_t slot);
  * same offset of its replies. 0 when it failed. */
 int32_t device_launch(device *gpu, int32_t slot, void *graph, const borrowed *arenas,
                       uint64_t offset, uint64_t bytes);
+/* The two ways alone, between what is lent and memory of our own. 0 when it failed. */
+int32_t device_fetch(device *gpu, const borrowed *arenas, uint64_t offset, uint64_t bytes,
+                     uint64_t rows);
+int32_t device_deliver(device *gpu, const borrowed *arenas, uint64_t offset, uint64_t bytes,
+                       uint64_t rows);
 /* 1, or 0 while it computes; -1 when it failed. */
 int32_t device_done(device *gpu, int32_t slot);
 /* Of a launch that is done, on the device. */
@@ -182,6 +187,7 @@ uint64_t device_microseconds(device *gpu, int32_t slot);
 EXPORT int32_t device_share(device *gpu, uint64_t address, uint64_t bytes, lent *out);
 /* Map what is lent; 0, with nothing mapped, where that cannot be or it is not what it says. */
 int32_t device_borrow(device *gpu, const lent_arenas *arenas, uint64_t row_bytes, borrowed *out);
+/* Once nothing on the stream may use them. */
 void device_return(device *gpu, borrowed *arenas);
 
 /* ---- answering.c: see mesh/transport/base.py's Answering ---- */
@@ -216,8 +222,6 @@ typedef struct {
     int64_t last_progress_us; /* CLOCK_MONOTONIC */
     device *device;           /* NULL: computed here */
     work *oldest, *newest;    /* of those computing */
-    borrowed *given_up;       /* what is to be returned once nothing is in hand */
-    int32_t num_given_up;
 } answering;
 
 EXPORT answering *answering_new(postbox *box, int32_t row_bytes, int32_t max_rows, device *device);
@@ -227,6 +231,12 @@ EXPORT void answering_open(answering *all, int32_t number, uint64_t endpoint,
 EXPORT void answering_close(answering *all, int32_t number);
 /* Take dispatches of this session by reference. 0 when what it lends cannot be reached. */
 EXPORT int32_t answering_borrow(answering *all, int32_t number, const lent_arenas *arenas);
+/* For what is not regular: bring `count` rows of a session's arena here, or answer them from here, on
+ * the device's stream. 0 when they are outside, or it failed. */
+EXPORT int32_t answering_fetch(answering *all, int32_t number, int64_t first, int64_t count,
+                               uint64_t rows);
+EXPORT int32_t answering_deliver(answering *all, int32_t number, int64_t first, int64_t count,
+                                 uint64_t rows);
 /* Bring what is in hand forward; take nothing new. */
 EXPORT void answering_look(answering *all);
 /* The tag of a dispatch that the device failed at, which the caller refuses; 0: no more. */

@@ -115,6 +115,14 @@ class Answering(Protocol):
         :class:`mesh.native.LentArenas`) tells of. False where they cannot be reached."""
         ...
 
+    def fetch(self, session: int, first: int, rows: Buffer) -> bool:
+        """Fill ``rows`` from a session's arena, on the device's stream. False: not lent."""
+        ...
+
+    def deliver(self, session: int, first: int, rows: Buffer) -> bool:
+        """Answer them, on the device's stream. False: not lent."""
+        ...
+
     def serve(self, experts: Mapping[ExpertId, NativeMlp | Replays]) -> None:
         """Answer for these experts in place of those before."""
         ...
