@@ -182,7 +182,6 @@ class DataPlane(threading.Thread):
         merge_rows: int,
         spin_s: float,
         threads: int,
-        native_turn: bool = False,
     ) -> None:
         super().__init__(name="data-plane", daemon=True)
         self._threads = threads
@@ -209,7 +208,7 @@ class DataPlane(threading.Thread):
         if device.type == "cuda":
             from expert_worker.gpu_compute import GpuCompute
 
-            self._compute_on = GpuCompute(device, native_turn=native_turn)
+            self._compute_on = GpuCompute(device)
         self._computing: deque[_Batch] = deque()
         self._batcher: Batcher[_Segment] = Batcher(merge_rows)
         self._rows: Counter[ExpertId] = Counter()

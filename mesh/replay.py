@@ -35,7 +35,7 @@ class ReplayDevice:
     def __init__(self, stream: int, driver: str = "libcuda.so.1") -> None:
         self.handle: int | None = native.short.device_new(driver.encode(), stream)
         if not self.handle:
-            raise Unavailable(f"{driver} is missing or refuses events; serve without --native-turn")
+            raise Unavailable(f"{driver} is missing, too old or refuses events")
         self.buffers: dict[int, torch.Tensor] = {}
         """By slot, those that were lent."""
 
