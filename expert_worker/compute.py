@@ -67,7 +67,7 @@ class Compute(Protocol):
         ...
 
     def mark(self) -> Ticket:
-        """Of all that was queued before."""
+        """Of all that was delivered before."""
         ...
 
     def start(self, expert: Expert, parts: Sequence[Part]) -> Ticket:

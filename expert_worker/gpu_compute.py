@@ -105,10 +105,13 @@ class GpuCompute:
         self._stream = torch.cuda.Stream(self._device)
         torch.cuda.set_stream(self._stream)
         self._pool = torch.cuda.graph_pool_handle()
+        self._out = self._stream
         try:
             self.replays = ReplayDevice(self._stream.cuda_stream)
         except Unavailable as error:
             log.warning("turns_not_compiled", reason=str(error))
+        else:
+            self._out = torch.cuda.ExternalStream(self.replays.out, self._device)
 
     def native(self, expert: Expert) -> Replays | None:
         """See :class:`expert_worker.compute.Compute`; :meth:`start` captures into it."""
@@ -122,7 +125,7 @@ class GpuCompute:
 
     def mark(self) -> GpuTicket:
         """See :class:`expert_worker.compute.Compute`."""
-        return GpuTicket(self._stream, self._events).ends_here()
+        return GpuTicket(self._out, self._events).ends_here()
 
     def start(self, expert: Expert, parts: Sequence[Part]) -> GpuTicket:
         """See :class:`expert_worker.compute.Compute`."""

@@ -48,6 +48,11 @@ class ReplayDevice:
         self.buffers[slot] = rows_RD
         native.short.device_lend(self.handle, slot, rows_RD.data_ptr())
 
+    @property
+    def out(self) -> int:
+        """The stream (``CUstream``) that what is delivered leaves on."""
+        return int(native.short.device_out(self.handle))
+
     def share(self, memory: torch.Tensor) -> native.Lent:
         """What another process of this host needs to map this memory. Raises Unavailable."""
         lent = native.Lent()

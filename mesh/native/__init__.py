@@ -159,6 +159,7 @@ _SHORT: dict[str, tuple[Any, list[Any]]] = {
     "status_text": (c_char_p, [c_int32]),
     "device_new": (c_void_p, [c_char_p, c_uint64]),
     "device_free": (None, [c_void_p]),
+    "device_out": (c_uint64, [c_void_p]),
     "device_lend": (None, [c_void_p, c_int32, c_uint64]),
     "device_share": (c_int32, [c_void_p, c_uint64, c_uint64, POINTER(Lent)]),
     "answering_new": (POINTER(Answering), [POINTER(Postbox), c_int32, c_int32, c_void_p]),

@@ -161,6 +161,8 @@ typedef struct {
  * by the thread that has its context. */
 EXPORT device *device_new(const char *path, uint64_t stream);
 EXPORT void device_free(device *gpu);
+/* The stream (CUstream) that what is delivered leaves on. */
+EXPORT uint64_t device_out(const device *gpu);
 EXPORT void device_lend(device *gpu, int32_t slot, uint64_t rows);
 uint64_t device_rows(const device *gpu, int32_t slot);
 /* Whether any of these graphs (CUgraphExec, by slot) fits so many rows, now or when one is free. */
@@ -174,7 +176,8 @@ void device_lose(device *gpu, int32_t slot);
  * same offset of its replies. 0 when it failed. */
 int32_t device_launch(device *gpu, int32_t slot, void *graph, const borrowed *arenas,
                       uint64_t offset, uint64_t bytes);
-/* The two ways alone, between what is lent and memory of our own. 0 when it failed. */
+/* The two ways alone, between what is lent and memory of our own: each on a stream of its own, the
+ * device's stream behind the one and the other behind it. 0 when it failed. */
 int32_t device_fetch(device *gpu, const borrowed *arenas, uint64_t offset, uint64_t bytes,
                      uint64_t rows);
 int32_t device_deliver(device *gpu, const borrowed *arenas, uint64_t offset, uint64_t bytes,
@@ -231,8 +234,8 @@ EXPORT void answering_open(answering *all, int32_t number, uint64_t endpoint,
 EXPORT void answering_close(answering *all, int32_t number);
 /* Take dispatches of this session by reference. 0 when what it lends cannot be reached. */
 EXPORT int32_t answering_borrow(answering *all, int32_t number, const lent_arenas *arenas);
-/* For what is not regular: bring `count` rows of a session's arena here, or answer them from here, on
- * the device's stream. 0 when they are outside, or it failed. */
+/* For what is not regular: bring `count` rows of a session's arena here, or answer them from here.
+ * 0 when they are outside, or it failed. */
 EXPORT int32_t answering_fetch(answering *all, int32_t number, int64_t first, int64_t count,
                                uint64_t rows);
 EXPORT int32_t answering_deliver(answering *all, int32_t number, int64_t first, int64_t count,

@@ -116,11 +116,12 @@ class Answering(Protocol):
         ...
 
     def fetch(self, session: int, first: int, rows: Buffer) -> bool:
-        """Fill ``rows`` from a session's arena, on the device's stream. False: not lent."""
+        """Fill ``rows`` from a session's arena, before what is queued on the device's stream from
+        here on. False: not lent."""
         ...
 
     def deliver(self, session: int, first: int, rows: Buffer) -> bool:
-        """Answer them, on the device's stream. False: not lent."""
+        """Answer them, behind what was queued on the device's stream. False: not lent."""
         ...
 
     def serve(self, experts: Mapping[ExpertId, NativeMlp | Replays]) -> None:
