@@ -57,8 +57,6 @@ class _Message:
     reply: Request
     sent_s: float
     refusal: str | None = None
-    again: bool = False
-    """The worker wants the rows themselves."""
     num_rows: int = field(init=False)
     """As it was sent; ``runs`` may have lost some to another message since."""
 
@@ -508,9 +506,6 @@ class Dispatcher:
         reason = self._close_dispatch(message)
         if reason is None:
             return
-        if message.again:
-            self._post(pending, [(message.peer, message.runs)])
-            return
         pending.failed_over = True
         self.failovers += 1
         peer = message.peer
@@ -692,11 +687,9 @@ class Dispatcher:
         known = code in wire.Refusal.__members__.values()
         reason = wire.Refusal(code).name.lower() if known else f"refusal {code}"
         peer = message.peer
+        log.warning("dispatch_refused", worker_id=peer.worker_id, reason=reason)
+        self.refused += 1
         message.refusal = f"refused the rows: {reason}"
-        message.again = code == wire.Refusal.SEND_ROWS
-        if not message.again:
-            log.warning("dispatch_refused", worker_id=peer.worker_id, reason=reason)
-            self.refused += 1
         self.peers.refused(peer, code, message.experts, message.refusal)
         self._transport.cancel(message.reply)
 

@@ -292,8 +292,6 @@ class Peers:
 
     def refused(self, peer: Peer, code: int, experts: Sequence[ExpertId], reason: str) -> None:
         """Take a worker off what it does not serve."""
-        if code == wire.Refusal.SEND_ROWS:
-            return
         if code == wire.Refusal.UNKNOWN_SESSION:
             self.lose(peer, "it does not know our session")
         elif code == wire.Refusal.DRAINING:

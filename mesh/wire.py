@@ -68,8 +68,6 @@ class Refusal(IntEnum):
     FAILED = 7
     MALFORMED = 8
     OUT_OF_MEMORY = 9
-    SEND_ROWS = 10
-    """Nothing is wrong but that they were sent by reference."""
 
 
 class Frame(NamedTuple):

@@ -127,8 +127,6 @@ class Answering(Structure):
         ("device", c_void_p),
         ("oldest", c_void_p),
         ("newest", c_void_p),
-        ("given_up", c_void_p),
-        ("num_given_up", c_int32),
     ]
 
 
@@ -198,6 +196,7 @@ _SHORT: dict[str, tuple[Any, list[Any]]] = {
     "status_text": (c_char_p, [c_int32]),
     "device_new": (c_void_p, [c_char_p, c_uint64]),
     "device_free": (None, [c_void_p]),
+    "device_out": (c_uint64, [c_void_p]),
     "device_lend": (None, [c_void_p, c_int32, c_uint64]),
     "device_share": (c_int32, [c_void_p, c_uint64, c_uint64, POINTER(Lent)]),
     "answering_new": (POINTER(Answering), [POINTER(Postbox), c_int32, c_int32, c_void_p]),
@@ -206,6 +205,8 @@ _SHORT: dict[str, tuple[Any, list[Any]]] = {
     "answering_open": (None, [POINTER(Answering), c_int32, c_uint64, c_uint64]),
     "answering_close": (None, [POINTER(Answering), c_int32]),
     "answering_borrow": (c_int32, [POINTER(Answering), c_int32, c_void_p]),
+    "answering_fetch": (c_int32, [POINTER(Answering), c_int32, c_int64, c_int64, c_uint64]),
+    "answering_deliver": (c_int32, [POINTER(Answering), c_int32, c_int64, c_int64, c_uint64]),
     "asking_new": (c_void_p, [POINTER(Postbox), c_void_p]),
     "asking_free": (None, [c_void_p]),
 }

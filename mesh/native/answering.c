@@ -11,7 +11,6 @@
 #include <poll.h>
 #include <sched.h>
 #include <stdlib.h>
-#include <string.h>
 
 /* As mesh/wire.py has them. */
 enum { DISPATCH = 1, REPLY = 2, REFERENCE = 6, EXPERT_BITS = 10, EXPERTS = 1 << EXPERT_BITS, LAYERS = 1 << 10 };
@@ -61,24 +60,6 @@ answering *answering_new(postbox *box, int32_t row_bytes, int32_t max_rows, devi
 
 /* ---- Sessions. */
 
-/* What was launched may still read and write what a session lent. */
-static void return_arenas(answering *all) {
-    while (!all->in_hand && all->num_given_up)
-        device_return(all->device, &all->given_up[--all->num_given_up]);
-}
-
-static void give_up_arenas(answering *all, borrowed *arenas) {
-    if (!arenas->sends) return;
-    size_t bytes = (size_t)(all->num_given_up + 1) * sizeof *all->given_up;
-    borrowed *more = realloc(all->given_up, bytes);
-    if (more) { /* else they stay mapped */
-        all->given_up = more;
-        more[all->num_given_up++] = *arenas;
-    }
-    memset(arenas, 0, sizeof *arenas);
-    return_arenas(all);
-}
-
 void answering_open(answering *all, int32_t number, uint64_t endpoint, uint64_t reply_session) {
     answering_close(all, number);
     all->sessions[number].endpoint = endpoint;
@@ -88,22 +69,41 @@ void answering_open(answering *all, int32_t number, uint64_t endpoint, uint64_t 
 void answering_close(answering *all, int32_t number) {
     if (!all->sessions[number].endpoint) return;
     all->sessions[number].endpoint = 0;
-    give_up_arenas(all, &all->sessions[number].arenas);
+    if (all->sessions[number].arenas.sends) device_return(all->device, &all->sessions[number].arenas);
 }
 
 int32_t answering_borrow(answering *all, int32_t number, const lent_arenas *arenas) {
     session *of = &all->sessions[number];
     if (!all->device || !of->endpoint) return 0;
-    give_up_arenas(all, &of->arenas);
+    if (of->arenas.sends) device_return(all->device, &of->arenas);
     return device_borrow(all->device, arenas, (uint64_t)all->row_bytes, &of->arenas);
+}
+
+/* Whether a session lends these rows. */
+static int lends(const borrowed *arenas, int64_t first, int64_t count) {
+    return first >= 0 && count <= arenas->rows && first <= arenas->rows - count;
+}
+
+int32_t answering_fetch(answering *all, int32_t number, int64_t first, int64_t count,
+                        uint64_t rows) {
+    const borrowed *arenas = &all->sessions[number].arenas;
+    uint64_t row = (uint64_t)all->row_bytes;
+    return lends(arenas, first, count) &&
+           device_fetch(all->device, arenas, (uint64_t)first * row, (uint64_t)count * row, rows);
+}
+
+int32_t answering_deliver(answering *all, int32_t number, int64_t first, int64_t count,
+                          uint64_t rows) {
+    const borrowed *arenas = &all->sessions[number].arenas;
+    uint64_t row = (uint64_t)all->row_bytes;
+    return lends(arenas, first, count) &&
+           device_deliver(all->device, arenas, (uint64_t)first * row, (uint64_t)count * row, rows);
 }
 
 /* ---- Dispatches. */
 
 void answering_free(answering *all) {
     for (int32_t i = 0; all->sessions && i < SESSIONS; i++) answering_close(all, i);
-    return_arenas(all);
-    free(all->given_up);
     for (int32_t i = 0; all->works && i < MAX_IN_HAND; i++) free(all->works[i].rows);
     free(all->works);
     free(all->sessions);
@@ -200,8 +200,7 @@ static void launch(answering *all, work *one) {
     uint64_t offset = 0, bytes = (uint64_t)(ROWS(one->tag) * all->row_bytes);
     if (KIND(one->tag) == REFERENCE) {
         arenas = &all->sessions[SESSION(one->tag)].arenas;
-        if (one->first < 0 || ROWS(one->tag) > arenas->rows ||
-            one->first > arenas->rows - ROWS(one->tag)) {
+        if (!lends(arenas, one->first, ROWS(one->tag))) {
             refuse(all, one);
             return;
         }

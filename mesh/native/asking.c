@@ -10,7 +10,6 @@
 
 /* As mesh/wire.py has them. */
 enum { DISPATCH = 1, REPLY = 2, REFERENCE = 6, SEVERAL = (1 << 10) - 1 };
-enum { MAX_REFERRED = 1 << (SIZES - 1) }; /* rows; see gateway/lending.py */
 enum { IRREGULAR = 0, REGULAR = 1, FAILED = -1 };
 
 asking *asking_new(postbox *box, device *device) {
@@ -51,7 +50,7 @@ static int count(seat *one) {
 
 static round_trip trip_of(const seat *one, const ask *mine) {
     int several = mine->num_experts > 1;
-    int referred = mine->by_reference && !several && mine->num_rows <= MAX_REFERRED;
+    int referred = mine->by_reference && !several;
     uint64_t header = several ? mine->header_bytes : 0;
     uint64_t bytes = (uint64_t)mine->num_rows * one->row_bytes;
     uint64_t rest = (uint64_t)(several ? SEVERAL : mine->expert) << 16 | (uint64_t)mine->num_rows;

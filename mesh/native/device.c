@@ -10,9 +10,10 @@
 #include <string.h>
 
 enum { NOT_READY = 600 };                   /* of CUresult, whose 0 is success */
-enum { DISABLE_TIMING = 2 };               /* of CUevent_flags */
 enum { LAZY_ENABLE_PEER_ACCESS = 1 };       /* of CUipcMem_flags */
-enum { THREADS = 256, MAX_BLOCKS = 64 };    /* of a copy */
+enum { NON_BLOCKING = 1 };                  /* of CUstream_flags */
+enum { DISABLE_TIMING = 2 };                /* of CUevent_flags */
+enum { THREADS = 256, MAX_BLOCKS = 128 };   /* of a copy */
 
 typedef struct {
     char bytes[sizeof((lent *)NULL)->handle];
@@ -26,6 +27,8 @@ typedef struct {
 
 struct device {
     void *stream;
+    void *in, *out;           /* streams of what comes and goes beside it */
+    void *arrived, *computed; /* events of either */
     slot slots[SLOTS];
     void *graph_ended; /* event */
     int32_t (*create)(void **event, uint32_t flags);
@@ -34,6 +37,10 @@ struct device {
     int32_t (*query)(void *event);
     int32_t (*elapsed)(float *milliseconds, void *began, void *ended);
     int32_t (*launch)(void *graph, void *stream);
+    int32_t (*synchronize)(void *stream);
+    int32_t (*open_stream)(void **stream, uint32_t flags);
+    int32_t (*close_stream)(void *stream);
+    int32_t (*follow)(void *stream, void *event, uint32_t flags);
     int32_t (*range)(uint64_t *base, size_t *bytes, uint64_t address);
     int32_t (*handle)(ipc_handle *of, uint64_t address);
     int32_t (*open)(uint64_t *base, ipc_handle of, uint32_t flags);
@@ -53,6 +60,10 @@ static int find(device *gpu, void *library) {
     *(void **)&gpu->query = dlsym(library, "cuEventQuery");
     *(void **)&gpu->elapsed = dlsym(library, "cuEventElapsedTime");
     *(void **)&gpu->launch = dlsym(library, "cuGraphLaunch");
+    *(void **)&gpu->synchronize = dlsym(library, "cuStreamSynchronize");
+    *(void **)&gpu->open_stream = dlsym(library, "cuStreamCreate");
+    *(void **)&gpu->close_stream = dlsym(library, "cuStreamDestroy_v2");
+    *(void **)&gpu->follow = dlsym(library, "cuStreamWaitEvent");
     *(void **)&gpu->range = dlsym(library, "cuMemGetAddressRange_v2");
     *(void **)&gpu->handle = dlsym(library, "cuIpcGetMemHandle");
     *(void **)&gpu->open = dlsym(library, "cuIpcOpenMemHandle_v2");
@@ -61,7 +72,8 @@ static int find(device *gpu, void *library) {
     *(void **)&gpu->function = dlsym(library, "cuModuleGetFunction");
     *(void **)&gpu->run = dlsym(library, "cuLaunchKernel");
     return gpu->create && gpu->destroy && gpu->record && gpu->query && gpu->elapsed &&
-           gpu->launch && gpu->range && gpu->handle && gpu->open && gpu->close && gpu->load &&
+           gpu->launch && gpu->synchronize && gpu->open_stream && gpu->close_stream &&
+           gpu->follow && gpu->range && gpu->handle && gpu->open && gpu->close && gpu->load &&
            gpu->function && gpu->run;
 }
 
@@ -74,6 +86,11 @@ device *device_new(const char *path, uint64_t stream) {
         return NULL;
     }
     gpu->stream = (void *)stream;
+    if (gpu->open_stream(&gpu->in, NON_BLOCKING) || gpu->open_stream(&gpu->out, NON_BLOCKING) ||
+        gpu->create(&gpu->arrived, DISABLE_TIMING) || gpu->create(&gpu->computed, DISABLE_TIMING)) {
+        device_free(gpu);
+        return NULL;
+    }
     for (slot *one = gpu->slots; one < gpu->slots + SLOTS; one++)
         if (gpu->create(&one->began, 0) || gpu->create(&one->ended, 0)) {
             device_free(gpu);
@@ -87,6 +104,10 @@ device *device_new(const char *path, uint64_t stream) {
 }
 
 void device_free(device *gpu) {
+    if (gpu->in) gpu->close_stream(gpu->in);
+    if (gpu->out) gpu->close_stream(gpu->out);
+    if (gpu->arrived) gpu->destroy(gpu->arrived);
+    if (gpu->computed) gpu->destroy(gpu->computed);
     for (slot *one = gpu->slots; one < gpu->slots + SLOTS; one++) {
         if (one->began) gpu->destroy(one->began);
         if (one->ended) gpu->destroy(one->ended);
@@ -94,6 +115,8 @@ void device_free(device *gpu) {
     if (gpu->graph_ended) gpu->destroy(gpu->graph_ended);
     free(gpu);
 }
+
+uint64_t device_out(const device *gpu) { return (uint64_t)gpu->out; }
 
 void device_lend(device *gpu, int32_t index, uint64_t rows) { gpu->slots[index].rows = rows; }
 
@@ -127,23 +150,37 @@ void device_give_back(device *gpu, int32_t index) { gpu->slots[index].taken = 0;
 
 void device_lose(device *gpu, int32_t index) { gpu->slots[index].rows = 0; }
 
-/* Copies on the stream; where a permit is named, only if it says what is wanted when that runs. */
-static int copy(device *gpu, uint64_t to, uint64_t from, uint64_t bytes, uint64_t permit,
-                uint64_t wanted) {
+/* Copies; where a permit is named, only if it says what is wanted when that runs. */
+static int copy(device *gpu, void *stream, uint64_t to, uint64_t from, uint64_t bytes,
+                uint64_t permit, uint64_t wanted) {
     uint64_t units = bytes / UNIT_BYTES, blocks = (units + THREADS - 1) / THREADS;
     void *arguments[] = {&to, &from, &units, &permit, &wanted};
     uint32_t grid = blocks < MAX_BLOCKS ? (uint32_t)blocks : MAX_BLOCKS;
-    return !gpu->run(gpu->copy, grid, 1, 1, THREADS, 1, 1, 0, gpu->stream, arguments, NULL);
+    return !gpu->run(gpu->copy, grid, 1, 1, THREADS, 1, 1, 0, stream, arguments, NULL);
+}
+
+int32_t device_fetch(device *gpu, const borrowed *arenas, uint64_t offset, uint64_t bytes,
+                     uint64_t rows) {
+    return copy(gpu, gpu->in, rows, arenas->sends + offset, bytes, 0, 0) &&
+           !gpu->record(gpu->arrived, gpu->in) && !gpu->follow(gpu->stream, gpu->arrived, 0);
+}
+
+int32_t device_deliver(device *gpu, const borrowed *arenas, uint64_t offset, uint64_t bytes,
+                       uint64_t rows) {
+    return !gpu->record(gpu->computed, gpu->stream) && !gpu->follow(gpu->out, gpu->computed, 0) &&
+           copy(gpu, gpu->out, arenas->replies + offset, rows, bytes, arenas->permit,
+                arenas->wanted);
 }
 
 int32_t device_launch(device *gpu, int32_t index, void *graph, const borrowed *arenas,
                       uint64_t offset, uint64_t bytes) {
     slot *one = &gpu->slots[index];
     if (gpu->record(one->began, gpu->stream)) return 0;
-    if (arenas && !copy(gpu, one->rows, arenas->sends + offset, bytes, 0, 0)) return 0;
+    /* Few rows: a change of streams would take longer than their copies. */
+    if (arenas && !copy(gpu, gpu->stream, one->rows, arenas->sends + offset, bytes, 0, 0)) return 0;
     if (gpu->launch(graph, gpu->stream)) return 0;
-    if ((arenas && !copy(gpu, arenas->replies + offset, one->rows, bytes, arenas->permit,
-                         arenas->wanted)) ||
+    if ((arenas && !copy(gpu, gpu->stream, arenas->replies + offset, one->rows, bytes,
+                         arenas->permit, arenas->wanted)) ||
         gpu->record(one->ended, gpu->stream)) {
         device_lose(gpu, index); /* nobody can tell when it will have stopped writing */
         return 0;
@@ -222,6 +259,9 @@ int32_t device_borrow(device *gpu, const lent_arenas *arenas, uint64_t row_bytes
 }
 
 void device_return(device *gpu, borrowed *arenas) {
+    gpu->synchronize(gpu->in);
+    gpu->synchronize(gpu->stream);
+    gpu->synchronize(gpu->out);
     for (int32_t i = 0; i < 3; i++)
         if (arenas->bases[i]) gpu->close(arenas->bases[i]);
     memset(arenas, 0, sizeof *arenas);

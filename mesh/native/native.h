@@ -161,6 +161,8 @@ typedef struct {
  * by the thread that has its context. */
 EXPORT device *device_new(const char *path, uint64_t stream);
 EXPORT void device_free(device *gpu);
+/* The stream (CUstream) that what is delivered leaves on. */
+EXPORT uint64_t device_out(const device *gpu);
 EXPORT void device_lend(device *gpu, int32_t slot, uint64_t rows);
 uint64_t device_rows(const device *gpu, int32_t slot);
 /* Whether any of these graphs (CUgraphExec, by slot) fits so many rows, now or when one is free. */
@@ -174,6 +176,12 @@ void device_lose(device *gpu, int32_t slot);
  * same offset of its replies. 0 when it failed. */
 int32_t device_launch(device *gpu, int32_t slot, void *graph, const borrowed *arenas,
                       uint64_t offset, uint64_t bytes);
+/* The two ways alone, between what is lent and memory of our own: each on a stream of its own, the
+ * device's stream behind the one and the other behind it. 0 when it failed. */
+int32_t device_fetch(device *gpu, const borrowed *arenas, uint64_t offset, uint64_t bytes,
+                     uint64_t rows);
+int32_t device_deliver(device *gpu, const borrowed *arenas, uint64_t offset, uint64_t bytes,
+                       uint64_t rows);
 /* 1, or 0 while it computes; -1 when it failed. */
 int32_t device_done(device *gpu, int32_t slot);
 /* Of a launch that is done, on the device. */
@@ -185,6 +193,7 @@ int32_t device_graph_done(device *gpu);
 EXPORT int32_t device_share(device *gpu, uint64_t address, uint64_t bytes, lent *out);
 /* Map what is lent; 0, with nothing mapped, where that cannot be or it is not what it says. */
 int32_t device_borrow(device *gpu, const lent_arenas *arenas, uint64_t row_bytes, borrowed *out);
+/* Once nothing on the stream may use them. */
 void device_return(device *gpu, borrowed *arenas);
 
 /* ---- answering.c: see mesh/transport/base.py's Answering ---- */
@@ -219,8 +228,6 @@ typedef struct {
     int64_t last_progress_us; /* CLOCK_MONOTONIC */
     device *device;           /* NULL: computed here */
     work *oldest, *newest;    /* of those computing */
-    borrowed *given_up;       /* what is to be returned once nothing is in hand */
-    int32_t num_given_up;
 } answering;
 
 EXPORT answering *answering_new(postbox *box, int32_t row_bytes, int32_t max_rows, device *device);
@@ -230,6 +237,12 @@ EXPORT void answering_open(answering *all, int32_t number, uint64_t endpoint,
 EXPORT void answering_close(answering *all, int32_t number);
 /* Take dispatches of this session by reference. 0 when what it lends cannot be reached. */
 EXPORT int32_t answering_borrow(answering *all, int32_t number, const lent_arenas *arenas);
+/* For what is not regular: bring `count` rows of a session's arena here, or answer them from here.
+ * 0 when they are outside, or it failed. */
+EXPORT int32_t answering_fetch(answering *all, int32_t number, int64_t first, int64_t count,
+                               uint64_t rows);
+EXPORT int32_t answering_deliver(answering *all, int32_t number, int64_t first, int64_t count,
+                                 uint64_t rows);
 /* Bring what is in hand forward; take nothing new. */
 EXPORT void answering_look(answering *all);
 /* The tag of a dispatch that the device failed at, which the caller refuses; 0: no more. */
@@ -248,7 +261,7 @@ typedef struct { /* one peer's part of a layer */
     int64_t first;                /* the number of that row: all that is sent by reference */
     uint64_t header_bytes;        /* ahead of the rows of several experts */
     int32_t capacity;             /* rows */
-    int32_t by_reference;         /* where that can be, which it can be of one expert alone */
+    int32_t by_reference;         /* what is of one expert alone */
     /* Of the last time. */
     int32_t num_rows, num_experts, expert; /* the last of these experts */
     int32_t received, sent;                /* operations, where there are rows */

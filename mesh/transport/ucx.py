@@ -225,6 +225,7 @@ class UcxAnswering:
     ) -> None:
         self._postbox = postbox
         self._device = device
+        self._row_bytes = row_bytes
         self._pointer = native.short.answering_new(
             postbox.pointer, row_bytes, max_rows, device.handle if device else None
         )
@@ -265,6 +266,22 @@ class UcxAnswering:
     def borrow(self, session: int, lent: bytes) -> bool:
         """See :class:`mesh.transport.base.Answering`."""
         return bool(native.short.answering_borrow(self._pointer, session, lent))
+
+    def fetch(self, session: int, first: int, rows: Any) -> bool:
+        """See :class:`mesh.transport.base.Answering`."""
+        return bool(
+            native.short.answering_fetch(
+                self._pointer, session, first, rows.nbytes // self._row_bytes, rows.address
+            )
+        )
+
+    def deliver(self, session: int, first: int, rows: Any) -> bool:
+        """See :class:`mesh.transport.base.Answering`."""
+        return bool(
+            native.short.answering_deliver(
+                self._pointer, session, first, rows.nbytes // self._row_bytes, rows.address
+            )
+        )
 
     def serve(self, experts: Mapping[ExpertId, NativeMlp | Replays]) -> None:
         """See :class:`mesh.transport.base.Answering`."""

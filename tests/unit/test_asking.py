@@ -452,7 +452,6 @@ class Referred:
         self.rig = rig
         self.session, self.reply_session, self.index = 5 + index, 7 + index, index
         self.seen: list[tuple[wire.Frame, int, int]] = []
-        self.refuses = False
 
     def look(self) -> None:
         self.transport.progress()
@@ -465,10 +464,7 @@ class Referred:
             self.transport.progress()
         frame, first = wire.decode(found.tag), int(into[0])
         self.seen.append((frame, found.nbytes, first))
-        kind, rows = wire.Kind.REPLY, frame.rows
-        if self.refuses:
-            kind, rows = wire.Kind.REFUSE, int(wire.Refusal.SEND_ROWS)
-        arenas, rest = self.rig.dispatcher.arenas, frame[2:5]
+        arenas = self.rig.dispatcher.arenas
         answer = torch.zeros(0)
         where = slice(first, first + frame.rows)
         if frame.kind == wire.Kind.REFERENCE:
@@ -477,11 +473,7 @@ class Referred:
         else:
             x_RD = into.view(torch.float32).view(-1, HIDDEN_SIZE)
             answer = x_RD * factor_of(ExpertId(frame.layer, frame.expert))
-            kind, rows = wire.Kind.REPLY, frame.rows
-        if kind == wire.Kind.REFUSE:
-            answer = torch.zeros(1)
-            arenas[1][where] = torch.nan
-        tag = wire.encode(kind, self.reply_session, *rest, rows)
+        tag = wire.encode(wire.Kind.REPLY, self.reply_session, *frame[2:])
         self.sent = self.endpoint.send(self.transport.wrap(answer), tag)
         self.kept = answer
 
@@ -536,21 +528,6 @@ def test_a_reference_is_eight_bytes_and_its_reply_is_empty(
     ((frame, nbytes, _),) = referred[1].seen
     assert (frame.kind, frame.session, *frame[3:]) == (wire.Kind.DISPATCH, 6, LAYER, 1, 3)
     assert nbytes == 3 * 4 * HIDDEN_SIZE
-
-
-def test_a_worker_that_wants_the_rows_themselves_gets_them(
-    rig: Rig, referred: list[Referred]
-) -> None:
-    referred[0].refuses = True
-    step = (random_step(2)[0], torch.tensor([[0, 1], [0, 0]]), torch.ones(2, 2))
-    rig.dispatcher.begin_step(1)
-    one = rig.layer(2)
-    assert one.leave(*step)
-    torch.testing.assert_close(one.come_back(), expected(LAYER, *step))
-    kinds = [frame.kind for frame, _, _ in referred[0].seen]
-    assert kinds == [wire.Kind.REFERENCE, wire.Kind.DISPATCH]
-    assert rig.dispatcher.refused == rig.dispatcher.failovers == 0
-    assert rig.dispatcher.void_rows() == {}
 
 
 @pytest.mark.usefixtures("impatient")
