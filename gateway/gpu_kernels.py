@@ -217,21 +217,21 @@ def _place_kernel(
             tl.store(send + row * width + column, value, mask=inside)
     elif tl.program_id(1) == 0:
         expert = (program - num_rows) * EXPERTS + tl.arange(0, EXPERTS)
-        inside = expert < num_experts
+        is_one = expert < num_experts
         count = tl.zeros([EXPERTS], dtype=tl.int32)
         for start in range(0, num_rows, ROWS):
             other_row = start + lane
             other = tl.load(ids + other_row, mask=other_row < num_rows, other=1 << 30)
             same = other.to(tl.int32)[None, :] == expert[:, None]
             count += tl.sum(same.to(tl.int32), axis=1)
-        tl.store(counts + expert, count, mask=inside)
-        group = tl.load(groups + expert, mask=inside, other=-1)
+        tl.store(counts + expert, count, mask=is_one)
+        its_group = tl.load(groups + expert, mask=is_one, other=-1)
         num_headers = tl.load(tables)
         for n in range(0, num_headers):
             header = tl.load(groups + 3 * num_experts + n).to(tl.int64)
             owner = tl.load(groups + 4 * num_experts + n)
-            word = tl.where(group == owner, count, 0)
-            tl.store(words + header * words_per_row + expert, word, mask=inside)
+            word = tl.where(its_group == owner, count, 0)
+            tl.store(words + header * words_per_row + expert, word, mask=is_one)
 
 
 def place(
