@@ -166,7 +166,7 @@ class Seat:
 class Asks:
     """The seats of one dispatcher, which owns it.
 
-    Each holds a frame and a slot for every peer of its plan, together with the seats of the
+    Each holds a small frame and a slot for every peer of its plan, together with the seats of the
     other layers of its micro-batch: of those, one is away at a time.
     """
 
@@ -191,10 +191,6 @@ class Asks:
         """Whose rows are still to be counted."""
         self._held: dict[tuple[int, Peer], _Held] = {}
         self._num_deaths = 0
-
-    def num_frames(self, num_peers: int) -> int:
-        """The most that seats hold."""
-        return MAX_MICRO_BATCHES * num_peers
 
     def seat(self, micro_batch: int, layer: int, num_experts: int, num_rows: int) -> Seat | None:
         """Whose buffers a graph is to be captured with; None where there is none for so many."""
@@ -319,10 +315,14 @@ class Asks:
     def _hold(self, micro_batch: int, peer: Peer) -> _Held | None:
         held = self._held.get((micro_batch, peer))
         if held is None:
+            frame = self._frames.take_small()
+            if frame is None:
+                return None
             slot = peer.take_slot()
             if slot is None:
+                self._frames.give_back([frame], ())
                 return None
-            held = self._held[micro_batch, peer] = _Held(self._frames.take(), slot)
+            held = self._held[micro_batch, peer] = _Held(frame, slot)
         return held
 
     def _release(self, peer: Peer, held: _Held) -> None:

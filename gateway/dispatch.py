@@ -22,7 +22,7 @@ import numpy as np
 import structlog
 import torch
 
-from gateway.asking import Asks, Seat
+from gateway.asking import MAX_ROWS, Asks, Seat
 from gateway.frames import Frames, Run
 from gateway.layout import CpuLayout, IntArray, Layout
 from gateway.lending import Lending
@@ -587,12 +587,11 @@ class Dispatcher:
         ]
         if not moves or self._num_moves + len(self._abandoned) >= _SPARE_FRAMES:
             return
-        old = message.runs[0].start // frames.frame_rows
-        new = frames.take()
+        old, new = frames.frame_of(message.runs[0].start), frames.take()
         pending.frames.append(new)
         pending.num_moves += 1
         self._num_moves += 1
-        shift = (new - old) * frames.frame_rows
+        shift = frames.rows_of(new)[0] - frames.rows_of(old)[0]
         gone = {run for run, _ in moves}
         message.runs = tuple(run for run in message.runs if run not in gone)
         if not message.runs:
@@ -766,7 +765,7 @@ class Dispatcher:
             header_rows=-(-self._num_units * 4 // self._row_bytes),
             num_peers=len(self.peers),
             max_rows=max_rows,
-            num_kept=0 if self._asks is None else self._asks.num_frames(len(self.peers)),
+            seat_rows=0 if self._asks is None else MAX_ROWS,
         )
         if new:
             self.arena_version += 1

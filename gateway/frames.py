@@ -5,7 +5,8 @@ Legend: R rows of an arena, D hidden size.
 Rows travel in *frames*: equal parts of one send arena and one reply arena. A message to a worker
 is a run of rows inside a frame, and its reply lands in the same rows of the reply arena, so one
 index says where every routed row went and where it comes back. A message for several experts says
-ahead of its rows how many are whose: each frame begins with room for that.
+ahead of its rows how many are whose: each frame begins with room for that. Behind those that any
+step may need come smaller ones for the layers that have seats (:mod:`gateway.asking`).
 """
 
 from __future__ import annotations
@@ -54,49 +55,65 @@ class Frames:
         self._dtype = dtype
         self._device = device
         self._num_spare = num_spare
-        self.num_frames = 0
-        self.frame_rows = 0
         self.header_rows = 0
         """What a frame begins with, before its first row."""
+        self._cut = ((0, 0), (0, 0))
+        """How many there are, and of how many rows: frames, and small ones behind them."""
 
     def allocate(
-        self, *, routed_rows: int, header_rows: int, num_peers: int, max_rows: int, num_kept: int
+        self, *, routed_rows: int, header_rows: int, num_peers: int, max_rows: int, seat_rows: int
     ) -> bool:
         """Arenas for the worst step, anew only when that has changed; True if so.
 
         Whatever the routing, a micro-batch fills frames but for the last of each worker, so
         its full frames and one more a worker (and one for what nobody serves) are enough, and
-        some to spare. ``max_rows`` is the most that any worker takes in a message; ``num_kept``
-        frames are kept beside all that.
+        some to spare. ``max_rows`` is the most that any worker takes in a message, ``seat_rows``
+        the most routed rows of a layer that has a seat: such keep a small frame a worker.
         """
-        even_rows = _UNEVENNESS * routed_rows // max(1, num_peers)
-        rows = min(routed_rows, max(even_rows, _MIN_ROWS), max_rows)
+
+        def most_of_one(rows: int) -> int:
+            even_rows = _UNEVENNESS * rows // max(1, num_peers)
+            return min(rows, max(even_rows, _MIN_ROWS), max_rows)
+
+        rows = most_of_one(routed_rows)
         num_full = -(-routed_rows // rows)
-        num_frames = num_full + MAX_MICRO_BATCHES * (num_peers + 1) + self._num_spare + num_kept
-        cut = (rows + header_rows, header_rows, num_frames)
-        if cut == (self.frame_rows, self.header_rows, self.num_frames):
+        num_frames = num_full + MAX_MICRO_BATCHES * (num_peers + 1) + self._num_spare
+        num_small = MAX_MICRO_BATCHES * num_peers if seat_rows else 0
+        small_rows = most_of_one(min(routed_rows, seat_rows))
+        cut = ((num_frames, rows + header_rows), (num_small, small_rows + header_rows))
+        if (cut, header_rows) == (self._cut, self.header_rows):
             return False
-        self.frame_rows, self.header_rows, self.num_frames = cut
-        shape = (num_frames * self.frame_rows, self._hidden_size)
+        self._cut, self.header_rows = cut, header_rows
+        shape = (sum(count * rows for count, rows in cut), self._hidden_size)
         self.send_RD = torch.zeros(shape, dtype=self._dtype, device=self._device)
         self.reply_RD = torch.zeros_like(self.send_RD)
         if self._device.type == "cuda":
             # The transport writes into it on a stream of its own.
             torch.cuda.current_stream(self._device).synchronize()
         self._free = list(range(num_frames))
+        self._free_small = list(range(num_frames, self.num_frames))
         self._parked: set[int] = set()
         self._sends: dict[tuple[int, int], Buffer] = {}
         self._replies: dict[tuple[int, int], Buffer] = {}
         return True
 
     @property
+    def num_frames(self) -> int:
+        """All of them, small ones included."""
+        return self._cut[0][0] + self._cut[1][0]
+
+    @property
     def num_free(self) -> int:
         """Frames that nobody holds."""
-        return len(self._free)
+        return len(self._free) + len(self._free_small)
 
     def take(self) -> int:
         """A free frame."""
         return self._free.pop()
+
+    def take_small(self) -> int | None:
+        """A free small one; None while there is none, for those that are parked."""
+        return self._free_small.pop() if self._free_small else None
 
     def give_back(self, frames: Iterable[int], held: Collection[int | None]) -> None:
         """Free ``frames``, and park those that are ``held``."""
@@ -104,17 +121,26 @@ class Frames:
             if frame in held:
                 self._parked.add(frame)
             else:
-                self._free.append(frame)
+                (self._free if frame < self._cut[0][0] else self._free_small).append(frame)
 
     def unpark(self, held: Collection[int | None]) -> None:
         """Free what is parked and no longer ``held``."""
         free = self._parked.difference(held)
         self._parked -= free
-        self._free.extend(free)
+        self.give_back(free, ())
 
     def rows_of(self, frame: int) -> tuple[int, int]:
         """Its first row behind the header, and the end of its rows."""
-        return frame * self.frame_rows + self.header_rows, (frame + 1) * self.frame_rows
+        (num_frames, frame_rows), (_, small_rows) = self._cut
+        rows = frame_rows if frame < num_frames else small_rows
+        start = min(frame, num_frames) * frame_rows + max(0, frame - num_frames) * small_rows
+        return start + self.header_rows, start + rows
+
+    def frame_of(self, row: int) -> int:
+        """Whose row of the arenas it is."""
+        (num_frames, frame_rows), (_, small_rows) = self._cut
+        past = row - num_frames * frame_rows
+        return row // frame_rows if past < 0 else num_frames + past // small_rows
 
     def sending(self, start: int, num_rows: int) -> Buffer:
         """Rows of the send arena, for the transport."""
