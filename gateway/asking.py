@@ -190,7 +190,7 @@ class Asks:
         self._past: list[Seat] = []
         """Whose rows are still to be counted."""
         self._held: dict[tuple[int, Peer], _Held] = {}
-        self._num_deaths = asking.num_deaths
+        self._num_deaths = 0
 
     def seat(self, micro_batch: int, layer: int, num_experts: int, num_rows: int) -> Seat | None:
         """Whose buffers a graph is to be captured with; None where there is none for so many."""
@@ -210,7 +210,6 @@ class Asks:
         if self._asking.num_deaths != self._num_deaths:
             self._num_deaths = self._asking.num_deaths
             self._peers.lose_dead()
-            self._peers.version += 1
         seat.num_uses += 1
         if seat.version != self._peers.version or seat.picks_again:
             self._plan(seat)
@@ -242,7 +241,7 @@ class Asks:
         for group, peer, ask in seat.away():
             held = self._held.pop((seat.micro_batch, peer))
             runs = seat.runs(group, ask.first)
-            found.append(Away(peer, runs, *held, *self._asking.taken(seat.record, ask), sent_s))
+            found.append(Away(peer, runs, *held, *self._asking.taken(ask), sent_s))
         self._unplan(seat.micro_batch)
         return found
 

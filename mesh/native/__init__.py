@@ -164,7 +164,6 @@ class Seat(Structure):
         ("num_experts", c_int32),
         ("num_asks", c_int32),
         ("sent_us", c_int64),
-        ("box", c_void_p),
     ]
 
 

@@ -88,7 +88,6 @@ int32_t asking_leave(asking *all, seat *one, uint64_t graph) {
     if (done < 0) return FAILED;
     if (all->box->attention || !count(one)) return IRREGULAR;
     one->sent_us = now_us();
-    one->box = all->box;
     return post(all, one) ? REGULAR : IRREGULAR;
 }
 
@@ -118,7 +117,6 @@ int32_t asking_wait(asking *all, seat *one, int32_t spin_us, int32_t timeout_us)
     postbox *box = all->box;
     int64_t began_us = now_us();
     arrival found;
-    if (one->box != box) return IRREGULAR; /* the transport was opened anew */
     do {
         while (ucp_worker_progress(box->worker)) {}
         int state = state_of(box, one);

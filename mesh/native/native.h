@@ -275,9 +275,7 @@ typedef struct { /* a layer of a micro-batch */
     ask *asks;
     uint64_t row_bytes;
     int32_t num_experts, num_asks;
-    /* Of the last time. */
     int64_t sent_us;
-    const postbox *box;
 } seat;
 
 typedef struct {

@@ -156,7 +156,7 @@ class Asking(Protocol):
 
     @property
     def num_deaths(self) -> int:
-        """Grows whenever endpoints die, by themselves or with all that the transport had."""
+        """Of endpoints, so far."""
         ...
 
     def aim(self, ask: native.Ask, endpoint: Endpoint) -> None:
@@ -173,7 +173,7 @@ class Asking(Protocol):
         endpoint died, or time is up: what was posted is to be :meth:`taken`."""
         ...
 
-    def taken(self, seat: native.Seat, ask: native.Ask) -> tuple[Request, Request]:
+    def taken(self, ask: native.Ask) -> tuple[Request, Request]:
         """The reply and the sent of one that is away, which is the caller's from here on."""
         ...
 

@@ -319,38 +319,21 @@ class UcxAnswering:
 class UcxAsking:
     """See :class:`mesh.transport.base.Asking`."""
 
-    def __init__(self, transport: UcxTransport, device: ReplayDevice) -> None:
-        self._transport = transport
+    def __init__(self, postbox: _Postbox, device: ReplayDevice) -> None:
+        self._postbox = postbox
         self._device = device
-        self._pointer: int | None = None
-        self._postboxes: dict[int, _Postbox] = {}
-        """All that the transport had, by their addresses: a seat's requests are of one of them."""
-        self._num_deaths = 0
-        """Before the last of them."""
-        self._postbox: _Postbox
-        self._follow()
+        self._pointer = native.short.asking_new(postbox.pointer, device.handle)
+        if not self._pointer:
+            raise TransportError("there is no memory to ask from")
 
     def __del__(self) -> None:
         if self._pointer:
             native.short.asking_free(self._pointer)
 
-    def _follow(self) -> None:
-        """Ask by the postbox that the transport has now."""
-        if self._pointer:
-            native.short.asking_free(self._pointer)
-            self._num_deaths += self._postbox.num_deaths + 1
-        self._postbox = self._transport.postbox
-        self._postboxes[ctypes.addressof(self._postbox.record)] = self._postbox
-        self._pointer = native.short.asking_new(self._postbox.pointer, self._device.handle)
-        if not self._pointer:
-            raise TransportError("there is no memory to ask from")
-
     @property
     def num_deaths(self) -> int:
         """See :class:`mesh.transport.base.Asking`."""
-        if self._postbox is not self._transport.postbox:
-            self._follow()
-        return self._num_deaths + self._postbox.num_deaths
+        return self._postbox.num_deaths
 
     def aim(self, ask: native.Ask, endpoint: Any) -> None:
         """See :class:`mesh.transport.base.Asking`."""
@@ -369,10 +352,9 @@ class UcxAsking:
             native.long.asking_wait(self._pointer, seat, int(spin_s * 1e6), int(timeout_s * 1e6))
         )
 
-    def taken(self, seat: native.Seat, ask: native.Ask) -> tuple[UcxRequest, UcxRequest]:
+    def taken(self, ask: native.Ask) -> tuple[UcxRequest, UcxRequest]:
         """See :class:`mesh.transport.base.Asking`."""
-        postbox = self._postboxes[seat.box]
-        return UcxRequest(postbox, ask.received), UcxRequest(postbox, ask.sent)
+        return UcxRequest(self._postbox, ask.received), UcxRequest(self._postbox, ask.sent)
 
 
 class UcxTransport:
@@ -415,11 +397,6 @@ class UcxTransport:
     def wrap(self, tensor: torch.Tensor) -> UcxBuffer:
         """See :class:`mesh.transport.base.Transport`."""
         return UcxBuffer(tensor)
-
-    @property
-    def postbox(self) -> _Postbox:
-        """What it posts by."""
-        return self._postbox
 
     def exchange(self, trips: Sequence[RoundTrip]) -> list[tuple[Request, Request]]:
         """See :class:`mesh.transport.base.Transport`."""
@@ -504,7 +481,7 @@ class UcxTransport:
 
     def asking(self, device: ReplayDevice) -> UcxAsking:
         """See :class:`mesh.transport.base.Transport`."""
-        return UcxAsking(self, device)
+        return UcxAsking(self._postbox, device)
 
     def fileno(self) -> int:
         """UCX's event descriptor."""
