@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ from mesh import wire
 from mesh.errors import ExpertUnavailable, MessageTruncated
 from mesh.model_config import ModelConfig
 from mesh.plan import ExpertId
-from mesh.transport.base import Request, RoundTrip, Transport
+from mesh.transport.base import Request, RoundTrip, Transport, why_stuck
 from protos import engine_pb2 as pb
 from protos import inference_pb2
 
@@ -39,6 +39,9 @@ _SPARE_FRAMES = 8
 """For rows that are sent again before their first attempt has ended."""
 _LOOK_INTERVAL_S = 0.02
 """How often to look for what is overdue while replies are awaited."""
+_LET_GO_S = 1.0
+"""How long the transport may take to let go of what it does for a worker that is gone. It does so
+at once, or never: the rest of a message that the worker had begun to send does not come."""
 _STOPPED_S = 1.0
 """Who has not looked for so long was stopped, or busy: that time says nothing of the workers."""
 
@@ -62,6 +65,8 @@ class _Message:
     reply: Request
     sent_s: float
     refusal: str | None = None
+    gone_s: float | None = None
+    """When its worker was seen to be gone."""
     num_rows: int = field(init=False)
     """As it was sent; ``runs`` may have lost some to another message since."""
 
@@ -212,6 +217,11 @@ class Dispatcher:
         """(micro-batch, row of its T) that some expert did not answer in this step, and why."""
         return self._void
 
+    @property
+    def address(self) -> bytes:
+        """What workers reach this gateway by, until the transport is opened anew."""
+        return self._transport.address
+
     def paces(self) -> list[inference_pb2.WorkerPace]:
         """How fast each connected worker is, where that is known."""
         return self.peers.paces()
@@ -223,6 +233,8 @@ class Dispatcher:
         if self._abandoned:
             self._reap()
         self.peers.lose_dead()
+        if not moved:
+            self._heal([abandoned.message for abandoned in self._abandoned])
         return moved
 
     def close(self) -> None:
@@ -444,6 +456,8 @@ class Dispatcher:
         """Do something about the dispatches that take far longer than usual."""
         now = time.monotonic()
         any_late = False
+        if self._heal([*pending.messages, *(late.message for late in self._abandoned)]):
+            return
         for message in tuple(pending.messages):
             if message not in pending.messages:
                 continue  # it ended while another one was posted
@@ -462,6 +476,28 @@ class Dispatcher:
             self._reap()
         if any_late:
             self.on_late()
+
+    def _heal(self, messages: Sequence[_Message]) -> bool:
+        """Open the transport anew where it would wait for ever; what is away fails with that."""
+        reason = self._why_broken(messages)
+        if reason is None:
+            return False
+        log.error("transport_reopened", reason=reason, workers=len(self.peers))
+        self.peers.reopen(reason)
+        return True
+
+    def _why_broken(self, messages: Sequence[_Message]) -> str | None:
+        if (stuck := why_stuck(self._transport)) is not None:
+            return stuck
+        now = time.monotonic()
+        for message in messages:
+            if message.ended or message.peer.endpoint.alive:
+                continue
+            if message.gone_s is None:
+                message.gone_s = now
+            elif now - max(message.gone_s, self._awake_since_s) > _LET_GO_S:
+                return f"worker {message.peer.worker_id} is gone amid a message"
+        return None
 
     def _move(self, pending: Pending, message: _Message) -> None:
         """Send late rows again, each run to a worker that is not late itself, if there is one.

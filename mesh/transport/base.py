@@ -18,6 +18,9 @@ from mesh.mlp import NativeMlp
 from mesh.plan import ExpertId
 from mesh.replay import ReplayDevice, Replays
 
+_MAX_STUCK_S = 5.0
+"""A sender that was only stopped may be back by then."""
+
 
 class Buffer(Protocol):
     """A view of a tensor's memory that a transport can use. Keeps the memory alive."""
@@ -182,11 +185,38 @@ class Transport(Protocol):
         ...
 
     def fileno(self) -> int:
-        """A descriptor that becomes readable when an armed transport has work."""
+        """A descriptor that becomes readable when an armed transport has work; always the same."""
         ...
 
     def arm(self) -> bool:
         """True when it is safe to sleep on :meth:`fileno`; False: progress first."""
         ...
 
+    def stuck_s(self) -> float:
+        """For how long nothing has come in from this host that peers sent; 0 while it does. One
+        that ends amid a message blocks the queue that all of them share, for good.
+
+        To be asked where there is nothing else to do; time in which nobody asks does not count.
+        """
+        ...
+
+    def reopen(self) -> None:
+        """Be a new transport, with another :attr:`address`, that owes nobody anything: what is
+        posted ends as failed, what was sent to it is gone, and no buffer is touched any more.
+
+        Endpoints are the caller's to close first. Not where there is an :class:`Answering`.
+        """
+        ...
+
     def close(self) -> None: ...
+
+
+def why_stuck(transport: Transport) -> str | None:
+    """Why a transport has to start anew, in words; None while it has not."""
+    stuck_s = transport.stuck_s()
+    if stuck_s < _MAX_STUCK_S:
+        return None
+    return (
+        f"for {stuck_s:.0f} s nothing has come in over shared memory: "
+        "a process of this host ended amid a message to this one"
+    )

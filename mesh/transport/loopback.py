@@ -83,6 +83,8 @@ class Faults:
 
     drop: Callable[[int], bool] = lambda tag: False
     """Messages with these tags are lost on the way; the sender does not learn of it."""
+    stuck_s: float = 0.0
+    """Nothing is delivered while it is not 0."""
     held: Callable[[int], bool] = lambda tag: False
     """Messages with these tags are kept back until :meth:`LoopbackTransport.release`."""
 
@@ -108,6 +110,7 @@ class LoopbackEndpoint:
     def __init__(self, owner: LoopbackTransport, peer: LoopbackTransport) -> None:
         self._owner = owner
         self._peer = peer
+        self._address = peer.address
         self._open = True
         self._posted: list[LoopbackRequest] = []
 
@@ -120,7 +123,8 @@ class LoopbackEndpoint:
         """See :class:`mesh.transport.base.Endpoint`."""
         request = LoopbackRequest(tag, buffer)
         if self.alive:
-            self._peer.deliver(tag, buffer.bytes_.clone())
+            if self._peer.address == self._address:
+                self._peer.deliver(tag, buffer.bytes_.clone())
             request.finish(None)
         else:
             request.finish(None, PeerLost("the peer is gone"))
@@ -191,7 +195,7 @@ class LoopbackTransport:
         with self._hub.lock:
             if self.faults.drop(tag):
                 return
-            if self.faults.held(tag):
+            if self.faults.stuck_s or self.faults.held(tag):
                 self._kept.append((tag, payload))
                 return
             for request in self._posted:
@@ -270,6 +274,22 @@ class LoopbackTransport:
         except BlockingIOError:
             return True
         return False
+
+    def stuck_s(self) -> float:
+        """As the fault says."""
+        return self.faults.stuck_s
+
+    def reopen(self) -> None:
+        """See :class:`mesh.transport.base.Transport`."""
+        with self._hub.lock:
+            for request in self._posted:
+                request.finish(None, PeerLost("the transport was opened anew"))
+            self._posted, self._kept = [], []
+            self._unexpected.clear()
+            self.faults = Faults()
+            del self._hub.transports[self.address]
+            self.address += b"+"
+            self._hub.transports[self.address] = self
 
     def close(self) -> None:
         """Nobody reaches this transport any more."""
