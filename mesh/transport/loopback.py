@@ -42,6 +42,8 @@ class LoopbackRequest:
     buffer: LoopbackBuffer
     exact: bool = False
     """A message that is shorter than the buffer fails it too."""
+    begun: bool = False
+    """A part of the message is there."""
     completed: bool = False
     ended_s: float = 0.0
     error: TransportError | None = None
@@ -83,6 +85,9 @@ class Faults:
 
     drop: Callable[[int], bool] = lambda tag: False
     """Messages with these tags are lost on the way; the sender does not learn of it."""
+    begun: Callable[[int], bool] = lambda tag: False
+    """Messages with these tags never arrive whole, and not even their sender's death ends the
+    receives that they matched."""
     stuck_s: float = 0.0
     """Nothing is delivered while it is not 0."""
     held: Callable[[int], bool] = lambda tag: False
@@ -143,7 +148,7 @@ class LoopbackEndpoint:
     def fail_posted(self) -> None:
         """End what is posted, as UCX does when its keepalive finds the peer dead."""
         for request in self._posted:
-            if not request.completed:
+            if not request.completed and not request.begun:
                 request.finish(None, PeerLost("the peer is gone"))
         self._posted = []
 
@@ -199,9 +204,12 @@ class LoopbackTransport:
                 self._kept.append((tag, payload))
                 return
             for request in self._posted:
-                if request.tag == tag and not request.completed:
-                    self._posted.remove(request)
-                    request.finish(payload)
+                if request.tag == tag and not request.completed and not request.begun:
+                    if self.faults.begun(tag):
+                        request.begun = True
+                    else:
+                        self._posted.remove(request)
+                        request.finish(payload)
                     break
             else:
                 self._unexpected.append(LoopbackMessage(tag, payload))
@@ -256,7 +264,7 @@ class LoopbackTransport:
     def cancel(self, request: Any) -> None:
         """See :class:`mesh.transport.base.Transport`."""
         with self._hub.lock:
-            if not request.completed:
+            if not request.completed and not request.begun:
                 self._posted = [posted for posted in self._posted if posted is not request]
                 request.finish(None, PeerLost("cancelled"))
 

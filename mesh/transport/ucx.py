@@ -55,6 +55,8 @@ _UCXX_RNDV_THRESH = "8192"
 _CHECKSUM_BYTES = 4
 _OWN_TAG = 0xF << 60
 """Of what a process sends itself: no :class:`mesh.wire.Kind`."""
+_MAX_REOPENED = 20
+"""What is kept of each takes some 10 MB and 20 descriptors."""
 _DOUBT_AFTER_S = 1.0
 _LOOK_INTERVAL_S = 0.1
 # Of ucs_status_t.
@@ -69,6 +71,15 @@ _TRIP_BYTES = ctypes.sizeof(native.RoundTrip)
 _send = native.short.postbox_send
 _receive = native.short.postbox_receive
 _release = native.short.postbox_release
+
+
+def _keep(thing: object) -> None:
+    """For ever: what UCXX does at its end would wait for messages that never come whole."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+def _let_go(thing: object) -> None:
+    ctypes.pythonapi.Py_DecRef(ctypes.py_object(thing))
 
 
 def _checksum(address: bytes) -> bytes:
@@ -224,7 +235,6 @@ class UcxEndpoint:
         self.alive = False
         native.short.postbox_cancel_receives(self._postbox.pointer, self.handle)
         self._endpoint.close_blocking()
-        self._endpoint.remove_close_callback()  # it holds us, and we the worker
 
 
 class _Lookout:
@@ -238,10 +248,12 @@ class _Lookout:
         self._postbox = postbox
         context = UCXContext({"TLS": "sm"}, feature_flags=(Feature.TAG, Feature.WAKEUP))
         self._sender = _Postbox(UCXWorker(context))
+        _keep(self._sender.worker)
         self._endpoint: UcxEndpoint | None = None
         self._sent: list[Any] = []
         with suppress(PeerLost):  # where the user has us use no shared memory
             self._endpoint = UcxEndpoint(self._sender, address, watched=False)
+            _keep(self._endpoint)
         self._buffers = [UcxBuffer(torch.zeros(1, dtype=torch.uint8)) for _ in range(2)]
         self._awaited_s = 0.0
 
@@ -358,6 +370,8 @@ class UcxTransport:
         settings = _DEFAULTS | (_CUDA_DEFAULTS if cuda else {})
         for name, value in (settings | {"KEEPALIVE_INTERVAL": f"{keepalive_ms}ms"}).items():
             os.environ.setdefault(f"UCX_{name}", value)
+        self._num_reopened = 0
+        self._closed = False
         self._open()
         # A number of our own: whoever waits for it need not hear of another worker.
         self._descriptor = os.dup(self._worker.epoll_file_descriptor)
@@ -372,6 +386,7 @@ class UcxTransport:
         self._stuck_s = 0.0
         context = UCXContext(feature_flags=(Feature.TAG, Feature.WAKEUP))
         self._worker = UCXWorker(context)
+        _keep(self._worker)
         self._worker.init_blocking_progress_mode()
         self._postbox = _Postbox(self._worker)
 
@@ -498,17 +513,26 @@ class UcxTransport:
     def reopen(self) -> None:
         """See :class:`mesh.transport.base.Transport`.
 
-        The worker from before ends with the last that was made of it. Until then it is not
-        progressed, without which UCX copies nothing; with RDMA and CUDA it reads what it receives,
-        and what it was reading ends in the turns that it gets here.
+        The worker from before is kept and never progressed again, without which UCX copies
+        nothing; with RDMA and CUDA it reads what it receives, and what it was reading ends in the
+        turns that it gets here. Raises TransportError past a fixed number of times.
         """
-        self.close()
+        if self._num_reopened == _MAX_REOPENED:
+            raise TransportError(f"UCX was opened anew {_MAX_REOPENED} times; restart the process")
+        self._num_reopened += 1
+        self._turn()
         native.short.postbox_abandon(self._postbox.pointer)
         self._open()
         os.dup2(self._worker.epoll_file_descriptor, self._descriptor, inheritable=False)
 
     def close(self) -> None:
         """Endpoints are the caller's to close first."""
+        self._turn()
+        if self._lookout is None and not self._closed:
+            self._closed = True
+            _let_go(self._worker)
+
+    def _turn(self) -> None:
         for _ in range(1000):
             if not self._worker.progress():
                 break
