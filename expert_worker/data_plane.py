@@ -47,6 +47,8 @@ T = TypeVar("T")
 _SCRATCH_BYTES = 64
 _MAX_IN_HAND = 256
 _CALL_TIMEOUT_S = 10.0
+STUCK_PATIENCE_S = 5.0
+"""A gateway that was only stopped amid a message to us may be back by then."""
 # Plain integers: an enum's member costs a microsecond to look up, on every message.
 _DISPATCH = int(wire.Kind.DISPATCH)
 _REPLY = int(wire.Kind.REPLY)
@@ -468,7 +470,7 @@ class DataPlane(threading.Thread):
             session.endpoint.close()
 
     def _look_around(self) -> None:
-        if (stuck := why_stuck(self._transport)) is not None:
+        if (stuck := why_stuck(self._transport, STUCK_PATIENCE_S)) is not None:
             raise TransportError(stuck)
         for session in list(self._sessions.values()):
             if not session.endpoint.alive:

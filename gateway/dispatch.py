@@ -39,6 +39,8 @@ _SPARE_FRAMES = 8
 """For rows that are sent again before their first attempt has ended."""
 _LOOK_INTERVAL_S = 0.02
 """How often to look for what is overdue while replies are awaited."""
+STUCK_PATIENCE_S = 2.0
+"""Who was only stopped amid a message to us may be back by then. If not, it costs a step."""
 _LET_GO_S = 1.0
 """How long the transport may take to let go of what it does for a worker that is gone. It does so
 at once, or never: the rest of a message that the worker had begun to send does not come."""
@@ -465,7 +467,9 @@ class Dispatcher:
             # What the gateway did before it began to wait is not the worker's time.
             since_s = self._waited_since_s(message)
             waited_s = now - max(since_s, pending.waiting_since_s)
-            if now - since_s > self._reply_timeout_s:
+            if not peer.endpoint.alive:
+                self._move(pending, message)
+            elif now - since_s > self._reply_timeout_s:
                 self.peers.lose(peer, f"no reply within {self._reply_timeout_s:g} s")
             elif self.peers.is_late(peer, message.num_rows, waited_s):
                 any_late = True
@@ -487,11 +491,11 @@ class Dispatcher:
         return True
 
     def _why_broken(self, messages: Sequence[_Message]) -> str | None:
-        if (stuck := why_stuck(self._transport)) is not None:
+        if (stuck := why_stuck(self._transport, STUCK_PATIENCE_S)) is not None:
             return stuck
         now = time.monotonic()
         for message in messages:
-            if message.ended or message.peer.endpoint.alive:
+            if message.peer.endpoint.alive or message.ended:
                 continue
             if message.gone_s is None:
                 message.gone_s = now

@@ -8,7 +8,7 @@
 #include <time.h>
 
 enum { MAX_OPERATIONS = 1 << 16, NONE = -1 };
-enum { NAP_AFTER_US = 100000, NAP_US = 1000, DOUBT_AFTER_US = 1000000, DOUBT_EVERY_US = 100000 };
+enum { NAP_AFTER_US = 100000, NAP_US = 1000, DOUBT_AFTER_US = 500000, DOUBT_EVERY_US = 100000 };
 
 postbox *postbox_new(uint64_t worker) {
     postbox *box = calloc(1, sizeof *box);

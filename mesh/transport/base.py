@@ -18,9 +18,6 @@ from mesh.mlp import NativeMlp
 from mesh.plan import ExpertId
 from mesh.replay import ReplayDevice, Replays
 
-_MAX_STUCK_S = 5.0
-"""A sender that was only stopped may be back by then."""
-
 
 class Buffer(Protocol):
     """A view of a tensor's memory that a transport can use. Keeps the memory alive."""
@@ -211,12 +208,12 @@ class Transport(Protocol):
     def close(self) -> None: ...
 
 
-def why_stuck(transport: Transport) -> str | None:
+def why_stuck(transport: Transport, patience_s: float) -> str | None:
     """Why a transport has to start anew, in words; None while it has not."""
     stuck_s = transport.stuck_s()
-    if stuck_s < _MAX_STUCK_S:
+    if stuck_s < patience_s:
         return None
     return (
-        f"for {stuck_s:.0f} s nothing has come in over shared memory: "
+        f"for {stuck_s:.1f} s nothing has come in over shared memory: "
         "a process of this host ended amid a message to this one"
     )

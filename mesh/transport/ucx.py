@@ -55,9 +55,9 @@ _UCXX_RNDV_THRESH = "8192"
 _CHECKSUM_BYTES = 4
 _OWN_TAG = 0xF << 60
 """Of what a process sends itself: no :class:`mesh.wire.Kind`."""
-_MAX_REOPENED = 20
-"""What is kept of each takes some 10 MB and 20 descriptors."""
-_DOUBT_AFTER_S = 1.0
+_MAX_REOPENED = 50
+"""What is kept of each takes some 5 MB and 12 descriptors."""
+_DOUBT_AFTER_S = 0.5
 _LOOK_INTERVAL_S = 0.1
 # Of ucs_status_t.
 _TRUNCATED = -9

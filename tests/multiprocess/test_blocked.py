@@ -17,22 +17,18 @@ import torch
 
 from expert_mesh import AsyncClient
 from mesh.errors import TransportError
-from mesh.transport import base
 from mesh.transport.base import Endpoint, why_stuck
 from mesh.transport.ucx import UcxTransport
 from tests.multiprocess.test_elastic import until
 from tests.multiprocess.test_faulty_worker import experts_of
+from tests.multiprocess.test_transfer import worker_process
 from tests.multiprocess.test_ucx import ALL, Process
 from tests.rig import Worker
 from tests.running import RunningMesh, running_mesh
+from tests.scripted_placement import ScriptedPlacement
 from tests.token_is_expert import make_token_is_expert
 
 DYING = "dying"
-
-
-@pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "_MAX_STUCK_S", 0.5)
 
 
 def end_amid_a_message_to(address: bytes, transport: UcxTransport | None = None) -> None:
@@ -80,7 +76,7 @@ def test_who_ends_amid_a_message_is_told_from_who_takes_none() -> None:
     assert transport.stuck_s() == 0
 
     end_amid_a_message_to(transport.address, transport)
-    assert turn_until(transport, lambda: why_stuck(transport) is not None)
+    assert turn_until(transport, lambda: why_stuck(transport, 0.5) is not None)
     transport.close()
 
 
@@ -119,12 +115,22 @@ def test_a_transport_that_was_opened_anew_hears_and_owes_nothing() -> None:
     other.close()
 
 
-def test_a_worker_that_is_blocked_ends_and_says_why() -> None:
+def test_a_data_plane_that_is_blocked_ends_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("expert_worker.data_plane.STUCK_PATIENCE_S", 0.5)
     worker = Worker("w", UcxTransport, ALL)
     end_amid_a_message_to(worker.address)
     worker.plane.join(20)
     assert isinstance(worker.plane.failure, TransportError)
     assert "shared memory" in str(worker.plane.failure)
+
+
+async def test_a_worker_process_that_is_blocked_ends(tmp_path: Path) -> None:
+    model = make_token_is_expert(tmp_path / "model")
+    async with ScriptedPlacement() as placement:
+        with worker_process(model, placement.address, "w") as process:
+            await placement.until_registered("w")
+            end_amid_a_message_to(placement.registered["w"].worker.ucx_address)
+            assert await asyncio.to_thread(process.wait, 30) == 1
 
 
 @contextmanager

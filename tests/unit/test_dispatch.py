@@ -553,7 +553,7 @@ def test_an_idle_gateway_opens_a_broken_transport_anew_too(rig: Rig) -> None:
 def test_rows_of_a_worker_that_died_amid_its_answer_are_not_waited_for(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, with_replica: bool
 ) -> None:
-    monkeypatch.setattr("gateway.dispatch._LET_GO_S", 0.6)
+    monkeypatch.setattr("gateway.dispatch._LET_GO_S", 0.1)
     rig.worker("dying", 0, 1, 2, 3)
     if with_replica:
         rig.worker("other", 0, 1, 2, 3)
