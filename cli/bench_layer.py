@@ -75,9 +75,6 @@ def layer(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     repeat: Annotated[int, typer.Option(help="Steps of each size.")] = 200,
-    native_turn: Annotated[
-        bool, typer.Option("--native-turn", help="On GPUs, let compiled code take workers' turns.")
-    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Measure one MoE layer over worker processes."""
@@ -99,7 +96,6 @@ def layer(
             num_workers,
             device,
             dtype,
-            native_turn,
         )
         if gpus:
             shared = stack.enter_context(mps.sharing())
@@ -197,7 +193,6 @@ def layer_mesh(
             "device": f"cuda:{(number + 1) % gpus}" if gpus else "cpu",
             "dtype": shape.dtype,
             "threads": 1,
-            "native_turn": shape.native_turn,
             "hidden": shape.hidden,
             "mlp_hidden": shape.mlp_hidden,
             "kind": shape.kind,

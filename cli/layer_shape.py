@@ -17,5 +17,3 @@ class Shape:
     workers: int
     device: str
     dtype: str
-    native_turn: bool = False
-    """On GPUs, compiled code takes the workers' turns."""

@@ -61,7 +61,6 @@ def main() -> None:
         num_experts=order["num_experts"],
         max_rows=order["max_rows"],
         threads=order["threads"],
-        native_turn=order["native_turn"],
     )
 
 
@@ -74,7 +73,6 @@ def answer_asked(
     num_experts: int,
     max_rows: int,
     threads: int,
-    native_turn: bool = False,
 ) -> None:
     """Serve what is in the store until standard input ends; the lines are this module's."""
     plane = DataPlane(
@@ -88,7 +86,6 @@ def answer_asked(
         merge_rows=max_rows,
         spin_s=SPIN_S[device.type],
         threads=threads,
-        native_turn=native_turn,
     )
     served: list[Served] = []
     plane.on_served = served.append

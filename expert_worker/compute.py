@@ -66,6 +66,10 @@ class Compute(Protocol):
         """What the transport computes this expert by without us; kept by the caller."""
         ...
 
+    def mark(self) -> Ticket:
+        """Of all that was delivered before."""
+        ...
+
     def start(self, expert: Expert, parts: Sequence[Part]) -> Ticket:
         """Replace the parts' rows by the expert's outputs. Raises RuntimeError if it cannot."""
         ...
@@ -99,6 +103,10 @@ class CpuCompute:
     def native(self, expert: Expert) -> NativeMlp | None:
         """See :class:`Compute`: that of small experts."""
         return getattr(expert, "native", None)
+
+    def mark(self) -> Done:
+        """See :class:`Compute`."""
+        return Done(0.0)
 
     def start(self, expert: Expert, parts: Sequence[Part]) -> Done:
         """See :class:`Compute`."""

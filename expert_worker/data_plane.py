@@ -9,6 +9,7 @@ long as its rows) and sent from there. The buffer returns to the pool when the s
 
 from __future__ import annotations
 
+import ctypes
 import os
 import queue
 import random
@@ -27,7 +28,7 @@ from expert_worker.batcher import Batcher
 from expert_worker.compute import Compute, CpuCompute, Part, Ticket
 from expert_worker.expert_store import Expert, ExpertStore
 from expert_worker.weights import Allowance, WeightTransfers
-from mesh import wire
+from mesh import native, wire
 from mesh.errors import MeshError, ModelMismatch, TransportError, Unavailable
 from mesh.plan import ExpertId
 from mesh.transport.base import (
@@ -51,6 +52,8 @@ STUCK_PATIENCE_S = 5.0
 """A gateway that was only stopped amid a message to us may be back by then."""
 # Plain integers: an enum's member costs a microsecond to look up, on every message.
 _DISPATCH = int(wire.Kind.DISPATCH)
+_REFERENCE = int(wire.Kind.REFERENCE)
+_ARENAS = int(wire.Kind.ARENAS)
 _REPLY = int(wire.Kind.REPLY)
 
 
@@ -114,6 +117,8 @@ class _Work:
     num_header_rows: int
     request: Request
     found_s: float
+    reference: torch.Tensor | None
+    """The row of the session's arena, once that has come in; None: they come themselves."""
     waiting_segments: int = 0
     received_s: float = 0.0
     started_s: float = 0.0
@@ -135,6 +140,16 @@ class _Batch(NamedTuple):
     expert: ExpertId | None
     segments: list[_Segment]
     ticket: Ticket
+
+
+class _Lending(NamedTuple):
+    """What a gateway says of the arenas that it lends, on its way in."""
+
+    session: _Session
+    frame: wire.Frame
+    lent: torch.Tensor
+    buffer: Buffer
+    request: Request
 
 
 class _Command(Generic[T]):
@@ -177,7 +192,6 @@ class DataPlane(threading.Thread):
         merge_rows: int,
         spin_s: float,
         threads: int,
-        native_turn: bool = False,
     ) -> None:
         super().__init__(name="data-plane", daemon=True)
         self._threads = threads
@@ -198,11 +212,13 @@ class DataPlane(threading.Thread):
         self._receiving: list[_Work] = []
         self._sending: list[_Work] = []
         self._dropping: list[Request] = []
+        self._lending: list[_Lending] = []
+        self._delivering: deque[tuple[_Work, Ticket]] = deque()
         self._compute_on: Compute = CpuCompute()
         if device.type == "cuda":
             from expert_worker.gpu_compute import GpuCompute
 
-            self._compute_on = GpuCompute(device, native_turn=native_turn)
+            self._compute_on = GpuCompute(device)
         self._computing: deque[_Batch] = deque()
         self._batcher: Batcher[_Segment] = Batcher(merge_rows)
         self._rows: Counter[ExpertId] = Counter()
@@ -323,6 +339,7 @@ class DataPlane(threading.Thread):
             self._compute_on.open()
             transport = self._transport = self._make_transport()
             self._scratch = transport.wrap(torch.zeros(_SCRATCH_BYTES, dtype=torch.uint8))
+            self._nothing = transport.wrap(torch.zeros(0, dtype=torch.uint8))
             self._weights = WeightTransfers(transport)
             self._allowance = Allowance()
             self._waiter = Waiter(transport, spin_s=self._spin_s)
@@ -364,8 +381,12 @@ class DataPlane(threading.Thread):
             moved = True
         if self._computing:
             moved |= self._computed()
+        if self._delivering:
+            moved |= self._delivered()
         if self._sending:
             moved |= self._sent()
+        if self._lending:
+            moved |= self._lent()
         if self._weights.any:
             moved |= self._move_weights(began_s)
         while not self._commands.empty():
@@ -374,7 +395,11 @@ class DataPlane(threading.Thread):
         if moved:
             self._last_progress_s = time.monotonic()
             self._waiter.busy()
-        elif self._computing or (self._must_turn() and self._computing_natively()):
+        elif (
+            self._computing
+            or self._delivering
+            or (self._must_turn() and self._computing_natively())
+        ):
             self._waiter.busy()
         elif self._answering is None or self._must_turn():
             self._waiter.wait()
@@ -406,14 +431,18 @@ class DataPlane(threading.Thread):
         self._waiter.settle()
 
     def _must_turn(self) -> bool:
-        return self._draining or self._in_hand() or self._weights.any
+        return self._draining or self._in_hand() or self._weights.any or bool(self._lending)
 
     def _computing_natively(self) -> bool:
         return self._answering is not None and self._answering.computing > 0
 
     def _in_hand(self) -> bool:
         return bool(
-            self._receiving or self._sending or self._computing or self._batcher.queued_rows
+            self._receiving
+            or self._sending
+            or self._computing
+            or self._delivering
+            or self._batcher.queued_rows
         )
 
     def _busy(self) -> bool:
@@ -488,6 +517,8 @@ class DataPlane(threading.Thread):
             if self._weights.accept(message):
                 continue
             frame = wire.decode(message.tag)
+            if frame.kind == _ARENAS and self._listen(frame, message):
+                continue
             try:
                 work = self._receive(frame, message)
             except _Refused as refused:
@@ -504,7 +535,7 @@ class DataPlane(threading.Thread):
 
     def _receive(self, frame: wire.Frame, message: Message) -> _Work:
         """Check the header before a byte of the payload is touched, then start to receive."""
-        if frame.kind != _DISPATCH:
+        if frame.kind not in (_DISPATCH, _REFERENCE):
             raise _Refused(wire.Refusal.MALFORMED)
         session = self._sessions.get(frame.session)
         if session is None:
@@ -514,19 +545,27 @@ class DataPlane(threading.Thread):
         if not 0 < frame.rows <= self._max_rows:
             raise _Refused(wire.Refusal.TOO_MANY_ROWS)
         several = frame.expert == wire.SEVERAL
+        if several and frame.kind == _REFERENCE:
+            raise _Refused(wire.Refusal.MALFORMED)
         if not several and ExpertId(frame.layer, frame.expert) not in self._store.experts:
             raise _Refused(wire.Refusal.UNKNOWN_EXPERT)
         num_header_rows = self._header_rows if several else 0
         num_rows = num_header_rows + frame.rows
-        if message.nbytes != num_rows * self._row_bytes:
+        reference = torch.zeros(1, dtype=torch.int64) if frame.kind == _REFERENCE else None
+        if message.nbytes != (num_rows * self._row_bytes if reference is None else 8):
             raise _Refused(wire.Refusal.WRONG_LENGTH)
         try:
             buffer = self._buffer(num_rows)
         except RuntimeError as error:
             log.exception("no_buffer", rows=num_rows)
             raise _Refused(_refusal_for(error)) from error
-        request = message.receive(self._range(buffer, 0, num_rows))
-        return _Work(session, frame, buffer, num_header_rows, request, time.perf_counter())
+        if reference is None:
+            into = self._range(buffer, 0, num_rows)
+        else:
+            into = self._transport.wrap(reference)
+        request = message.receive(into)
+        now = time.perf_counter()
+        return _Work(session, frame, buffer, num_header_rows, request, now, reference)
 
     def _refuse(self, frame: wire.Frame, reason: wire.Refusal) -> None:
         """Tell the gateway, where it is known; a stranger gets no answer."""
@@ -538,7 +577,7 @@ class DataPlane(threading.Thread):
             gateway_id=session.gateway_id if session else None,
             **frame._asdict(),
         )
-        if session is not None and frame.kind == _DISPATCH:
+        if session is not None and frame.kind in (_DISPATCH, _REFERENCE):
             tag = wire.encode(
                 wire.Kind.REFUSE,
                 session.reply_session,
@@ -548,6 +587,31 @@ class DataPlane(threading.Thread):
                 reason,
             )
             self._dropping.append(session.endpoint.send(self._scratch, tag))
+
+    def _listen(self, frame: wire.Frame, message: Message) -> bool:
+        """Receive what a gateway says of its arenas; False where that is not what it is."""
+        session = self._sessions.get(frame.session)
+        if session is None or message.nbytes != ctypes.sizeof(native.LentArenas):
+            return False
+        lent = torch.empty(message.nbytes, dtype=torch.uint8)
+        buffer = self._transport.wrap(lent)
+        self._lending.append(_Lending(session, frame, lent, buffer, message.receive(buffer)))
+        return True
+
+    def _lent(self) -> bool:
+        """Answer whether what was lent can be reached."""
+        heard = [lending for lending in self._lending if lending.request.completed]
+        self._lending = [lending for lending in self._lending if not lending.request.completed]
+        for session, frame, lent, _, request in heard:
+            if self._transport.failure(request) is not None or self._answering is None:
+                continue
+            reached = session.number in self._sessions and self._answering.borrow(
+                session.number, lent.numpy().tobytes()
+            )
+            log.info("arenas_lent", gateway_id=session.gateway_id, reached=reached)
+            tag = wire.encode(_ARENAS, session.reply_session, frame.slot, 0, 0, int(reached))
+            self._dropping.append(session.endpoint.send(self._scratch, tag))
+        return bool(heard)
 
     def _received(self) -> bool:
         """Queue the rows of every message that has come in since."""
@@ -564,6 +628,10 @@ class DataPlane(threading.Thread):
         if self._transport.failure(work.request) is not None:
             self._recycle(work.buffer)
             return
+        if work.reference is not None and not self._fetch(work, work.reference):
+            self._recycle(work.buffer)
+            self._refuse(work.frame, wire.Refusal.MALFORMED)
+            return
         if work.num_header_rows and self._start_several(work):
             return
         try:
@@ -575,6 +643,13 @@ class DataPlane(threading.Thread):
         work.waiting_segments = len(segments)
         for expert, segment in segments:
             self._batcher.put(expert, segment.part.num_rows, segment)
+
+    def _fetch(self, work: _Work, reference: torch.Tensor) -> bool:
+        """Have the device bring rows here that lie in an arena; False: they don't."""
+        rows = self._range(work.buffer, 0, work.frame.rows)
+        return self._answering is not None and self._answering.fetch(
+            work.session.number, int(reference), rows
+        )
 
     def _start_several(self, work: _Work) -> bool:
         """Have the device compute a message of several experts by the counts that are there."""
@@ -682,6 +757,28 @@ class DataPlane(threading.Thread):
         if not work.frame.rows or not work.session.endpoint.alive:
             self._recycle(work.buffer)
             return
+        rows = self._range(work.buffer, work.num_header_rows, work.frame.rows)
+        if work.reference is None:
+            self._reply(work, rows)
+        elif self._answering is not None and self._answering.deliver(
+            work.session.number, int(work.reference), rows
+        ):
+            self._delivering.append((work, self._compute_on.mark()))
+        else:
+            self._refuse(work.frame, wire.Refusal.MALFORMED)
+            self._recycle(work.buffer)
+
+    def _delivered(self) -> bool:
+        """Say of what was answered in an arena that it is there."""
+        moved = False
+        while self._delivering and self._delivering[0][1].done:
+            work, ticket = self._delivering.popleft()
+            work.device_s += ticket.seconds
+            self._reply(work, self._nothing)
+            moved = True
+        return moved
+
+    def _reply(self, work: _Work, rows: Buffer) -> None:
         frame = work.frame
         tag = wire.encode(
             _REPLY,
@@ -691,7 +788,6 @@ class DataPlane(threading.Thread):
             frame.expert,
             frame.rows,
         )
-        rows = self._range(work.buffer, work.num_header_rows, frame.rows)
         work.request = work.session.endpoint.send(rows, tag)
         if work.request.completed:
             self._done(work)

@@ -21,6 +21,7 @@ import torch
 
 from expert_worker.compute import Part, run
 from expert_worker.expert_store import Expert
+from mesh.errors import Unavailable
 from mesh.mlp import StackedMlps
 from mesh.replay import ReplayDevice, Replays, slot_rows, slots_of
 
@@ -88,9 +89,8 @@ class GpuCompute:
 
     depth = 2
 
-    def __init__(self, device: torch.device, *, native_turn: bool = False) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._native_turn = native_turn
         self.replays: ReplayDevice | None = None
         self._replays: WeakKeyDictionary[Any, ref[Replays]] = WeakKeyDictionary()
         self._uses: WeakKeyDictionary[Any, Counter[int]] = WeakKeyDictionary()
@@ -105,8 +105,13 @@ class GpuCompute:
         self._stream = torch.cuda.Stream(self._device)
         torch.cuda.set_stream(self._stream)
         self._pool = torch.cuda.graph_pool_handle()
-        if self._native_turn:
+        self._out = self._stream
+        try:
             self.replays = ReplayDevice(self._stream.cuda_stream)
+        except Unavailable as error:
+            log.warning("turns_not_compiled", reason=str(error))
+        else:
+            self._out = torch.cuda.ExternalStream(self.replays.out, self._device)
 
     def native(self, expert: Expert) -> Replays | None:
         """See :class:`expert_worker.compute.Compute`; :meth:`start` captures into it."""
@@ -117,6 +122,10 @@ class GpuCompute:
             known = Replays(expert)
             self._replays[expert] = ref(known)
         return known
+
+    def mark(self) -> GpuTicket:
+        """See :class:`expert_worker.compute.Compute`."""
+        return GpuTicket(self._out, self._events).ends_here()
 
     def start(self, expert: Expert, parts: Sequence[Part]) -> GpuTicket:
         """See :class:`expert_worker.compute.Compute`."""

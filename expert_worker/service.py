@@ -97,7 +97,6 @@ async def run(config: WorkerConfig, worker_id: str, stop: asyncio.Event) -> None
             merge_rows=config.merge_rows,
             spin_s=SPIN_S[device.type],
             threads=config.threads,
-            native_turn=config.native_turn,
         )
         reader.plane = plane
         registry = telemetry.new_registry()

@@ -24,11 +24,13 @@ import torch
 
 from gateway.frames import Frames
 from gateway.layout import CpuLayout, IntArray, Layout, Sorted
+from gateway.lending import Lending
 from gateway.peers import Peer, Peers
 from mesh import wire
-from mesh.errors import ExpertUnavailable, MessageTruncated
+from mesh.errors import ExpertUnavailable, MessageTruncated, Unavailable
 from mesh.model_config import ModelConfig
 from mesh.plan import ExpertId
+from mesh.replay import ReplayDevice
 from mesh.transport.base import Request, RoundTrip, Transport, why_stuck
 from protos import engine_pb2 as pb
 from protos import inference_pb2
@@ -170,6 +172,7 @@ class Dispatcher:
         self.layout: Layout = CpuLayout()
         self.arena_version = 0
         """Counts the times that :attr:`arenas` or :attr:`layout` were replaced."""
+        self._lending = self._lender()
         self._num_moves = 0
         self._looked_s = self._awake_since_s = time.monotonic()
         self._shards = 0
@@ -196,6 +199,8 @@ class Dispatcher:
         self._allocate(
             max_rows=min((peer.max_rows for peer in routing.peers), default=wire.MAX_ROWS)
         )
+        if self._lending is not None:
+            self._lending.lend(self.peers, self.arenas)
         self.epoch = routing.epoch
 
     def begin_step(self, num_micro_batches: int) -> None:
@@ -595,6 +600,9 @@ class Dispatcher:
         while (unexpected := self._transport.probe()) is not None:
             unexpected.receive(self._scratch)
             frame = wire.decode(unexpected.tag)
+            if frame.kind == wire.Kind.ARENAS:
+                self._note_lending(frame)
+                continue
             message = self._outstanding.get((frame.session, frame.slot))
             if message is None or message.refusal is not None:
                 log.debug("message_dropped", **frame._asdict())
@@ -604,6 +612,11 @@ class Dispatcher:
                 self._misanswered(message, frame)
             else:
                 log.debug("message_dropped", **frame._asdict())
+
+    def _note_lending(self, frame: wire.Frame) -> None:
+        peer = self.peers.of_session(frame.session)
+        if self._lending is not None and peer is not None:
+            self._lending.answered(peer, frame)
 
     def _refused(self, message: _Message, code: int) -> None:
         """Take the posted receive back, and the worker off what it does not serve."""
@@ -640,6 +653,19 @@ class Dispatcher:
 
             self.layout = GpuLayout(self._max_routed_rows, self._device)
             self.arena_version += 1
+
+    def _lender(self) -> Lending | None:
+        """Who lends our arenas, where they are a device's."""
+        if self._device.type != "cuda":
+            return None
+        try:
+            replays = ReplayDevice(torch.cuda.current_stream(self._device).cuda_stream)
+            lending = Lending(self._transport, replays, self._device)
+        except Unavailable as error:
+            log.warning("rows_not_by_reference", reason=str(error))
+            return None
+        self.peers.on_gone = lending.take_back
+        return lending
 
     def _units(
         self, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor

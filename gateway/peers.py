@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import structlog
@@ -43,9 +43,12 @@ class Peer:
     """When it was last asked about; None: it answers."""
     lost: str | None = None
     """Why it was given up."""
+    by_reference: bool = False
+    """It reads rows and writes answers in our own arenas; see :mod:`gateway.lending`."""
 
     def __post_init__(self) -> None:
         self.dispatch_bits = wire.encode(int(wire.Kind.DISPATCH), self.session, 0, 0, 0, 0)
+        self.reference_bits = wire.encode(int(wire.Kind.REFERENCE), self.session, 0, 0, 0, 0)
         self.reply_bits = wire.encode(int(wire.Kind.REPLY), self.reply_session, 0, 0, 0, 0)
 
     def take_slot(self) -> int | None:
@@ -80,6 +83,8 @@ class Peers:
         self._lost: list[pb.PeerLost] = []
         self._late: list[pb.PeerLate] = []
         self._expert_faults: list[pb.ExpertFault] = []
+        self.on_gone: Callable[[Peer], None] = lambda peer: None
+        """Told of each that is given up, before what is posted on its endpoint ends."""
         self.balancer = Balancer()
 
     def __len__(self) -> int:
@@ -91,6 +96,13 @@ class Peers:
     def __getitem__(self, worker_id: str) -> Peer:
         return self._connected[worker_id]
 
+    def __iter__(self) -> Iterator[Peer]:
+        return iter(self._connected.values())
+
+    def of_session(self, reply_session: int) -> Peer | None:
+        """Who answers under this session."""
+        return next((peer for peer in self if peer.reply_session == reply_session), None)
+
     def follow(self, routing: pb.Routing) -> None:
         """Take over an epoch's peers and experts: connect what is new, close what is gone."""
         named = {peer.worker_id: peer for peer in routing.peers}
@@ -101,6 +113,7 @@ class Peers:
             if now is None or now.reply_session != peer.reply_session:
                 del self._connected[worker_id]
                 peer.lost = "it left the plan"
+                self.on_gone(peer)
                 peer.endpoint.close()
         # A routing that was on its way when a peer was lost still names its session.
         self._ended_sessions &= {peer.reply_session for peer in routing.peers}
@@ -132,6 +145,7 @@ class Peers:
     def close(self) -> None:
         """End every endpoint."""
         for peer in self._connected.values():
+            self.on_gone(peer)
             peer.endpoint.close()
         self._connected.clear()
         self._routes.clear()
@@ -141,6 +155,7 @@ class Peers:
         a routing comes that was made with its new address."""
         for peer in self._connected.values():
             peer.lost = reason
+            self.on_gone(peer)
             peer.endpoint.close()
         self._connected.clear()
         self._lost.clear()
@@ -255,6 +270,7 @@ class Peers:
             peer.lost = reason
             self._ended_sessions.add(peer.reply_session)
             self._note_lost(peer.worker_id, peer.reply_session, reason)
+            self.on_gone(peer)
             peer.endpoint.close()
 
     def _note_lost(self, worker_id: str, reply_session: int, reason: str) -> None:

@@ -151,9 +151,6 @@ class WorkerConfig(ServerConfig):
     max_rows: int = option(4096, "Rows of one message; larger batches are split by the gateway.")
     merge_rows: int = option(8192, "Rows that waiting messages for one expert are merged up to.")
     threads: int = option(1, "CPU threads for compute.")
-    native_turn: bool = option(
-        False, "On a GPU, serve small batches by compiled code: not yet measured."
-    )
     drain_s: float = option(
         60.0, "How long it waits, once told to end, for others to take its experts over."
     )

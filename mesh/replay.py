@@ -35,7 +35,7 @@ class ReplayDevice:
     def __init__(self, stream: int, driver: str = "libcuda.so.1") -> None:
         self.handle: int | None = native.short.device_new(driver.encode(), stream)
         if not self.handle:
-            raise Unavailable(f"{driver} is missing or refuses events; serve without --native-turn")
+            raise Unavailable(f"{driver} is missing, too old or refuses events")
         self.buffers: dict[int, torch.Tensor] = {}
         """By slot, those that were lent."""
 
@@ -47,6 +47,18 @@ class ReplayDevice:
         """This slot's memory from here on, :func:`slot_rows` rows of it."""
         self.buffers[slot] = rows_RD
         native.short.device_lend(self.handle, slot, rows_RD.data_ptr())
+
+    @property
+    def out(self) -> int:
+        """The stream (``CUstream``) that what is delivered leaves on."""
+        return int(native.short.device_out(self.handle))
+
+    def share(self, memory: torch.Tensor) -> native.Lent:
+        """What another process of this host needs to map this memory. Raises Unavailable."""
+        lent = native.Lent()
+        if not native.short.device_share(self.handle, memory.data_ptr(), memory.nbytes, lent):
+            raise Unavailable("the driver does not lend this memory to other processes")
+        return lent
 
 
 class Replays:

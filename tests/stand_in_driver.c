@@ -1,7 +1,9 @@
 /* The few calls of libcuda.so.1 that mesh/native/device.c makes, over the host's memory: a graph
- * multiplies a buffer. It runs when the test has allowed so many, in the order of the launches. */
+ * multiplies a buffer, the one kernel copies. Each runs when the test has allowed so many, in the order
+ * of the launches. A memory handle is an address of this process. */
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
 enum { READY = 0, NOT_READY = 600, LAUNCH_FAILED = 719, MAX_LAUNCHES = 4096 };
 enum { FAILS_AT_LAUNCH = 1, FAILS_LATER = 2 };
@@ -13,8 +15,25 @@ typedef struct {
     int32_t fails;
 } graph;
 
-int32_t allowed, launched, ran;
-static graph *queue[MAX_LAUNCHES];
+typedef struct {
+    char *to;
+    const char *from;
+    uint64_t units; /* of 16 bytes */
+    const uint64_t *permit;
+    uint64_t wanted;
+} copying;
+
+typedef struct {
+    graph *replayed; /* NULL: a copy */
+    copying copied;
+} launch;
+
+typedef struct {
+    char bytes[64];
+} ipc_handle;
+
+int32_t allowed, launched, ran, mapped;
+static launch queue[MAX_LAUNCHES];
 
 int32_t cuEventCreate(void **event, uint32_t flags) {
     (void)flags;
@@ -36,20 +55,104 @@ int32_t cuGraphLaunch(void *given, void *stream) {
     (void)stream;
     graph *one = given;
     if (one->fails == FAILS_AT_LAUNCH) return LAUNCH_FAILED;
-    queue[launched++] = one;
+    queue[launched++].replayed = one;
     return READY;
 }
 
+static void run(const launch *one) {
+    const copying *copied = &one->copied;
+    if (one->replayed)
+        for (int64_t i = 0; i < one->replayed->count; i++)
+            one->replayed->rows[i] *= one->replayed->times;
+    else if (!copied->permit || *copied->permit == copied->wanted)
+        memcpy(copied->to, copied->from, 16 * copied->units);
+}
+
 int32_t cuEventQuery(void *event) {
-    for (; ran < allowed && ran < launched; ran++)
-        for (int64_t i = 0; i < queue[ran]->count; i++) queue[ran]->rows[i] *= queue[ran]->times;
+    for (; ran < allowed && ran < launched; ran++) run(&queue[ran]);
     int32_t after = *(int32_t *)event;
     if (after > ran) return NOT_READY;
-    return after && queue[after - 1]->fails == FAILS_LATER ? LAUNCH_FAILED : READY;
+    graph *last = after ? queue[after - 1].replayed : NULL;
+    return last && last->fails == FAILS_LATER ? LAUNCH_FAILED : READY;
 }
 
 /* Half a millisecond each. */
 int32_t cuEventElapsedTime(float *milliseconds, void *began, void *ended) {
     *milliseconds = 0.5f * (float)(*(int32_t *)ended - *(int32_t *)began);
+    return READY;
+}
+
+/* Whatever the test allowed. */
+int32_t cuStreamSynchronize(void *stream) {
+    (void)stream;
+    for (; ran < launched; ran++) run(&queue[ran]);
+    return READY;
+}
+
+/* There is one queue for all. */
+int32_t cuStreamCreate(void **stream, uint32_t flags) {
+    (void)flags;
+    *stream = &queue;
+    return READY;
+}
+
+int32_t cuStreamDestroy_v2(void *stream) {
+    (void)stream;
+    return READY;
+}
+
+int32_t cuStreamWaitEvent(void *stream, void *event, uint32_t flags) {
+    (void)stream, (void)event, (void)flags;
+    return READY;
+}
+
+int32_t cuMemGetAddressRange_v2(uint64_t *base, size_t *bytes, uint64_t address) {
+    *base = address;
+    *bytes = (size_t)1 << 30;
+    return READY;
+}
+
+int32_t cuIpcGetMemHandle(ipc_handle *handle, uint64_t address) {
+    memset(handle, 0, sizeof *handle);
+    memcpy(handle->bytes, &address, sizeof address);
+    return READY;
+}
+
+int32_t cuIpcOpenMemHandle_v2(uint64_t *base, ipc_handle handle, uint32_t flags) {
+    (void)flags;
+    memcpy(base, handle.bytes, sizeof *base);
+    if (!*base) return 1;
+    mapped++;
+    return READY;
+}
+
+int32_t cuIpcCloseMemHandle(uint64_t base) {
+    (void)base;
+    mapped--;
+    return READY;
+}
+
+int32_t cuModuleLoadData(void **module, const void *image) {
+    *module = (void *)image;
+    return READY;
+}
+
+int32_t cuModuleGetFunction(void **function, void *module, const char *name) {
+    *function = module;
+    return strstr(module, name) ? READY : 500;
+}
+
+int32_t cuLaunchKernel(void *function, uint32_t x, uint32_t y, uint32_t z, uint32_t threads_x,
+                       uint32_t threads_y, uint32_t threads_z, uint32_t shared_bytes, void *stream,
+                       void **arguments, void **extra) {
+    (void)function, (void)x, (void)y, (void)z, (void)threads_x, (void)threads_y, (void)threads_z;
+    (void)shared_bytes, (void)stream, (void)extra;
+    copying *copied = &queue[launched].copied;
+    queue[launched++].replayed = NULL;
+    copied->to = *(char **)arguments[0];
+    copied->from = *(const char **)arguments[1];
+    copied->units = *(uint64_t *)arguments[2];
+    copied->permit = *(const uint64_t **)arguments[3];
+    copied->wanted = *(uint64_t *)arguments[4];
     return READY;
 }

@@ -8,7 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    c_char,
+    c_char_p,
+    c_float,
+    c_int32,
+    c_int64,
+    c_uint64,
+    c_void_p,
+)
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +86,22 @@ class Arrival(Structure):
     _fields_ = [("tag", c_uint64), ("bytes", c_uint64), ("message", c_uint64)]
 
 
-class Session(Structure):
-    """See ``session`` of native.h."""
+class Lent(Structure):
+    """See ``lent`` of native.h."""
 
-    _fields_ = [("endpoint", c_uint64), ("reply_session", c_uint64)]
+    _fields_ = [("handle", c_char * 64), ("offset", c_uint64), ("bytes", c_uint64)]
+
+
+class LentArenas(Structure):
+    """See ``lent_arenas`` of native.h."""
+
+    _fields_ = [
+        ("sends", Lent),
+        ("replies", Lent),
+        ("permit", Lent),
+        ("rows", c_int64),
+        ("wanted", c_uint64),
+    ]
 
 
 class Answerer(Structure):
@@ -93,7 +115,7 @@ class Answering(Structure):
 
     _fields_ = [
         ("box", c_void_p),
-        ("sessions", POINTER(Session)),
+        ("sessions", c_void_p),
         ("answerers", POINTER(Answerer)),
         ("works", c_void_p),
         ("scratch", c_void_p),
@@ -141,10 +163,17 @@ _SHORT: dict[str, tuple[Any, list[Any]]] = {
     "status_text": (c_char_p, [c_int32]),
     "device_new": (c_void_p, [c_char_p, c_uint64]),
     "device_free": (None, [c_void_p]),
+    "device_out": (c_uint64, [c_void_p]),
     "device_lend": (None, [c_void_p, c_int32, c_uint64]),
+    "device_share": (c_int32, [c_void_p, c_uint64, c_uint64, POINTER(Lent)]),
     "answering_new": (POINTER(Answering), [POINTER(Postbox), c_int32, c_int32, c_void_p]),
     "answering_next_failed": (c_uint64, [POINTER(Answering)]),
     "answering_free": (None, [POINTER(Answering)]),
+    "answering_open": (None, [POINTER(Answering), c_int32, c_uint64, c_uint64]),
+    "answering_close": (None, [POINTER(Answering), c_int32]),
+    "answering_borrow": (c_int32, [POINTER(Answering), c_int32, c_void_p]),
+    "answering_fetch": (c_int32, [POINTER(Answering), c_int32, c_int64, c_int64, c_uint64]),
+    "answering_deliver": (c_int32, [POINTER(Answering), c_int32, c_int64, c_int64, c_uint64]),
 }
 _POINTER_AND_SIZE: list[Any] = [c_void_p, c_int64]
 _LONG: dict[str, tuple[Any, list[Any]]] = {

@@ -3,7 +3,8 @@
  *
  * This is the whole of a small expert's turn: on a core shared with other workers the caches hold
  * none of it when a message comes, and each line of Python costs several times what it does when hot.
- * With a device it launches what was captured, and receives and sends while that computes.
+ * With a device it launches what was captured, and receives and sends while that computes; rows that
+ * came by reference are then read and answered in the gateway's own memory, by the device.
  */
 #include "native.h"
 
@@ -12,7 +13,7 @@
 #include <stdlib.h>
 
 /* As mesh/wire.py has them. */
-enum { DISPATCH = 1, REPLY = 2, EXPERT_BITS = 10, EXPERTS = 1 << EXPERT_BITS, LAYERS = 1 << 10 };
+enum { DISPATCH = 1, REPLY = 2, REFERENCE = 6, EXPERT_BITS = 10, EXPERTS = 1 << EXPERT_BITS, LAYERS = 1 << 10 };
 enum { SESSIONS = 1 << 16, MAX_IN_HAND = 256, LOOK_US = 1000 };
 
 #define KIND(tag) ((tag) >> 60)
@@ -34,6 +35,7 @@ struct work {
     };
     float *rows;
     int64_t capacity_rows;
+    int64_t first; /* of a reference: the row that it says */
     int32_t slot;
     work *next; /* to have been launched */
 };
@@ -56,7 +58,52 @@ answering *answering_new(postbox *box, int32_t row_bytes, int32_t max_rows, devi
     return all;
 }
 
+/* ---- Sessions. */
+
+void answering_open(answering *all, int32_t number, uint64_t endpoint, uint64_t reply_session) {
+    answering_close(all, number);
+    all->sessions[number].endpoint = endpoint;
+    all->sessions[number].reply_session = reply_session;
+}
+
+void answering_close(answering *all, int32_t number) {
+    if (!all->sessions[number].endpoint) return;
+    all->sessions[number].endpoint = 0;
+    if (all->sessions[number].arenas.sends) device_return(all->device, &all->sessions[number].arenas);
+}
+
+int32_t answering_borrow(answering *all, int32_t number, const lent_arenas *arenas) {
+    session *of = &all->sessions[number];
+    if (!all->device || !of->endpoint) return 0;
+    if (of->arenas.sends) device_return(all->device, &of->arenas);
+    return device_borrow(all->device, arenas, (uint64_t)all->row_bytes, &of->arenas);
+}
+
+/* Whether a session lends these rows. */
+static int lends(const borrowed *arenas, int64_t first, int64_t count) {
+    return first >= 0 && count <= arenas->rows && first <= arenas->rows - count;
+}
+
+int32_t answering_fetch(answering *all, int32_t number, int64_t first, int64_t count,
+                        uint64_t rows) {
+    const borrowed *arenas = &all->sessions[number].arenas;
+    uint64_t row = (uint64_t)all->row_bytes;
+    return lends(arenas, first, count) &&
+           device_fetch(all->device, arenas, (uint64_t)first * row, (uint64_t)count * row, rows);
+}
+
+int32_t answering_deliver(answering *all, int32_t number, int64_t first, int64_t count,
+                          uint64_t rows) {
+    const borrowed *arenas = &all->sessions[number].arenas;
+    uint64_t row = (uint64_t)all->row_bytes;
+    return lends(arenas, first, count) &&
+           device_deliver(all->device, arenas, (uint64_t)first * row, (uint64_t)count * row, rows);
+}
+
+/* ---- Dispatches. */
+
 void answering_free(answering *all) {
+    for (int32_t i = 0; all->sessions && i < SESSIONS; i++) answering_close(all, i);
     for (int32_t i = 0; all->works && i < MAX_IN_HAND; i++) free(all->works[i].rows);
     free(all->works);
     free(all->sessions);
@@ -65,11 +112,17 @@ void answering_free(answering *all) {
     free(all);
 }
 
+/* How long a message with this header is; 0: that kind is not ours. */
+static uint64_t length(const answering *all, uint64_t tag) {
+    if (KIND(tag) == DISPATCH) return (uint64_t)(ROWS(tag) * all->row_bytes);
+    return KIND(tag) == REFERENCE && all->sessions[SESSION(tag)].arenas.sends ? sizeof(int64_t) : 0;
+}
+
 static int regular(const answering *all, const arrival *found) {
     int64_t rows = ROWS(found->tag);
-    return KIND(found->tag) == DISPATCH && all->sessions[SESSION(found->tag)].endpoint &&
+    return all->sessions[SESSION(found->tag)].endpoint &&
            all->answerers[EXPERT(found->tag)].mlp && rows > 0 && rows <= all->max_rows &&
-           found->bytes == (uint64_t)(rows * all->row_bytes) &&
+           found->bytes == length(all, found->tag) &&
            (!all->device ||
             device_knows(all->device, all->answerers[EXPERT(found->tag)].graphs, rows));
 }
@@ -122,8 +175,8 @@ static void reply(answering *all, work *one, uint64_t answers) {
         return;
     }
     one->state = SENDING;
-    one->operation = postbox_send(all->box, to->endpoint, answers,
-                                  (uint64_t)(ROWS(one->tag) * all->row_bytes),
+    uint64_t bytes = KIND(one->tag) == REFERENCE ? 0 : (uint64_t)(ROWS(one->tag) * all->row_bytes);
+    one->operation = postbox_send(all->box, to->endpoint, answers, bytes,
                                   REPLY_TAG(one->tag, to->reply_session));
     if (one->operation < 0)
         drop(all, one);
@@ -131,15 +184,29 @@ static void reply(answering *all, work *one, uint64_t answers) {
         finish(all, one);
 }
 
-/* What failed once is not launched again: without graphs, its dispatches are not regular. */
-static void fail(answering *all, work *one) {
-    one->graphs[one->slot] = NULL;
+static void refuse(answering *all, work *one) {
     one->state = FAILED;
     all->failed++;
 }
 
+/* What failed once is not launched again: without graphs, its dispatches are not regular. */
+static void fail(answering *all, work *one) {
+    one->graphs[one->slot] = NULL;
+    refuse(all, one);
+}
+
 static void launch(answering *all, work *one) {
-    if (!device_launch(all->device, one->slot, one->graphs[one->slot])) {
+    const borrowed *arenas = NULL;
+    uint64_t offset = 0, bytes = (uint64_t)(ROWS(one->tag) * all->row_bytes);
+    if (KIND(one->tag) == REFERENCE) {
+        arenas = &all->sessions[SESSION(one->tag)].arenas;
+        if (!lends(arenas, one->first, ROWS(one->tag))) {
+            refuse(all, one);
+            return;
+        }
+        offset = (uint64_t)(one->first * all->row_bytes);
+    }
+    if (!device_launch(all->device, one->slot, one->graphs[one->slot], arenas, offset, bytes)) {
         fail(all, one);
         return;
     }
@@ -205,6 +272,7 @@ static int prepare(answering *all, work *one, const arrival *found) {
 /* Start on the message at the head of the queue, which was prepared for. */
 static int take(answering *all, work *one, arrival *found) {
     uint64_t rows = all->device ? device_rows(all->device, one->slot) : (uint64_t)one->rows;
+    if (KIND(found->tag) == REFERENCE) rows = (uint64_t)&one->first;
     postbox_probe(all->box, 1, found);
     one->operation = postbox_take(all->box, found->message, rows, found->bytes);
     if (one->operation < 0) {

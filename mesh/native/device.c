@@ -1,12 +1,23 @@
-/* Captured graphs on a GPU: launched, asked about, timed. The driver is found at run time, so that
- * this library builds and loads where there is none.
+/* Captured graphs on a GPU: launched, asked about, timed; and memory that another process lends. The
+ * driver is found at run time, so that this library builds and loads where there is none.
  */
 #include "native.h"
 
+#include "copy_rows.h"
+
 #include <dlfcn.h>
 #include <stdlib.h>
+#include <string.h>
 
-enum { NOT_READY = 600 }; /* of CUresult, whose 0 is success */
+enum { NOT_READY = 600 };                   /* of CUresult, whose 0 is success */
+enum { LAZY_ENABLE_PEER_ACCESS = 1 };       /* of CUipcMem_flags */
+enum { NON_BLOCKING = 1 };                  /* of CUstream_flags */
+enum { DISABLE_TIMING = 2 };                /* of CUevent_flags */
+enum { THREADS = 256, MAX_BLOCKS = 128 };   /* of a copy */
+
+typedef struct {
+    char bytes[sizeof((lent *)NULL)->handle];
+} ipc_handle;
 
 typedef struct {
     void *began, *ended; /* events */
@@ -16,6 +27,8 @@ typedef struct {
 
 struct device {
     void *stream;
+    void *in, *out;           /* streams of what comes and goes beside it */
+    void *arrived, *computed; /* events of either */
     slot slots[SLOTS];
     int32_t (*create)(void **event, uint32_t flags);
     int32_t (*destroy)(void *event);
@@ -23,6 +36,20 @@ struct device {
     int32_t (*query)(void *event);
     int32_t (*elapsed)(float *milliseconds, void *began, void *ended);
     int32_t (*launch)(void *graph, void *stream);
+    int32_t (*synchronize)(void *stream);
+    int32_t (*open_stream)(void **stream, uint32_t flags);
+    int32_t (*close_stream)(void *stream);
+    int32_t (*follow)(void *stream, void *event, uint32_t flags);
+    int32_t (*range)(uint64_t *base, size_t *bytes, uint64_t address);
+    int32_t (*handle)(ipc_handle *of, uint64_t address);
+    int32_t (*open)(uint64_t *base, ipc_handle of, uint32_t flags);
+    int32_t (*close)(uint64_t base);
+    int32_t (*load)(void **module, const void *image);
+    int32_t (*function)(void **found, void *module, const char *name);
+    int32_t (*run)(void *function, uint32_t x, uint32_t y, uint32_t z, uint32_t threads_x,
+                   uint32_t threads_y, uint32_t threads_z, uint32_t shared_bytes, void *stream,
+                   void **arguments, void **extra);
+    void *copy; /* copy_rows, once anything was borrowed */
 };
 
 static int find(device *gpu, void *library) {
@@ -32,7 +59,21 @@ static int find(device *gpu, void *library) {
     *(void **)&gpu->query = dlsym(library, "cuEventQuery");
     *(void **)&gpu->elapsed = dlsym(library, "cuEventElapsedTime");
     *(void **)&gpu->launch = dlsym(library, "cuGraphLaunch");
-    return gpu->create && gpu->destroy && gpu->record && gpu->query && gpu->elapsed && gpu->launch;
+    *(void **)&gpu->synchronize = dlsym(library, "cuStreamSynchronize");
+    *(void **)&gpu->open_stream = dlsym(library, "cuStreamCreate");
+    *(void **)&gpu->close_stream = dlsym(library, "cuStreamDestroy_v2");
+    *(void **)&gpu->follow = dlsym(library, "cuStreamWaitEvent");
+    *(void **)&gpu->range = dlsym(library, "cuMemGetAddressRange_v2");
+    *(void **)&gpu->handle = dlsym(library, "cuIpcGetMemHandle");
+    *(void **)&gpu->open = dlsym(library, "cuIpcOpenMemHandle_v2");
+    *(void **)&gpu->close = dlsym(library, "cuIpcCloseMemHandle");
+    *(void **)&gpu->load = dlsym(library, "cuModuleLoadData");
+    *(void **)&gpu->function = dlsym(library, "cuModuleGetFunction");
+    *(void **)&gpu->run = dlsym(library, "cuLaunchKernel");
+    return gpu->create && gpu->destroy && gpu->record && gpu->query && gpu->elapsed &&
+           gpu->launch && gpu->synchronize && gpu->open_stream && gpu->close_stream &&
+           gpu->follow && gpu->range && gpu->handle && gpu->open && gpu->close && gpu->load &&
+           gpu->function && gpu->run;
 }
 
 device *device_new(const char *path, uint64_t stream) {
@@ -44,6 +85,11 @@ device *device_new(const char *path, uint64_t stream) {
         return NULL;
     }
     gpu->stream = (void *)stream;
+    if (gpu->open_stream(&gpu->in, NON_BLOCKING) || gpu->open_stream(&gpu->out, NON_BLOCKING) ||
+        gpu->create(&gpu->arrived, DISABLE_TIMING) || gpu->create(&gpu->computed, DISABLE_TIMING)) {
+        device_free(gpu);
+        return NULL;
+    }
     for (slot *one = gpu->slots; one < gpu->slots + SLOTS; one++)
         if (gpu->create(&one->began, 0) || gpu->create(&one->ended, 0)) {
             device_free(gpu);
@@ -53,12 +99,18 @@ device *device_new(const char *path, uint64_t stream) {
 }
 
 void device_free(device *gpu) {
+    if (gpu->in) gpu->close_stream(gpu->in);
+    if (gpu->out) gpu->close_stream(gpu->out);
+    if (gpu->arrived) gpu->destroy(gpu->arrived);
+    if (gpu->computed) gpu->destroy(gpu->computed);
     for (slot *one = gpu->slots; one < gpu->slots + SLOTS; one++) {
         if (one->began) gpu->destroy(one->began);
         if (one->ended) gpu->destroy(one->ended);
     }
     free(gpu);
 }
+
+uint64_t device_out(const device *gpu) { return (uint64_t)gpu->out; }
 
 void device_lend(device *gpu, int32_t index, uint64_t rows) { gpu->slots[index].rows = rows; }
 
@@ -92,10 +144,38 @@ void device_give_back(device *gpu, int32_t index) { gpu->slots[index].taken = 0;
 
 void device_lose(device *gpu, int32_t index) { gpu->slots[index].rows = 0; }
 
-int32_t device_launch(device *gpu, int32_t index, void *graph) {
+/* Copies; where a permit is named, only if it says what is wanted when that runs. */
+static int copy(device *gpu, void *stream, uint64_t to, uint64_t from, uint64_t bytes,
+                uint64_t permit, uint64_t wanted) {
+    uint64_t units = bytes / UNIT_BYTES, blocks = (units + THREADS - 1) / THREADS;
+    void *arguments[] = {&to, &from, &units, &permit, &wanted};
+    uint32_t grid = blocks < MAX_BLOCKS ? (uint32_t)blocks : MAX_BLOCKS;
+    return !gpu->run(gpu->copy, grid, 1, 1, THREADS, 1, 1, 0, stream, arguments, NULL);
+}
+
+int32_t device_fetch(device *gpu, const borrowed *arenas, uint64_t offset, uint64_t bytes,
+                     uint64_t rows) {
+    return copy(gpu, gpu->in, rows, arenas->sends + offset, bytes, 0, 0) &&
+           !gpu->record(gpu->arrived, gpu->in) && !gpu->follow(gpu->stream, gpu->arrived, 0);
+}
+
+int32_t device_deliver(device *gpu, const borrowed *arenas, uint64_t offset, uint64_t bytes,
+                       uint64_t rows) {
+    return !gpu->record(gpu->computed, gpu->stream) && !gpu->follow(gpu->out, gpu->computed, 0) &&
+           copy(gpu, gpu->out, arenas->replies + offset, rows, bytes, arenas->permit,
+                arenas->wanted);
+}
+
+int32_t device_launch(device *gpu, int32_t index, void *graph, const borrowed *arenas,
+                      uint64_t offset, uint64_t bytes) {
     slot *one = &gpu->slots[index];
-    if (gpu->record(one->began, gpu->stream) || gpu->launch(graph, gpu->stream)) return 0;
-    if (gpu->record(one->ended, gpu->stream)) {
+    if (gpu->record(one->began, gpu->stream)) return 0;
+    /* Few rows: a change of streams would take longer than their copies. */
+    if (arenas && !copy(gpu, gpu->stream, one->rows, arenas->sends + offset, bytes, 0, 0)) return 0;
+    if (gpu->launch(graph, gpu->stream)) return 0;
+    if ((arenas && !copy(gpu, gpu->stream, arenas->replies + offset, one->rows, bytes,
+                         arenas->permit, arenas->wanted)) ||
+        gpu->record(one->ended, gpu->stream)) {
         device_lose(gpu, index); /* nobody can tell when it will have stopped writing */
         return 0;
     }
@@ -111,4 +191,64 @@ uint64_t device_microseconds(device *gpu, int32_t index) {
     float milliseconds = 0;
     slot *one = &gpu->slots[index];
     return gpu->elapsed(&milliseconds, one->began, one->ended) ? 0 : (uint64_t)(milliseconds * 1e3f);
+}
+
+/* ---- Memory that another process lends. */
+
+int32_t device_share(device *gpu, uint64_t address, uint64_t bytes, lent *out) {
+    uint64_t base;
+    size_t all;
+    ipc_handle handle;
+    if (gpu->range(&base, &all, address) || gpu->handle(&handle, address)) return 0;
+    memcpy(out->handle, handle.bytes, sizeof handle);
+    out->offset = address - base;
+    out->bytes = bytes;
+    return 1;
+}
+
+/* Where the lent memory is here; 0 when it cannot be reached, or is not as large as is said. */
+static uint64_t reach(device *gpu, const lent *memory, uint64_t *base) {
+    ipc_handle handle;
+    uint64_t start;
+    size_t all;
+    memcpy(handle.bytes, memory->handle, sizeof handle);
+    if (gpu->open(base, handle, LAZY_ENABLE_PEER_ACCESS)) {
+        *base = 0;
+        return 0;
+    }
+    if (gpu->range(&start, &all, *base) || memory->offset > all ||
+        memory->bytes > all - memory->offset)
+        return 0;
+    return *base + memory->offset;
+}
+
+int32_t device_borrow(device *gpu, const lent_arenas *arenas, uint64_t row_bytes, borrowed *out) {
+    void *module;
+    memset(out, 0, sizeof *out);
+    if (!gpu->copy && (gpu->load(&module, COPY_ROWS) ||
+                       gpu->function(&gpu->copy, module, "copy_rows"))) {
+        gpu->copy = NULL;
+        return 0;
+    }
+    out->rows = arenas->rows;
+    out->wanted = arenas->wanted;
+    out->sends = reach(gpu, &arenas->sends, &out->bases[0]);
+    out->replies = reach(gpu, &arenas->replies, &out->bases[1]);
+    out->permit = reach(gpu, &arenas->permit, &out->bases[2]);
+    if (out->sends && out->replies && out->permit && row_bytes % UNIT_BYTES == 0 &&
+        arenas->permit.bytes >= sizeof arenas->wanted && arenas->rows > 0 &&
+        (uint64_t)arenas->rows <= arenas->sends.bytes / row_bytes &&
+        (uint64_t)arenas->rows <= arenas->replies.bytes / row_bytes)
+        return 1;
+    device_return(gpu, out);
+    return 0;
+}
+
+void device_return(device *gpu, borrowed *arenas) {
+    gpu->synchronize(gpu->in);
+    gpu->synchronize(gpu->stream);
+    gpu->synchronize(gpu->out);
+    for (int32_t i = 0; i < 3; i++)
+        if (arenas->bases[i]) gpu->close(arenas->bases[i]);
+    memset(arenas, 0, sizeof *arenas);
 }

@@ -143,10 +143,33 @@ enum { RING = 4, SIZES = 9, SLOTS = RING * SIZES };
 
 typedef struct device device;
 
+/* Memory of one process that another one on the same host may map. */
+typedef struct {
+    char handle[64]; /* CUipcMemHandle */
+    uint64_t offset, bytes;
+} lent;
+
+/* What a gateway lends a worker (see gateway/lending.py): it reads rows and writes replies, while the
+ * permit says what is wanted. */
+typedef struct {
+    lent sends, replies, permit;
+    int64_t rows; /* of either arena */
+    uint64_t wanted;
+} lent_arenas;
+
+/* The same, where it is mapped. */
+typedef struct {
+    uint64_t sends, replies, permit, wanted; /* sends: 0 when there is none */
+    int64_t rows;
+    uint64_t bases[3];
+} borrowed;
+
 /* NULL when there is no such driver, or it refuses. Graphs are launched on the stream (CUstream),
  * by the thread that has its context. */
 EXPORT device *device_new(const char *path, uint64_t stream);
 EXPORT void device_free(device *gpu);
+/* The stream (CUstream) that what is delivered leaves on. */
+EXPORT uint64_t device_out(const device *gpu);
 EXPORT void device_lend(device *gpu, int32_t slot, uint64_t rows);
 uint64_t device_rows(const device *gpu, int32_t slot);
 /* Whether any of these graphs (CUgraphExec, by slot) fits so many rows, now or when one is free. */
@@ -156,18 +179,33 @@ int32_t device_take(device *gpu, void *const *graphs, int64_t rows);
 void device_give_back(device *gpu, int32_t slot);
 /* Never use this slot again. */
 void device_lose(device *gpu, int32_t slot);
-/* 0 when it failed. */
-int32_t device_launch(device *gpu, int32_t slot, void *graph);
+/* On the slot's own rows; or on the bytes that lie at this offset of what is lent, and back to the
+ * same offset of its replies. 0 when it failed. */
+int32_t device_launch(device *gpu, int32_t slot, void *graph, const borrowed *arenas,
+                      uint64_t offset, uint64_t bytes);
+/* The two ways alone, between what is lent and memory of our own: each on a stream of its own, the
+ * device's stream behind the one and the other behind it. 0 when it failed. */
+int32_t device_fetch(device *gpu, const borrowed *arenas, uint64_t offset, uint64_t bytes,
+                     uint64_t rows);
+int32_t device_deliver(device *gpu, const borrowed *arenas, uint64_t offset, uint64_t bytes,
+                       uint64_t rows);
 /* 1, or 0 while it computes; -1 when it failed. */
 int32_t device_done(device *gpu, int32_t slot);
 /* Of a launch that is done, on the device. */
 uint64_t device_microseconds(device *gpu, int32_t slot);
+/* Lend this memory. 0 when its kind cannot be lent. */
+EXPORT int32_t device_share(device *gpu, uint64_t address, uint64_t bytes, lent *out);
+/* Map what is lent; 0, with nothing mapped, where that cannot be or it is not what it says. */
+int32_t device_borrow(device *gpu, const lent_arenas *arenas, uint64_t row_bytes, borrowed *out);
+/* Once nothing on the stream may use them. */
+void device_return(device *gpu, borrowed *arenas);
 
 /* ---- answering.c: see mesh/transport/base.py's Answering ---- */
 
 typedef struct {
     uint64_t endpoint; /* 0: no such session */
     uint64_t reply_session;
+    borrowed arenas;
 } session;
 
 typedef struct {
@@ -198,6 +236,17 @@ typedef struct {
 
 EXPORT answering *answering_new(postbox *box, int32_t row_bytes, int32_t max_rows, device *device);
 EXPORT void answering_free(answering *all);
+EXPORT void answering_open(answering *all, int32_t number, uint64_t endpoint,
+                           uint64_t reply_session);
+EXPORT void answering_close(answering *all, int32_t number);
+/* Take dispatches of this session by reference. 0 when what it lends cannot be reached. */
+EXPORT int32_t answering_borrow(answering *all, int32_t number, const lent_arenas *arenas);
+/* For what is not regular: bring `count` rows of a session's arena here, or answer them from here.
+ * 0 when they are outside, or it failed. */
+EXPORT int32_t answering_fetch(answering *all, int32_t number, int64_t first, int64_t count,
+                               uint64_t rows);
+EXPORT int32_t answering_deliver(answering *all, int32_t number, int64_t first, int64_t count,
+                                 uint64_t rows);
 /* Bring what is in hand forward; take nothing new. */
 EXPORT void answering_look(answering *all);
 /* The tag of a dispatch that the device failed at, which the caller refuses; 0: no more. */

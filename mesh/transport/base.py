@@ -110,6 +110,20 @@ class Answering(Protocol):
         """Answer them no more."""
         ...
 
+    def borrow(self, session: int, lent: bytes) -> bool:
+        """Take this session's dispatches by reference from here on, in the arenas that ``lent`` (a
+        :class:`mesh.native.LentArenas`) tells of. False where they cannot be reached."""
+        ...
+
+    def fetch(self, session: int, first: int, rows: Buffer) -> bool:
+        """Fill ``rows`` from a session's arena, before what is queued on the device's stream from
+        here on. False: not lent."""
+        ...
+
+    def deliver(self, session: int, first: int, rows: Buffer) -> bool:
+        """Answer them, behind what was queued on the device's stream. False: not lent."""
+        ...
+
     def serve(self, experts: Mapping[ExpertId, NativeMlp | Replays]) -> None:
         """Answer for these experts in place of those before."""
         ...

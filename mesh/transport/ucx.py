@@ -285,6 +285,7 @@ class UcxAnswering:
     ) -> None:
         self._postbox = postbox
         self._device = device
+        self._row_bytes = row_bytes
         self._pointer = native.short.answering_new(
             postbox.pointer, row_bytes, max_rows, device.handle if device else None
         )
@@ -316,11 +317,31 @@ class UcxAnswering:
 
     def open(self, session: int, endpoint: Any, reply_session: int) -> None:
         """See :class:`mesh.transport.base.Answering`."""
-        self._record.sessions[session] = native.Session(endpoint.handle, reply_session)
+        native.short.answering_open(self._pointer, session, endpoint.handle, reply_session)
 
     def close(self, session: int) -> None:
         """See :class:`mesh.transport.base.Answering`."""
-        self._record.sessions[session] = native.Session(0, 0)
+        native.short.answering_close(self._pointer, session)
+
+    def borrow(self, session: int, lent: bytes) -> bool:
+        """See :class:`mesh.transport.base.Answering`."""
+        return bool(native.short.answering_borrow(self._pointer, session, lent))
+
+    def fetch(self, session: int, first: int, rows: Any) -> bool:
+        """See :class:`mesh.transport.base.Answering`."""
+        return bool(
+            native.short.answering_fetch(
+                self._pointer, session, first, rows.nbytes // self._row_bytes, rows.address
+            )
+        )
+
+    def deliver(self, session: int, first: int, rows: Any) -> bool:
+        """See :class:`mesh.transport.base.Answering`."""
+        return bool(
+            native.short.answering_deliver(
+                self._pointer, session, first, rows.nbytes // self._row_bytes, rows.address
+            )
+        )
 
     def serve(self, experts: Mapping[ExpertId, NativeMlp | Replays]) -> None:
         """See :class:`mesh.transport.base.Answering`."""

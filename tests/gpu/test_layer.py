@@ -84,6 +84,7 @@ def test_no_row_of_a_batch_is_in_anothers_reply(workers: int) -> None:
             for pending, batch in zip(away, batches, strict=True):
                 assert layer.error(pending.combine(), *batch) < 0.05
         assert dispatcher.void_rows() == {}
+        assert all(peer.by_reference for peer in dispatcher.peers)
 
 
 def test_a_worker_killed_with_rows_in_hand_voids_those_and_no_others() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 
 from expert_mesh import Client
-from tests.running import DEMO_MODEL, running_mesh
+from tests.running import DEMO_MODEL, RunningMesh, running_mesh
 
 PROMPTS = [
     "In the beginning",
@@ -60,3 +61,40 @@ def test_bfloat16_begins_as_float32_does(cpu_answers: list[list[int]]) -> None:
         for a, b in zip(ours, theirs, strict=True)
     )
     assert equal > NUM_TOKENS
+
+
+def _engines(mesh: RunningMesh) -> list[psutil.Process]:
+    """The only processes that are an only child's: a front has no other."""
+    parents = [process.parent() for process in mesh.processes]
+    return [
+        process
+        for process, parent in zip(mesh.processes, parents, strict=True)
+        if parents.count(parent) == 1
+        and parent in mesh.processes
+        and parent.parent().pid != mesh.up.pid
+    ]
+
+
+def test_a_killed_gateway_leaves_the_workers_and_the_other_gateway_serving(
+    cpu_answers: list[list[int]],
+) -> None:
+    """Workers read and write in its memory: what they do there when it is gone hurts nobody."""
+    flags = ["--device", "cuda", "--dtype", "float32", "--gateways", "2"]
+    with running_mesh("--model", DEMO_MODEL, *flags) as mesh:
+        workers = {mesh.pid_of(str(worker["id"])) for worker in mesh.ready["workers"]}
+        engines = _engines(mesh)
+        assert len(engines) == 2
+        with Client(mesh.gateway) as client:
+            for n, _ in enumerate(client.generate(PROMPTS[3], max_tokens=400, ignore_eos=True)):
+                if n == 20:
+                    for engine in engines:
+                        if _front_is(engine, mesh.gateway):
+                            engine.kill()
+                    break
+        assert _answers(mesh.ready["gateways"][1]) == cpu_answers
+        assert {process.pid for process in mesh.processes if process.is_running()} >= workers
+
+
+def _front_is(engine: psutil.Process, target: str) -> bool:
+    port = int(target.rsplit(":", 1)[1])
+    return any(c.laddr.port == port for c in engine.parent().net_connections(kind="tcp"))

@@ -11,19 +11,20 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from expert_worker.compute import CpuCompute
+from expert_worker.compute import CpuCompute, Done, Part
 from expert_worker.data_plane import DataPlane
 from expert_worker.expert_store import Expert, ExpertStore
 from mesh import native, wire
 from mesh.errors import Unavailable
 from mesh.plan import ExpertId
 from mesh.replay import ReplayDevice, Replays, slot_rows, slots_of
+from mesh.transport.base import Request
 from mesh.transport.ucx import UcxTransport
 
 WIDTH = 4
@@ -57,7 +58,7 @@ class Worker:
     def __init__(self, driver: str) -> None:
         self.knobs = ctypes.CDLL(driver)
         self.allow(0)
-        for name in ("launched", "ran"):
+        for name in ("launched", "ran", "mapped"):
             ctypes.c_int32.in_dll(self.knobs, name).value = 0
         self.gateway, self.transport = UcxTransport(), UcxTransport()
         self.device = ReplayDevice(0, driver)
@@ -93,6 +94,14 @@ class Worker:
     def dispatch(self, slot: int, expert: int, x_RD: torch.Tensor) -> Dispatch:
         return Dispatch(self, slot, expert, x_RD)
 
+    @property
+    def mapped(self) -> int:
+        return ctypes.c_int32.in_dll(self.knobs, "mapped").value
+
+    def refer(self, slot: int, expert: int, first: int, count: int) -> Dispatch:
+        """A dispatch of rows that stay in the arena."""
+        return Dispatch(self, slot, expert, torch.tensor([first]), count)
+
     def turn(self, times: int = 1) -> None:
         for _ in range(times):
             self.gateway.progress()
@@ -115,15 +124,18 @@ class Worker:
 
 
 class Dispatch:
-    """Rows on their way, and their reply."""
+    """Rows on their way, and their reply; ``count`` of them where they are referred to."""
 
-    def __init__(self, worker: Worker, slot: int, expert: int, x_RD: torch.Tensor) -> None:
-        self.y_RD = torch.zeros_like(x_RD)
-        key = (slot, 0, expert, len(x_RD))
+    def __init__(
+        self, worker: Worker, slot: int, expert: int, x_RD: torch.Tensor, count: int = 0
+    ) -> None:
+        self.y_RD = x_RD.new_zeros(0) if count else torch.zeros_like(x_RD)
+        key = (slot, 0, expert, count or len(x_RD))
         tag = wire.encode(wire.Kind.REPLY, REPLY_SESSION, *key)
         self.reply = worker.to_worker.post_receive(worker.gateway.wrap(self.y_RD), tag)
         self.x_RD = x_RD
-        tag = wire.encode(wire.Kind.DISPATCH, SESSION, *key)
+        kind = wire.Kind.REFERENCE if count else wire.Kind.DISPATCH
+        tag = wire.encode(kind, SESSION, *key)
         self.sent = worker.to_worker.send(worker.gateway.wrap(self.x_RD), tag)
 
     @property
@@ -150,7 +162,7 @@ def test_slots_have_the_next_power_of_two_of_rows() -> None:
 
 
 def test_a_machine_without_a_driver_is_told_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(Unavailable, match="--native-turn"):
+    with pytest.raises(Unavailable, match="is missing"):
         ReplayDevice(0, str(tmp_path / "libcuda.so.1"))
 
 
@@ -342,5 +354,190 @@ def test_a_data_plane_counts_what_the_device_did_and_refuses_what_it_failed_at(
     plane.stop()
     assert plane.failure is None
     assert not stats.busy
+    endpoint.close()
+    gateway.close()
+
+
+ARENA_ROWS = 12
+WANTED = 77
+
+
+class Arenas:
+    """What a gateway lends; the rows of the one are numbers, those of the other NaN."""
+
+    def __init__(self, device: ReplayDevice, num_rows: int = ARENA_ROWS) -> None:
+        self.send_RD = rows(ARENA_ROWS)
+        self.reply_RD = torch.full_like(self.send_RD, torch.nan)
+        self.permit = torch.tensor([WANTED])
+        self.said = bytes(
+            native.LentArenas(
+                device.share(self.send_RD),
+                device.share(self.reply_RD),
+                device.share(self.permit),
+                num_rows,
+                WANTED,
+            )
+        )
+
+
+def test_referred_rows_are_read_and_answered_where_they_are(worker: Worker) -> None:
+    worker.capture(0, 3)
+    worker.allow(9)
+    arenas = Arenas(worker.device)
+    assert worker.answering.borrow(SESSION, arenas.said)
+    one = worker.refer(1, 0, first=4, count=3)
+    worker.turn_until(lambda: one.answered)
+    assert worker.gateway.failure(one.reply) is None
+    assert torch.equal(arenas.reply_RD[4:7], 2 * arenas.send_RD[4:7])
+    assert arenas.reply_RD.isnan().sum() == (ARENA_ROWS - 3) * WIDTH
+    assert torch.equal(arenas.send_RD, rows(ARENA_ROWS))
+    worker.turn_until(lambda: worker.answering.in_hand == 0)
+    assert [(e, n) for e, n, _ in worker.answering.counts()] == [(ExpertId(0, 0), 3)]
+
+
+def test_a_permit_that_was_taken_back_meanwhile_keeps_the_answer_out(worker: Worker) -> None:
+    worker.capture(0, 1)
+    arenas = Arenas(worker.device)
+    assert worker.answering.borrow(SESSION, arenas.said)
+    one = worker.refer(1, 0, first=0, count=1)
+    worker.turn_until(lambda: worker.answering.computing == 1)
+    arenas.permit[0] = 0
+    worker.allow(9)
+    worker.turn_until(lambda: one.answered)
+    assert arenas.reply_RD.isnan().all()
+
+
+@pytest.mark.parametrize(("first", "count"), [(-1, 2), (ARENA_ROWS - 1, 2), (1 << 60, 1)])
+def test_rows_outside_what_was_lent_are_refused(worker: Worker, first: int, count: int) -> None:
+    worker.capture(0, count)
+    worker.allow(9)
+    arenas = Arenas(worker.device)
+    assert worker.answering.borrow(SESSION, arenas.said)
+    worker.refer(3, 0, first, count)
+    worker.turn_until(lambda: bool(worker.answering._record.failed))
+    assert [wire.decode(tag)[2:] for tag in worker.answering.failed()] == [(3, 0, 0, count)]
+    assert worker.launched == 0
+    other = worker.refer(4, 0, first=0, count=count)
+    worker.turn_until(lambda: other.answered)
+    assert torch.equal(arenas.reply_RD[:count], 2 * rows(count))
+
+
+def test_what_cannot_be_reached_is_not_borrowed_and_references_are_left_to_be_probed(
+    worker: Worker,
+) -> None:
+    worker.capture(0, 1)
+    worker.allow(9)
+    assert not worker.answering.borrow(SESSION, Arenas(worker.device, num_rows=ARENA_ROWS + 1).said)
+    assert not worker.answering.borrow(SESSION, bytes(ctypes.sizeof(native.LentArenas)))
+    assert worker.mapped == 0
+    worker.refer(1, 0, first=0, count=1)
+
+    def probed() -> bool:
+        worker.transport.progress()
+        return (found := worker.transport.probe()) is not None and wire.decode(found.tag)[0] == 6
+
+    worker.turn_until(probed)
+    assert worker.launched == 0
+
+
+def test_what_was_lent_is_returned_when_nothing_may_use_it_any_more(worker: Worker) -> None:
+    worker.capture(0, 1)
+    first, second = Arenas(worker.device), Arenas(worker.device)
+    assert worker.answering.borrow(SESSION, first.said)
+    assert worker.mapped == 3
+    one = worker.refer(1, 0, first=2, count=1)
+    worker.turn_until(lambda: worker.answering.computing == 1)
+    assert worker.answering.borrow(SESSION, second.said)
+    assert worker.mapped == 3
+    assert torch.equal(first.reply_RD[2:3], 2 * rows(ARENA_ROWS)[2:3])
+    worker.allow(99)
+    worker.turn_until(lambda: one.answered)
+    other = worker.refer(2, 0, first=5, count=1)
+    worker.turn_until(lambda: other.answered and worker.answering.in_hand == 0)
+    assert torch.equal(second.reply_RD[5:6], 2 * rows(ARENA_ROWS)[5:6])
+    worker.answering.close(SESSION)
+    assert worker.mapped == 0
+
+
+class Computes(CpuCompute):
+    """At once, when all that the device was asked before is done."""
+
+    def __init__(self, driver: str) -> None:
+        self._driver = driver
+
+    def open(self) -> None:
+        self.replays = ReplayDevice(0, self._driver)
+
+    def start(self, expert: Expert, parts: Sequence[Part]) -> Done:
+        ctypes.CDLL(self._driver).cuStreamSynchronize(None)
+        return super().start(expert, parts)
+
+    def mark(self) -> Done:
+        ctypes.CDLL(self._driver).cuStreamSynchronize(None)
+        return super().mark()
+
+
+def test_a_data_plane_serves_references_that_nothing_was_captured_for(driver: str) -> None:
+    knobs = ctypes.CDLL(driver)
+    for name in ("launched", "ran", "allowed", "mapped"):
+        ctypes.c_int32.in_dll(knobs, name).value = 0
+    store = ExpertStore(
+        lambda expert: lambda x_RD: 2 * x_RD, expert_bytes=1, memory_bytes=9, worker_id="w"
+    )
+    store.load([ExpertId(0, 0)])
+    plane = DataPlane(
+        UcxTransport,
+        store,
+        hidden_size=WIDTH,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        num_experts=2,
+        max_rows=8,
+        merge_rows=8,
+        spin_s=0.0,
+        threads=1,
+    )
+    plane._compute_on = Computes(driver)
+    plane.start()
+    gateway = UcxTransport()
+    endpoint = gateway.connect(plane.wait_started())
+    session = plane.connect("g", gateway.address, REPLY_SESSION)
+    arenas = Arenas(ReplayDevice(0, driver))
+
+    def heard(reply: Request | None = None) -> wire.Frame | None:
+        until = time.monotonic() + 20
+        while time.monotonic() < until:
+            gateway.progress()
+            if (message := gateway.probe()) is not None:
+                message.receive(gateway.wrap(torch.zeros(64, dtype=torch.uint8)))
+                return wire.decode(message.tag)
+            if reply is not None and reply.completed:
+                return None
+        raise AssertionError("nothing came")
+
+    def refer(slot: int, first: int, count: int) -> Request:
+        key = (slot, 0, 0, count)
+        reply = endpoint.post_receive(
+            gateway.wrap(torch.zeros(0)), wire.encode(wire.Kind.REPLY, REPLY_SESSION, *key)
+        )
+        where = gateway.wrap(torch.tensor([first]))
+        endpoint.send(where, wire.encode(wire.Kind.REFERENCE, session, *key))
+        return reply
+
+    refer(1, 0, 2)
+    assert heard() == (wire.Kind.REFUSE, REPLY_SESSION, 1, 0, 0, wire.Refusal.MALFORMED)
+    said = gateway.wrap(torch.frombuffer(bytearray(arenas.said), dtype=torch.uint8))
+    endpoint.send(said, wire.encode(wire.Kind.ARENAS, session, 5, 0, 0, 0))
+    assert heard() == (wire.Kind.ARENAS, REPLY_SESSION, 5, 0, 0, 1)
+    reply = refer(2, 3, 2)
+    assert heard(reply) is None
+    assert torch.equal(arenas.reply_RD[3:5], 2 * arenas.send_RD[3:5])
+    refer(3, ARENA_ROWS - 1, 2)
+    assert heard() == (wire.Kind.REFUSE, REPLY_SESSION, 3, 0, 0, wire.Refusal.MALFORMED)
+    assert plane.stats().rows == {ExpertId(0, 0): 2}
+    plane.drain(5)
+    plane.stop()
+    assert plane.failure is None
+    assert ctypes.c_int32.in_dll(knobs, "mapped").value == 0
     endpoint.close()
     gateway.close()
