@@ -179,7 +179,7 @@ class _Run:
             await asyncio.sleep(max(self._began_s + duration_s - time.monotonic(), 0.0))
 
     async def _happen(self, event: Event) -> None:
-        """Once those before it are done with its targets, which can take longer than was planned."""
+        """Once those before it are done with its targets: that can take longer than planned."""
         async with AsyncExitStack() as stack:
             for target in sorted(event.targets(self._fleet.shape)):
                 await stack.enter_async_context(self._busy[target])
