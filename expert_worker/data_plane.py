@@ -29,9 +29,17 @@ from expert_worker.compute import Compute, CpuCompute, Part, Ticket
 from expert_worker.expert_store import Expert, ExpertStore
 from expert_worker.weights import Allowance, WeightTransfers
 from mesh import native, wire
-from mesh.errors import MeshError, ModelMismatch, Unavailable
+from mesh.errors import MeshError, ModelMismatch, TransportError, Unavailable
 from mesh.plan import ExpertId
-from mesh.transport.base import Answering, Buffer, Endpoint, Message, Request, Transport
+from mesh.transport.base import (
+    Answering,
+    Buffer,
+    Endpoint,
+    Message,
+    Request,
+    Transport,
+    why_stuck,
+)
 from mesh.transport.waiting import Waiter
 
 log = structlog.get_logger()
@@ -40,6 +48,8 @@ T = TypeVar("T")
 _SCRATCH_BYTES = 64
 _MAX_IN_HAND = 256
 _CALL_TIMEOUT_S = 10.0
+STUCK_PATIENCE_S = 5.0
+"""A gateway that was only stopped amid a message to us may be back by then."""
 # Plain integers: an enum's member costs a microsecond to look up, on every message.
 _DISPATCH = int(wire.Kind.DISPATCH)
 _REFERENCE = int(wire.Kind.REFERENCE)
@@ -393,10 +403,10 @@ class DataPlane(threading.Thread):
             self._waiter.busy()
         elif self._answering is None or self._must_turn():
             self._waiter.wait()
-            self._forget_dead_gateways()
+            self._look_around()
         else:
             self._answer(self._answering)
-            self._forget_dead_gateways()
+            self._look_around()
 
     def _move_weights(self, began_s: float) -> bool:
         """Both ends have to be at it for a chunk to move."""
@@ -488,7 +498,9 @@ class DataPlane(threading.Thread):
                 self._answering.close(number)
             session.endpoint.close()
 
-    def _forget_dead_gateways(self) -> None:
+    def _look_around(self) -> None:
+        if (stuck := why_stuck(self._transport, STUCK_PATIENCE_S)) is not None:
+            raise TransportError(stuck)
         for session in list(self._sessions.values()):
             if not session.endpoint.alive:
                 log.info("gateway_gone", gateway_id=session.gateway_id)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -32,7 +32,7 @@ from mesh.errors import ExpertUnavailable, MessageTruncated, Unavailable
 from mesh.model_config import ModelConfig
 from mesh.plan import ExpertId
 from mesh.replay import ReplayDevice
-from mesh.transport.base import Request, RoundTrip, Transport
+from mesh.transport.base import Request, RoundTrip, Transport, why_stuck
 from protos import engine_pb2 as pb
 from protos import inference_pb2
 
@@ -42,6 +42,11 @@ _SPARE_FRAMES = 8
 """For rows that are sent again before their first attempt has ended."""
 _LOOK_INTERVAL_S = 0.02
 """How often to look for what is overdue while replies are awaited."""
+STUCK_PATIENCE_S = 2.0
+"""Who was only stopped amid a message to us may be back by then. If not, it costs a step."""
+_LET_GO_S = 1.0
+"""How long the transport may take to let go of what it does for a worker that is gone. It does so
+at once, or never: the rest of a message that the worker had begun to send does not come."""
 _STOPPED_S = 1.0
 """Who has not looked for so long was stopped, or busy: that time says nothing of the workers."""
 
@@ -57,6 +62,8 @@ class _Message:
     reply: Request
     sent_s: float
     refusal: str | None = None
+    gone_s: float | None = None
+    """When its worker was seen to be gone."""
     num_rows: int = field(init=False)
     """As it was sent; ``runs`` may have lost some to another message since."""
 
@@ -239,6 +246,11 @@ class Dispatcher:
         """(micro-batch, row of its T) that some expert did not answer in this step, and why."""
         return self._void
 
+    @property
+    def address(self) -> bytes:
+        """What workers reach this gateway by, until the transport is opened anew."""
+        return self._transport.address
+
     def paces(self) -> list[inference_pb2.WorkerPace]:
         """How fast each connected worker is, where that is known."""
         return self.peers.paces()
@@ -250,6 +262,8 @@ class Dispatcher:
         if self._abandoned:
             self._reap()
         self.peers.lose_dead()
+        if not moved:
+            self._heal([abandoned.message for abandoned in self._abandoned])
         return moved
 
     @property
@@ -552,6 +566,8 @@ class Dispatcher:
         """Do something about the dispatches that take far longer than usual."""
         now = time.monotonic()
         any_late = False
+        if self._heal([*pending.messages, *(late.message for late in self._abandoned)]):
+            return
         for message in tuple(pending.messages):
             if message not in pending.messages:
                 continue  # it ended while another one was posted
@@ -559,7 +575,9 @@ class Dispatcher:
             # What the gateway did before it began to wait is not the worker's time.
             since_s = self._waited_since_s(message)
             waited_s = now - max(since_s, pending.waiting_since_s)
-            if now - since_s > self._reply_timeout_s:
+            if not peer.endpoint.alive:
+                self._move(pending, message)
+            elif now - since_s > self._reply_timeout_s:
                 self.peers.lose(peer, f"no reply within {self._reply_timeout_s:g} s")
             elif self.peers.is_late(peer, message.num_rows, waited_s):
                 any_late = True
@@ -570,6 +588,31 @@ class Dispatcher:
             self._reap()
         if any_late:
             self.on_late()
+
+    def _heal(self, messages: Sequence[_Message]) -> bool:
+        """Open the transport anew where it would wait for ever; what is away fails with that."""
+        reason = self._why_broken(messages)
+        if reason is None:
+            return False
+        log.error("transport_reopened", reason=reason, workers=len(self.peers))
+        for placed, seat in self._asked.items():
+            placed.pending = self._surrender(placed, seat)
+        self._asked.clear()
+        self.peers.reopen(reason)
+        return True
+
+    def _why_broken(self, messages: Sequence[_Message]) -> str | None:
+        if (stuck := why_stuck(self._transport, STUCK_PATIENCE_S)) is not None:
+            return stuck
+        now = time.monotonic()
+        for message in messages:
+            if message.peer.endpoint.alive or message.ended:
+                continue
+            if message.gone_s is None:
+                message.gone_s = now
+            elif now - max(message.gone_s, self._awake_since_s) > _LET_GO_S:
+                return f"worker {message.peer.worker_id} is gone amid a message"
+        return None
 
     def _move(self, pending: Pending, message: _Message) -> None:
         """Send late rows again, each run to a worker that is not late itself, if there is one.

@@ -42,6 +42,7 @@ class EngineLink:
         self.on_peer_lost: Callable[[pb.PeerLost], None] = lambda lost: None
         self.on_peer_late: Callable[[pb.PeerLate], None] = lambda late: None
         self.on_expert_fault: Callable[[pb.ExpertFault], None] = lambda fault: None
+        self.on_transport_reopened: Callable[[pb.TransportReopened], None] = lambda reopened: None
 
     def submit(self, submit: pb.Submit, deliver: Deliver) -> None:
         """Hand a request to the engine. Raises EngineDied when there is none."""
@@ -133,6 +134,8 @@ class EngineLink:
                 self.on_peer_late(message.peer_late)
             case "expert_fault":
                 self.on_expert_fault(message.expert_fault)
+            case "transport_reopened":
+                self.on_transport_reopened(message.transport_reopened)
             case "started":
                 self.started.set_result(message.started)
 

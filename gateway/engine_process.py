@@ -130,6 +130,8 @@ class EngineLoop:
         """What was said in the middle of a step and is acted on behind it."""
         self._gathering = Gathering()
         self._ending = False
+        self._transport_number = 0
+        """Of the transport that the front knows."""
         self._stats_due_s = math.inf
         """When to send statistics; never while nothing has changed."""
         dispatcher.on_late = self._attend
@@ -189,11 +191,18 @@ class EngineLoop:
             self._channel.send(pb.FromEngine(outputs=pb.Outputs(outputs=outputs)))
 
     def _tell_of_peers(self) -> None:
-        for lost in self._dispatcher.peers.take_lost():
+        peers = self._dispatcher.peers
+        if peers.transport_number != self._transport_number:
+            self._transport_number = peers.transport_number
+            reopened = pb.TransportReopened(
+                ucx_address=self._dispatcher.address, transport_number=peers.transport_number
+            )
+            self._channel.send(pb.FromEngine(transport_reopened=reopened))
+        for lost in peers.take_lost():
             self._channel.send(pb.FromEngine(peer_lost=lost))
-        for late in self._dispatcher.peers.take_late():
+        for late in peers.take_late():
             self._channel.send(pb.FromEngine(peer_late=late))
-        for fault in self._dispatcher.peers.take_expert_faults():
+        for fault in peers.take_expert_faults():
             self._channel.send(pb.FromEngine(expert_fault=fault))
 
     def _attend(self) -> None:
@@ -210,6 +219,7 @@ class EngineLoop:
     def _send_stats(self, pong: int = 0) -> None:
         stats = self._engine.stats()
         stats.pong = pong
+        stats.transport_number = self._dispatcher.peers.transport_number
         self._channel.send(pb.FromEngine(stats=stats))
 
     def _wait_s(self) -> float | None:

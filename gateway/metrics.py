@@ -141,6 +141,7 @@ _COUNTERS = {
     "replayed_rows": ("replayed_rows", "Rows sent again after a worker was lost or refused."),
     "failovers": ("failovers", "Dispatches whose rows were sent again, or had nowhere to go."),
     "failover_pause_seconds": ("pause_s", "Time of steps that waited for such rows."),
+    "transport_reopened": ("transport_number", "Times that the transport was opened anew."),
     "stalled_request_seconds": ("stalled_s", "Time of requests that waited for an expert."),
 }
 _MAX_WORKER_SERIES = 512

@@ -77,6 +77,9 @@ class Peers:
         self._taken_off: dict[ExpertId, str] = {}
         self._faults: Counter[tuple[str, ExpertId]] = Counter()
         self._ended_sessions: set[int] = set()
+        self.transport_number = 0
+        """Counts the times that the transport was opened anew: whom a routing names, the worker
+        knows by the address of one of them."""
         self._lost: list[pb.PeerLost] = []
         self._late: list[pb.PeerLate] = []
         self._expert_faults: list[pb.ExpertFault] = []
@@ -105,6 +108,8 @@ class Peers:
     def follow(self, routing: pb.Routing) -> None:
         """Take over an epoch's peers and experts: connect what is new, close what is gone."""
         named = {peer.worker_id: peer for peer in routing.peers}
+        if routing.transport_number != self.transport_number:
+            named = {}  # it was on its way when the transport was opened anew: another one comes
         for worker_id, peer in list(self._connected.items()):
             now = named.get(worker_id)
             if now is None or now.reply_session != peer.reply_session:
@@ -147,6 +152,20 @@ class Peers:
             peer.endpoint.close()
         self._connected.clear()
         self._routes.clear()
+        self.version += 1
+
+    def reopen(self, reason: str) -> None:
+        """Have the transport opened anew, which is the fault of none of them. Nobody serves before
+        a routing comes that was made with its new address."""
+        for peer in self._connected.values():
+            peer.lost = reason
+            self.on_gone(peer)
+            peer.endpoint.close()
+        self._connected.clear()
+        self._lost.clear()
+        self._late.clear()
+        self._transport.reopen()
+        self.transport_number += 1
         self.version += 1
 
     # Who gets what.

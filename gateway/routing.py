@@ -39,7 +39,7 @@ _HEALTH_CHECKS = 2
 
 
 def routing_for(
-    plan: placement_pb2.Plan, peers: Mapping[str, engine_pb2.Peer]
+    plan: placement_pb2.Plan, peers: Mapping[str, engine_pb2.Peer], transport_number: int = 0
 ) -> engine_pb2.Routing:
     """The plan as far as ``peers``, by worker id, are connected.
 
@@ -58,6 +58,7 @@ def routing_for(
         experts=[placed for placed in experts if placed.worker_ids],
         pending=[*plan.pending, *(p.expert for p in experts if not p.worker_ids)],
         expert_shards=plan.expert_shards,
+        transport_number=transport_number,
     )
 
 
@@ -152,6 +153,8 @@ class Router:
         self._closing = asyncio.Event()
         self._examining: dict[str, asyncio.Task[None]] = {}
         self._faults: dict[ExpertId, set[str]] = {}
+        self._transport: engine_pb2.TransportReopened | None = None
+        link.on_transport_reopened = self._on_transport_reopened
         link.on_peer_lost = self._on_peer_lost
         link.on_peer_late = self._on_peer_late
         link.on_expert_fault = self._on_expert_fault
@@ -293,6 +296,7 @@ class Router:
 
     async def _connect(self, worker: placement_pb2.WorkerInfo) -> None:
         started = self._link.started.result()
+        transport = self._transport
         reply_session = self._new_session()
         expert_shards = shards_of(self._plan)
         channel = open_channel(worker.grpc_address, self._tls)
@@ -300,7 +304,7 @@ class Router:
             reply = await worker_pb2_grpc.ExpertWorkerStub(channel).Connect(
                 worker_pb2.ConnectRequest(
                     gateway_id=self._gateway_id,
-                    ucx_address=started.ucx_address,
+                    ucx_address=transport.ucx_address if transport else started.ucx_address,
                     reply_session=reply_session,
                     model_fingerprint=self._model.fingerprint,
                     hidden_size=self._model.hidden_size,
@@ -320,7 +324,11 @@ class Router:
             reply_session=reply_session,
             max_rows=reply.max_rows,
         )
-        self._connections[worker.worker_id] = Connection(worker, peer, channel, expert_shards)
+        connection = Connection(worker, peer, channel, expert_shards)
+        if transport is not self._transport:
+            self._retire(connection, epoch=0)  # it knows an address that is no more
+            return
+        self._connections[worker.worker_id] = connection
         self._unreachable.discard(worker.worker_id)
         self._attempts.pop(worker.worker_id, None)
         log.info("worker_connected", worker_id=worker.worker_id, address=worker.grpc_address)
@@ -346,6 +354,14 @@ class Router:
         connection = self._connection(lost.worker_id, lost.reply_session)
         if connection is not None:
             self._give_up(connection, lost.reason)
+
+    def _on_transport_reopened(self, reopened: engine_pb2.TransportReopened) -> None:
+        log.warning("connecting_anew", workers=len(self._connections))
+        self._transport = reopened
+        for worker_id in list(self._connections):
+            self._retire(self._connections.pop(worker_id), epoch=0)
+        self._publish()
+        self._wake_reconcile.set()
 
     def _on_peer_late(self, late: engine_pb2.PeerLate) -> None:
         connection = self._connection(late.worker_id, late.reply_session)
@@ -394,7 +410,8 @@ class Router:
         """Tell the engine, where something changed."""
         shards = shards_of(self._plan)
         peers = {w: c.peer for w, c in self._connections.items() if c.expert_shards == shards}
-        routing = routing_for(self._plan, peers)
+        number = self._transport.transport_number if self._transport else 0
+        routing = routing_for(self._plan, peers, number)
         if routing != self._routing:
             self._routing = routing
             self._missing = missing_experts(self._model, routing)

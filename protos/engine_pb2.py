@@ -26,7 +26,7 @@ from protos import inference_pb2 as protos_dot_inference__pb2
 from protos import placement_pb2 as protos_dot_placement__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/engine.proto\x12\rexpertmesh.v1\x1a\x16protos/inference.proto\x1a\x16protos/placement.proto\"\x8e\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12/\n\x08sampling\x18\x03 \x01(\x0b\x32\x1d.expertmesh.v1.SamplingParams\x12\x12\n\ndeadline_s\x18\x04 \x01(\x01\x12\x11\n\tarrival_s\x18\x05 \x01(\x01\"%\n\x0e\x43\x61ncelRequests\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"h\n\x04Peer\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bucx_address\x18\x02 \x01(\x0c\x12\x0f\n\x07session\x18\x03 \x01(\r\x12\x15\n\rreply_session\x18\x04 \x01(\r\x12\x10\n\x08max_rows\x18\x05 \x01(\r\"\xae\x01\n\x07Routing\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\"\n\x05peers\x18\x02 \x03(\x0b\x32\x13.expertmesh.v1.Peer\x12/\n\x07\x65xperts\x18\x03 \x03(\x0b\x32\x1e.expertmesh.v1.ExpertPlacement\x12\x15\n\rexpert_shards\x18\x04 \x01(\r\x12(\n\x07pending\x18\x05 \x03(\x0b\x32\x17.expertmesh.v1.ExpertId\"D\n\x08\x44ropPeer\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x15\n\rreply_session\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x19\n\x08Shutdown\x12\r\n\x05\x64rain\x18\x01 \x01(\x08\"\x18\n\x04Ping\x12\x10\n\x08sequence\x18\x01 \x01(\x04\"\x97\x02\n\x08ToEngine\x12\'\n\x06submit\x18\x01 \x01(\x0b\x32\x15.expertmesh.v1.SubmitH\x00\x12/\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x1d.expertmesh.v1.CancelRequestsH\x00\x12)\n\x07routing\x18\x03 \x01(\x0b\x32\x16.expertmesh.v1.RoutingH\x00\x12+\n\x08shutdown\x18\x04 \x01(\x0b\x32\x17.expertmesh.v1.ShutdownH\x00\x12#\n\x04ping\x18\x05 \x01(\x0b\x32\x13.expertmesh.v1.PingH\x00\x12,\n\tdrop_peer\x18\x06 \x01(\x0b\x32\x17.expertmesh.v1.DropPeerH\x00\x42\x06\n\x04\x62ody\"n\n\x07Started\x12\x13\n\x0bucx_address\x18\x01 \x01(\x0c\x12\x11\n\tkv_blocks\x18\x02 \x01(\r\x12\x15\n\rkv_block_size\x18\x03 \x01(\r\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\"\xe5\x01\n\x06Output\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x31\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1f.expertmesh.v1.PositionLogprobs\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12\x13\n\x0bstop_reason\x18\x05 \x01(\t\x12\x12\n\nerror_code\x18\x06 \x01(\t\x12\x15\n\rerror_message\x18\x07 \x01(\t\x12\x15\n\rcached_tokens\x18\x08 \x01(\r\x12\x13\n\x0bscheduled_s\x18\t \x01(\x01\"1\n\x07Outputs\x12&\n\x07outputs\x18\x01 \x03(\x0b\x32\x15.expertmesh.v1.Output\"\xba\x03\n\x0b\x45ngineStats\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x10\n\x08kv_usage\x18\x03 \x01(\x01\x12\r\n\x05steps\x18\x04 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x05 \x01(\x04\x12\x19\n\x11generation_tokens\x18\x06 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x07 \x01(\x04\x12\x16\n\x0eprefix_queries\x18\x08 \x01(\x04\x12\x13\n\x0bprefix_hits\x18\t \x01(\x04\x12\'\n\x04load\x18\n \x03(\x0b\x32\x19.expertmesh.v1.ExpertLoad\x12\x0e\n\x06step_s\x18\x0b \x01(\x01\x12\x15\n\rexpert_wait_s\x18\x0c \x01(\x01\x12\x0c\n\x04pong\x18\r \x01(\x04\x12\r\n\x05\x65poch\x18\x0e \x01(\x04\x12\x0f\n\x07refused\x18\x0f \x01(\x04\x12\x15\n\rreplayed_rows\x18\x10 \x01(\x04\x12\x11\n\tfailovers\x18\x11 \x01(\x04\x12\x0f\n\x07pause_s\x18\x12 \x01(\x01\x12(\n\x05paces\x18\x13 \x03(\x0b\x32\x19.expertmesh.v1.WorkerPace\x12\x11\n\tstalled_s\x18\x14 \x01(\x01\"D\n\x08PeerLost\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x15\n\rreply_session\x18\x03 \x01(\r\"D\n\x08PeerLate\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x15\n\rreply_session\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\"Y\n\x0b\x45xpertFault\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\'\n\x06\x65xpert\x18\x02 \x01(\x0b\x32\x17.expertmesh.v1.ExpertId\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xa7\x02\n\nFromEngine\x12)\n\x07started\x18\x01 \x01(\x0b\x32\x16.expertmesh.v1.StartedH\x00\x12)\n\x07outputs\x18\x02 \x01(\x0b\x32\x16.expertmesh.v1.OutputsH\x00\x12+\n\x05stats\x18\x03 \x01(\x0b\x32\x1a.expertmesh.v1.EngineStatsH\x00\x12,\n\tpeer_lost\x18\x04 \x01(\x0b\x32\x17.expertmesh.v1.PeerLostH\x00\x12,\n\tpeer_late\x18\x05 \x01(\x0b\x32\x17.expertmesh.v1.PeerLateH\x00\x12\x32\n\x0c\x65xpert_fault\x18\x06 \x01(\x0b\x32\x1a.expertmesh.v1.ExpertFaultH\x00\x42\x06\n\x04\x62odyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/engine.proto\x12\rexpertmesh.v1\x1a\x16protos/inference.proto\x1a\x16protos/placement.proto\"\x8e\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12/\n\x08sampling\x18\x03 \x01(\x0b\x32\x1d.expertmesh.v1.SamplingParams\x12\x12\n\ndeadline_s\x18\x04 \x01(\x01\x12\x11\n\tarrival_s\x18\x05 \x01(\x01\"%\n\x0e\x43\x61ncelRequests\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"h\n\x04Peer\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bucx_address\x18\x02 \x01(\x0c\x12\x0f\n\x07session\x18\x03 \x01(\r\x12\x15\n\rreply_session\x18\x04 \x01(\r\x12\x10\n\x08max_rows\x18\x05 \x01(\r\"\xc8\x01\n\x07Routing\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\"\n\x05peers\x18\x02 \x03(\x0b\x32\x13.expertmesh.v1.Peer\x12/\n\x07\x65xperts\x18\x03 \x03(\x0b\x32\x1e.expertmesh.v1.ExpertPlacement\x12\x15\n\rexpert_shards\x18\x04 \x01(\r\x12(\n\x07pending\x18\x05 \x03(\x0b\x32\x17.expertmesh.v1.ExpertId\x12\x18\n\x10transport_number\x18\x06 \x01(\r\"D\n\x08\x44ropPeer\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x15\n\rreply_session\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x19\n\x08Shutdown\x12\r\n\x05\x64rain\x18\x01 \x01(\x08\"\x18\n\x04Ping\x12\x10\n\x08sequence\x18\x01 \x01(\x04\"\x97\x02\n\x08ToEngine\x12\'\n\x06submit\x18\x01 \x01(\x0b\x32\x15.expertmesh.v1.SubmitH\x00\x12/\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x1d.expertmesh.v1.CancelRequestsH\x00\x12)\n\x07routing\x18\x03 \x01(\x0b\x32\x16.expertmesh.v1.RoutingH\x00\x12+\n\x08shutdown\x18\x04 \x01(\x0b\x32\x17.expertmesh.v1.ShutdownH\x00\x12#\n\x04ping\x18\x05 \x01(\x0b\x32\x13.expertmesh.v1.PingH\x00\x12,\n\tdrop_peer\x18\x06 \x01(\x0b\x32\x17.expertmesh.v1.DropPeerH\x00\x42\x06\n\x04\x62ody\"n\n\x07Started\x12\x13\n\x0bucx_address\x18\x01 \x01(\x0c\x12\x11\n\tkv_blocks\x18\x02 \x01(\r\x12\x15\n\rkv_block_size\x18\x03 \x01(\r\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\"\xe5\x01\n\x06Output\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x31\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1f.expertmesh.v1.PositionLogprobs\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12\x13\n\x0bstop_reason\x18\x05 \x01(\t\x12\x12\n\nerror_code\x18\x06 \x01(\t\x12\x15\n\rerror_message\x18\x07 \x01(\t\x12\x15\n\rcached_tokens\x18\x08 \x01(\r\x12\x13\n\x0bscheduled_s\x18\t \x01(\x01\"1\n\x07Outputs\x12&\n\x07outputs\x18\x01 \x03(\x0b\x32\x15.expertmesh.v1.Output\"\xd4\x03\n\x0b\x45ngineStats\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x10\n\x08kv_usage\x18\x03 \x01(\x01\x12\r\n\x05steps\x18\x04 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x05 \x01(\x04\x12\x19\n\x11generation_tokens\x18\x06 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x07 \x01(\x04\x12\x16\n\x0eprefix_queries\x18\x08 \x01(\x04\x12\x13\n\x0bprefix_hits\x18\t \x01(\x04\x12\'\n\x04load\x18\n \x03(\x0b\x32\x19.expertmesh.v1.ExpertLoad\x12\x0e\n\x06step_s\x18\x0b \x01(\x01\x12\x15\n\rexpert_wait_s\x18\x0c \x01(\x01\x12\x0c\n\x04pong\x18\r \x01(\x04\x12\r\n\x05\x65poch\x18\x0e \x01(\x04\x12\x0f\n\x07refused\x18\x0f \x01(\x04\x12\x15\n\rreplayed_rows\x18\x10 \x01(\x04\x12\x11\n\tfailovers\x18\x11 \x01(\x04\x12\x0f\n\x07pause_s\x18\x12 \x01(\x01\x12(\n\x05paces\x18\x13 \x03(\x0b\x32\x19.expertmesh.v1.WorkerPace\x12\x11\n\tstalled_s\x18\x14 \x01(\x01\x12\x18\n\x10transport_number\x18\x15 \x01(\r\"D\n\x08PeerLost\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x15\n\rreply_session\x18\x03 \x01(\r\"D\n\x08PeerLate\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x15\n\rreply_session\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\"Y\n\x0b\x45xpertFault\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\'\n\x06\x65xpert\x18\x02 \x01(\x0b\x32\x17.expertmesh.v1.ExpertId\x12\x0e\n\x06reason\x18\x03 \x01(\t\"B\n\x11TransportReopened\x12\x13\n\x0bucx_address\x18\x01 \x01(\x0c\x12\x18\n\x10transport_number\x18\x02 \x01(\r\"\xe7\x02\n\nFromEngine\x12)\n\x07started\x18\x01 \x01(\x0b\x32\x16.expertmesh.v1.StartedH\x00\x12)\n\x07outputs\x18\x02 \x01(\x0b\x32\x16.expertmesh.v1.OutputsH\x00\x12+\n\x05stats\x18\x03 \x01(\x0b\x32\x1a.expertmesh.v1.EngineStatsH\x00\x12,\n\tpeer_lost\x18\x04 \x01(\x0b\x32\x17.expertmesh.v1.PeerLostH\x00\x12,\n\tpeer_late\x18\x05 \x01(\x0b\x32\x17.expertmesh.v1.PeerLateH\x00\x12\x32\n\x0c\x65xpert_fault\x18\x06 \x01(\x0b\x32\x1a.expertmesh.v1.ExpertFaultH\x00\x12>\n\x12transport_reopened\x18\x07 \x01(\x0b\x32 .expertmesh.v1.TransportReopenedH\x00\x42\x06\n\x04\x62odyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,29 +40,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PEER']._serialized_start=270
   _globals['_PEER']._serialized_end=374
   _globals['_ROUTING']._serialized_start=377
-  _globals['_ROUTING']._serialized_end=551
-  _globals['_DROPPEER']._serialized_start=553
-  _globals['_DROPPEER']._serialized_end=621
-  _globals['_SHUTDOWN']._serialized_start=623
-  _globals['_SHUTDOWN']._serialized_end=648
-  _globals['_PING']._serialized_start=650
-  _globals['_PING']._serialized_end=674
-  _globals['_TOENGINE']._serialized_start=677
-  _globals['_TOENGINE']._serialized_end=956
-  _globals['_STARTED']._serialized_start=958
-  _globals['_STARTED']._serialized_end=1068
-  _globals['_OUTPUT']._serialized_start=1071
-  _globals['_OUTPUT']._serialized_end=1300
-  _globals['_OUTPUTS']._serialized_start=1302
-  _globals['_OUTPUTS']._serialized_end=1351
-  _globals['_ENGINESTATS']._serialized_start=1354
-  _globals['_ENGINESTATS']._serialized_end=1796
-  _globals['_PEERLOST']._serialized_start=1798
-  _globals['_PEERLOST']._serialized_end=1866
-  _globals['_PEERLATE']._serialized_start=1868
-  _globals['_PEERLATE']._serialized_end=1936
-  _globals['_EXPERTFAULT']._serialized_start=1938
-  _globals['_EXPERTFAULT']._serialized_end=2027
-  _globals['_FROMENGINE']._serialized_start=2030
-  _globals['_FROMENGINE']._serialized_end=2325
+  _globals['_ROUTING']._serialized_end=577
+  _globals['_DROPPEER']._serialized_start=579
+  _globals['_DROPPEER']._serialized_end=647
+  _globals['_SHUTDOWN']._serialized_start=649
+  _globals['_SHUTDOWN']._serialized_end=674
+  _globals['_PING']._serialized_start=676
+  _globals['_PING']._serialized_end=700
+  _globals['_TOENGINE']._serialized_start=703
+  _globals['_TOENGINE']._serialized_end=982
+  _globals['_STARTED']._serialized_start=984
+  _globals['_STARTED']._serialized_end=1094
+  _globals['_OUTPUT']._serialized_start=1097
+  _globals['_OUTPUT']._serialized_end=1326
+  _globals['_OUTPUTS']._serialized_start=1328
+  _globals['_OUTPUTS']._serialized_end=1377
+  _globals['_ENGINESTATS']._serialized_start=1380
+  _globals['_ENGINESTATS']._serialized_end=1848
+  _globals['_PEERLOST']._serialized_start=1850
+  _globals['_PEERLOST']._serialized_end=1918
+  _globals['_PEERLATE']._serialized_start=1920
+  _globals['_PEERLATE']._serialized_end=1988
+  _globals['_EXPERTFAULT']._serialized_start=1990
+  _globals['_EXPERTFAULT']._serialized_end=2079
+  _globals['_TRANSPORTREOPENED']._serialized_start=2081
+  _globals['_TRANSPORTREOPENED']._serialized_end=2147
+  _globals['_FROMENGINE']._serialized_start=2150
+  _globals['_FROMENGINE']._serialized_end=2509
 # @@protoc_insertion_point(module_scope)

@@ -43,18 +43,20 @@ class Peer(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., ucx_address: _Optional[bytes] = ..., session: _Optional[int] = ..., reply_session: _Optional[int] = ..., max_rows: _Optional[int] = ...) -> None: ...
 
 class Routing(_message.Message):
-    __slots__ = ("epoch", "peers", "experts", "expert_shards", "pending")
+    __slots__ = ("epoch", "peers", "experts", "expert_shards", "pending", "transport_number")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     PEERS_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     EXPERT_SHARDS_FIELD_NUMBER: _ClassVar[int]
     PENDING_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_NUMBER_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     peers: _containers.RepeatedCompositeFieldContainer[Peer]
     experts: _containers.RepeatedCompositeFieldContainer[_placement_pb2.ExpertPlacement]
     expert_shards: int
     pending: _containers.RepeatedCompositeFieldContainer[_placement_pb2.ExpertId]
-    def __init__(self, epoch: _Optional[int] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., experts: _Optional[_Iterable[_Union[_placement_pb2.ExpertPlacement, _Mapping]]] = ..., expert_shards: _Optional[int] = ..., pending: _Optional[_Iterable[_Union[_placement_pb2.ExpertId, _Mapping]]] = ...) -> None: ...
+    transport_number: int
+    def __init__(self, epoch: _Optional[int] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., experts: _Optional[_Iterable[_Union[_placement_pb2.ExpertPlacement, _Mapping]]] = ..., expert_shards: _Optional[int] = ..., pending: _Optional[_Iterable[_Union[_placement_pb2.ExpertId, _Mapping]]] = ..., transport_number: _Optional[int] = ...) -> None: ...
 
 class DropPeer(_message.Message):
     __slots__ = ("worker_id", "reply_session", "reason")
@@ -137,7 +139,7 @@ class Outputs(_message.Message):
     def __init__(self, outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ...) -> None: ...
 
 class EngineStats(_message.Message):
-    __slots__ = ("running", "waiting", "kv_usage", "steps", "prompt_tokens", "generation_tokens", "preemptions", "prefix_queries", "prefix_hits", "load", "step_s", "expert_wait_s", "pong", "epoch", "refused", "replayed_rows", "failovers", "pause_s", "paces", "stalled_s")
+    __slots__ = ("running", "waiting", "kv_usage", "steps", "prompt_tokens", "generation_tokens", "preemptions", "prefix_queries", "prefix_hits", "load", "step_s", "expert_wait_s", "pong", "epoch", "refused", "replayed_rows", "failovers", "pause_s", "paces", "stalled_s", "transport_number")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     KV_USAGE_FIELD_NUMBER: _ClassVar[int]
@@ -158,6 +160,7 @@ class EngineStats(_message.Message):
     PAUSE_S_FIELD_NUMBER: _ClassVar[int]
     PACES_FIELD_NUMBER: _ClassVar[int]
     STALLED_S_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_NUMBER_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     kv_usage: float
@@ -178,7 +181,8 @@ class EngineStats(_message.Message):
     pause_s: float
     paces: _containers.RepeatedCompositeFieldContainer[_inference_pb2.WorkerPace]
     stalled_s: float
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., load: _Optional[_Iterable[_Union[_placement_pb2.ExpertLoad, _Mapping]]] = ..., step_s: _Optional[float] = ..., expert_wait_s: _Optional[float] = ..., pong: _Optional[int] = ..., epoch: _Optional[int] = ..., refused: _Optional[int] = ..., replayed_rows: _Optional[int] = ..., failovers: _Optional[int] = ..., pause_s: _Optional[float] = ..., paces: _Optional[_Iterable[_Union[_inference_pb2.WorkerPace, _Mapping]]] = ..., stalled_s: _Optional[float] = ...) -> None: ...
+    transport_number: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., load: _Optional[_Iterable[_Union[_placement_pb2.ExpertLoad, _Mapping]]] = ..., step_s: _Optional[float] = ..., expert_wait_s: _Optional[float] = ..., pong: _Optional[int] = ..., epoch: _Optional[int] = ..., refused: _Optional[int] = ..., replayed_rows: _Optional[int] = ..., failovers: _Optional[int] = ..., pause_s: _Optional[float] = ..., paces: _Optional[_Iterable[_Union[_inference_pb2.WorkerPace, _Mapping]]] = ..., stalled_s: _Optional[float] = ..., transport_number: _Optional[int] = ...) -> None: ...
 
 class PeerLost(_message.Message):
     __slots__ = ("worker_id", "reason", "reply_session")
@@ -210,18 +214,28 @@ class ExpertFault(_message.Message):
     reason: str
     def __init__(self, worker_id: _Optional[str] = ..., expert: _Optional[_Union[_placement_pb2.ExpertId, _Mapping]] = ..., reason: _Optional[str] = ...) -> None: ...
 
+class TransportReopened(_message.Message):
+    __slots__ = ("ucx_address", "transport_number")
+    UCX_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_NUMBER_FIELD_NUMBER: _ClassVar[int]
+    ucx_address: bytes
+    transport_number: int
+    def __init__(self, ucx_address: _Optional[bytes] = ..., transport_number: _Optional[int] = ...) -> None: ...
+
 class FromEngine(_message.Message):
-    __slots__ = ("started", "outputs", "stats", "peer_lost", "peer_late", "expert_fault")
+    __slots__ = ("started", "outputs", "stats", "peer_lost", "peer_late", "expert_fault", "transport_reopened")
     STARTED_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
     PEER_LOST_FIELD_NUMBER: _ClassVar[int]
     PEER_LATE_FIELD_NUMBER: _ClassVar[int]
     EXPERT_FAULT_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_REOPENED_FIELD_NUMBER: _ClassVar[int]
     started: Started
     outputs: Outputs
     stats: EngineStats
     peer_lost: PeerLost
     peer_late: PeerLate
     expert_fault: ExpertFault
-    def __init__(self, started: _Optional[_Union[Started, _Mapping]] = ..., outputs: _Optional[_Union[Outputs, _Mapping]] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., peer_lost: _Optional[_Union[PeerLost, _Mapping]] = ..., peer_late: _Optional[_Union[PeerLate, _Mapping]] = ..., expert_fault: _Optional[_Union[ExpertFault, _Mapping]] = ...) -> None: ...
+    transport_reopened: TransportReopened
+    def __init__(self, started: _Optional[_Union[Started, _Mapping]] = ..., outputs: _Optional[_Union[Outputs, _Mapping]] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., peer_lost: _Optional[_Union[PeerLost, _Mapping]] = ..., peer_late: _Optional[_Union[PeerLate, _Mapping]] = ..., expert_fault: _Optional[_Union[ExpertFault, _Mapping]] = ..., transport_reopened: _Optional[_Union[TransportReopened, _Mapping]] = ...) -> None: ...

@@ -88,7 +88,7 @@ def connect(
     dispatcher: Dispatcher, transport: Transport, workers: Iterable[Worker], epoch: int = 1
 ) -> engine_pb2.Routing:
     """What the front does: connect to each worker, then hand the engine its routing."""
-    routing = engine_pb2.Routing(epoch=epoch)
+    routing = engine_pb2.Routing(epoch=epoch, transport_number=dispatcher.peers.transport_number)
     serving: dict[ExpertId, list[str]] = {}
     for number, worker in enumerate(workers, start=100 * epoch):
         session = worker.plane.connect("gateway", transport.address, number)

@@ -84,6 +84,8 @@ struct postbox {
     ucp_worker_h worker;
     int32_t event_fd;  /* UCX's */
     int32_t attention; /* set by whoever wants a wait to end: an endpoint died */
+    int64_t busy_since_us; /* UCX has not let us sleep since then; 0: it did when last asked */
+    int64_t doubted_us;    /* when a wait last ended for that */
     int32_t num_operations;
     int32_t num_free; /* of those, in the list that starts with first_free */
     int32_t first_free;
@@ -114,14 +116,19 @@ EXPORT int32_t postbox_exchange(postbox *box, int32_t count, const round_trip *t
                                 int32_t *operations);
 EXPORT void postbox_cancel(postbox *box, int32_t operation);
 EXPORT void postbox_cancel_receives(postbox *box, uint64_t endpoint);
+/* What is in progress ends as failed. Only for a worker that is never progressed again. */
+EXPORT void postbox_abandon(postbox *box);
 /* The caller will not ask for this operation again; its number is used anew once it is done. */
 EXPORT void postbox_release(postbox *box, int32_t operation);
 EXPORT int32_t postbox_progress(postbox *box);
 /* 1 when a message is there that no receive was posted for; `remove` takes it off the queue. */
 EXPORT int32_t postbox_probe(postbox *box, int32_t remove, arrival *found);
 EXPORT int64_t now_us(void); /* CLOCK_MONOTONIC */
+/* 1 when it is safe to sleep until UCX's descriptor is readable. */
+EXPORT int32_t postbox_arm(postbox *box);
 /* Give way once: yield for the first spin_us of idleness, then sleep until UCX has work. 0 when
- * time is up (INT64_MAX: never) or wake_fd (-1: none) has become readable. */
+ * time is up (INT64_MAX: never), wake_fd (-1: none) has become readable, or UCX has not let us
+ * sleep for so long that the owner should look into it. */
 EXPORT int32_t postbox_idle(postbox *box, int64_t idle_since_us, int32_t spin_us, int64_t until_us,
                             int32_t wake_fd);
 /* Returns when all operations are done, or anything else wants to be looked at, or time is up. */

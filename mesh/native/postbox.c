@@ -8,6 +8,7 @@
 #include <time.h>
 
 enum { MAX_OPERATIONS = 1 << 16, NONE = -1 };
+enum { NAP_AFTER_US = 100000, NAP_US = 1000, DOUBT_AFTER_US = 500000, DOUBT_EVERY_US = 100000 };
 
 postbox *postbox_new(uint64_t worker) {
     postbox *box = calloc(1, sizeof *box);
@@ -104,6 +105,11 @@ void postbox_cancel_receives(postbox *box, uint64_t endpoint) {
         if (box->operations[i].endpoint == endpoint) postbox_cancel(box, i);
 }
 
+void postbox_abandon(postbox *box) {
+    for (int32_t i = 0; i < box->num_operations; i++)
+        if (box->status[i] == IN_PROGRESS) end(&box->operations[i], UCS_ERR_CONNECTION_RESET);
+}
+
 /* ---- Posting. */
 
 int32_t postbox_send(postbox *box, uint64_t endpoint, uint64_t address, uint64_t bytes,
@@ -194,6 +200,31 @@ int64_t now_us(void) {
     return now.tv_sec * 1000000LL + now.tv_nsec / 1000;
 }
 
+int32_t postbox_arm(postbox *box) {
+    if (ucp_worker_arm(box->worker) == UCS_OK) {
+        box->busy_since_us = 0;
+        return 1;
+    }
+    if (!box->busy_since_us) box->busy_since_us = now_us();
+    return 0;
+}
+
+/* UCX has work, it says. It also says so while a peer's queue is full, even for ever where the peer
+ * died, and while one who began to write into ours does not end. */
+static int32_t give_way_to_work(postbox *box, int64_t now, int64_t idle_since_us, int32_t wake_fd) {
+    if (now - box->busy_since_us > DOUBT_AFTER_US && now - box->doubted_us > DOUBT_EVERY_US) {
+        box->doubted_us = now;
+        return 0;
+    }
+    if (now - idle_since_us < NAP_AFTER_US || now - box->busy_since_us < NAP_AFTER_US) {
+        sched_yield();
+        return 1;
+    }
+    struct pollfd wake = {wake_fd, POLLIN, 0};
+    struct timespec nap = {0, NAP_US * 1000};
+    return ppoll(&wake, 1, &nap, NULL) <= 0;
+}
+
 int32_t postbox_idle(postbox *box, int64_t idle_since_us, int32_t spin_us, int64_t until_us,
                      int32_t wake_fd) {
     int64_t now = now_us();
@@ -202,10 +233,7 @@ int32_t postbox_idle(postbox *box, int64_t idle_since_us, int32_t spin_us, int64
         sched_yield();
         return 1;
     }
-    if (ucp_worker_arm(box->worker) != UCS_OK) {
-        sched_yield();
-        return 1;
-    }
+    if (!postbox_arm(box)) return give_way_to_work(box, now, idle_since_us, wake_fd);
     struct pollfd fds[] = {{box->event_fd, POLLIN, 0}, {wake_fd, POLLIN, 0}};
     struct timespec left = {(until_us - now) / 1000000, (until_us - now) % 1000000 * 1000};
     int ready = ppoll(fds, 2, until_us == INT64_MAX ? NULL : &left, NULL);

@@ -229,11 +229,38 @@ class Transport(Protocol):
         ...
 
     def fileno(self) -> int:
-        """A descriptor that becomes readable when an armed transport has work."""
+        """A descriptor that becomes readable when an armed transport has work; always the same."""
         ...
 
     def arm(self) -> bool:
         """True when it is safe to sleep on :meth:`fileno`; False: progress first."""
         ...
 
+    def stuck_s(self) -> float:
+        """For how long nothing has come in from this host that peers sent; 0 while it does. One
+        that ends amid a message blocks the queue that all of them share, for good.
+
+        To be asked where there is nothing else to do; time in which nobody asks does not count.
+        """
+        ...
+
+    def reopen(self) -> None:
+        """Be a new transport, with another :attr:`address`, that owes nobody anything: what is
+        posted ends as failed, what was sent to it is gone, and no buffer is touched any more.
+
+        Endpoints are the caller's to close first. Not where there is an :class:`Answering`.
+        """
+        ...
+
     def close(self) -> None: ...
+
+
+def why_stuck(transport: Transport, patience_s: float) -> str | None:
+    """Why a transport has to start anew, in words; None while it has not."""
+    stuck_s = transport.stuck_s()
+    if stuck_s < patience_s:
+        return None
+    return (
+        f"for {stuck_s:.1f} s nothing has come in over shared memory: "
+        "a process of this host ended amid a message to this one"
+    )

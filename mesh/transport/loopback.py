@@ -42,6 +42,8 @@ class LoopbackRequest:
     buffer: LoopbackBuffer
     exact: bool = False
     """A message that is shorter than the buffer fails it too."""
+    begun: bool = False
+    """A part of the message is there."""
     completed: bool = False
     ended_s: float = 0.0
     error: TransportError | None = None
@@ -83,6 +85,11 @@ class Faults:
 
     drop: Callable[[int], bool] = lambda tag: False
     """Messages with these tags are lost on the way; the sender does not learn of it."""
+    begun: Callable[[int], bool] = lambda tag: False
+    """Messages with these tags never arrive whole, and not even their sender's death ends the
+    receives that they matched."""
+    stuck_s: float = 0.0
+    """Nothing is delivered while it is not 0."""
     held: Callable[[int], bool] = lambda tag: False
     """Messages with these tags are kept back until :meth:`LoopbackTransport.release`."""
 
@@ -108,6 +115,7 @@ class LoopbackEndpoint:
     def __init__(self, owner: LoopbackTransport, peer: LoopbackTransport) -> None:
         self._owner = owner
         self._peer = peer
+        self._address = peer.address
         self._open = True
         self._posted: list[LoopbackRequest] = []
 
@@ -120,7 +128,8 @@ class LoopbackEndpoint:
         """See :class:`mesh.transport.base.Endpoint`."""
         request = LoopbackRequest(tag, buffer)
         if self.alive:
-            self._peer.deliver(tag, buffer.bytes_.clone())
+            if self._peer.address == self._address:
+                self._peer.deliver(tag, buffer.bytes_.clone())
             request.finish(None)
         else:
             request.finish(None, PeerLost("the peer is gone"))
@@ -139,7 +148,7 @@ class LoopbackEndpoint:
     def fail_posted(self) -> None:
         """End what is posted, as UCX does when its keepalive finds the peer dead."""
         for request in self._posted:
-            if not request.completed:
+            if not request.completed and not request.begun:
                 request.finish(None, PeerLost("the peer is gone"))
         self._posted = []
 
@@ -191,13 +200,16 @@ class LoopbackTransport:
         with self._hub.lock:
             if self.faults.drop(tag):
                 return
-            if self.faults.held(tag):
+            if self.faults.stuck_s or self.faults.held(tag):
                 self._kept.append((tag, payload))
                 return
             for request in self._posted:
-                if request.tag == tag and not request.completed:
-                    self._posted.remove(request)
-                    request.finish(payload)
+                if request.tag == tag and not request.completed and not request.begun:
+                    if self.faults.begun(tag):
+                        request.begun = True
+                    else:
+                        self._posted.remove(request)
+                        request.finish(payload)
                     break
             else:
                 self._unexpected.append(LoopbackMessage(tag, payload))
@@ -252,7 +264,7 @@ class LoopbackTransport:
     def cancel(self, request: Any) -> None:
         """See :class:`mesh.transport.base.Transport`."""
         with self._hub.lock:
-            if not request.completed:
+            if not request.completed and not request.begun:
                 self._posted = [posted for posted in self._posted if posted is not request]
                 request.finish(None, PeerLost("cancelled"))
 
@@ -273,6 +285,22 @@ class LoopbackTransport:
         except BlockingIOError:
             return True
         return False
+
+    def stuck_s(self) -> float:
+        """As the fault says."""
+        return self.faults.stuck_s
+
+    def reopen(self) -> None:
+        """See :class:`mesh.transport.base.Transport`."""
+        with self._hub.lock:
+            for request in self._posted:
+                request.finish(None, PeerLost("the transport was opened anew"))
+            self._posted, self._kept = [], []
+            self._unexpected.clear()
+            self.faults = Faults()
+            del self._hub.transports[self.address]
+            self.address += b"+"
+            self._hub.transports[self.address] = self
 
     def close(self) -> None:
         """Nobody reaches this transport any more."""

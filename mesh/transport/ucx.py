@@ -16,8 +16,11 @@ os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
 
 import ctypes
 import struct
+import time
+import weakref
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -50,6 +53,12 @@ _UCXX_RNDV_THRESH = "8192"
 """What UCXX puts into the environment when it is imported, unless the user said something."""
 
 _CHECKSUM_BYTES = 4
+_OWN_TAG = 0xF << 60
+"""Of what a process sends itself: no :class:`mesh.wire.Kind`."""
+_MAX_REOPENED = 50
+"""What is kept of each takes some 5 MB and 12 descriptors."""
+_DOUBT_AFTER_S = 0.5
+_LOOK_INTERVAL_S = 0.1
 # Of ucs_status_t.
 _TRUNCATED = -9
 _CONNECTION_RESET = -25
@@ -62,6 +71,15 @@ _TRIP_BYTES = ctypes.sizeof(native.RoundTrip)
 _send = native.short.postbox_send
 _receive = native.short.postbox_receive
 _release = native.short.postbox_release
+
+
+def _keep(thing: object) -> None:
+    """For ever: what UCXX does at its end would wait for messages that never come whole."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+def _let_go(thing: object) -> None:
+    ctypes.pythonapi.Py_DecRef(ctypes.py_object(thing))
 
 
 def _checksum(address: bytes) -> bytes:
@@ -104,6 +122,10 @@ class UcxRequest:
     def ended_s(self) -> float:
         """See :class:`mesh.transport.base.Request`."""
         return float(self._postbox.ended_us[self.number]) / 1e6
+
+    def cancel(self) -> None:
+        """See :meth:`mesh.transport.base.Transport.cancel`."""
+        native.short.postbox_cancel(self._postbox.pointer, self.number)
 
     def __del__(self) -> None:
         # Where both go in one collection of garbage, the postbox may have gone first.
@@ -164,7 +186,7 @@ class UcxMessage:
 class UcxEndpoint:
     """One peer, by its worker address."""
 
-    def __init__(self, postbox: _Postbox, address: bytes) -> None:
+    def __init__(self, postbox: _Postbox, address: bytes, *, watched: bool = True) -> None:
         self._postbox = postbox
         self.alive = True
         """False once the peer was reported dead or the endpoint was closed."""
@@ -173,7 +195,7 @@ class UcxEndpoint:
             raise PeerLost("UCX cannot reach the peer: what it sent is no worker address")
         try:
             self._endpoint = UCXEndpoint.create_from_worker_address(
-                postbox.worker, UCXAddress.create_from_buffer(raw), True
+                postbox.worker, UCXAddress.create_from_buffer(raw), watched
             )
         except UCXError as error:
             raise PeerLost(
@@ -215,6 +237,46 @@ class UcxEndpoint:
         self.alive = False
         native.short.postbox_cancel_receives(self._postbox.pointer, self.handle)
         self._endpoint.close_blocking()
+
+
+class _Lookout:
+    """Tells whether shared memory is blocked: sends its own process a message that way.
+
+    UCX says "busy", which it says for other reasons too: our own sends wait while a peer's queue
+    is full, and it may say so for ever where that peer died.
+    """
+
+    def __init__(self, postbox: _Postbox, address: bytes) -> None:
+        self._postbox = postbox
+        context = UCXContext({"TLS": "sm"}, feature_flags=(Feature.TAG, Feature.WAKEUP))
+        self._sender = _Postbox(UCXWorker(context))
+        _keep(self._sender.worker)
+        self._endpoint: UcxEndpoint | None = None
+        self._sent: list[Any] = []
+        with suppress(PeerLost):  # where the user has us use no shared memory
+            self._endpoint = UcxEndpoint(self._sender, address, watched=False)
+            _keep(self._endpoint)
+        self._buffers = [UcxBuffer(torch.zeros(1, dtype=torch.uint8)) for _ in range(2)]
+        self._awaited_s = 0.0
+
+    def look(self, since_s: float) -> float:
+        """For how long our message has been awaited, now that ``since_s`` have passed; it is sent
+        with the first look. 0 when it came: send another."""
+        if self._endpoint is None:
+            return 0.0
+        if not self._sent:
+            number = _receive(self._postbox.pointer, 0, self._buffers[0].address, 1, _OWN_TAG)
+            self._sent = [
+                UcxRequest(self._postbox, number),
+                self._endpoint.send(self._buffers[1], _OWN_TAG),
+            ]
+        else:
+            self._awaited_s += since_s
+        native.short.postbox_progress(self._sender.pointer)
+        if self._sent[0].completed:
+            self._sent.clear()
+            self._awaited_s = 0.0
+        return self._awaited_s
 
 
 class UcxAnswering:
@@ -320,15 +382,25 @@ class UcxAsking:
     """See :class:`mesh.transport.base.Asking`."""
 
     def __init__(self, postbox: _Postbox, device: ReplayDevice) -> None:
-        self._postbox = postbox
         self._device = device
-        self._pointer = native.short.asking_new(postbox.pointer, device.handle)
+        self._pointer: int | None = None
+        self.follow(postbox)
+
+    def follow(self, postbox: _Postbox) -> None:
+        """Ask by this one from here on, when nothing is away."""
+        self._free()
+        self._postbox = postbox
+        self._pointer = native.short.asking_new(postbox.pointer, self._device.handle)
         if not self._pointer:
             raise TransportError("there is no memory to ask from")
 
     def __del__(self) -> None:
+        self._free()
+
+    def _free(self) -> None:
         if self._pointer:
             native.short.asking_free(self._pointer)
+            self._pointer = None
 
     @property
     def num_deaths(self) -> int:
@@ -372,14 +444,26 @@ class UcxTransport:
         settings = _DEFAULTS | (_CUDA_DEFAULTS if cuda else {})
         for name, value in (settings | {"KEEPALIVE_INTERVAL": f"{keepalive_ms}ms"}).items():
             os.environ.setdefault(f"UCX_{name}", value)
-        self._context = UCXContext(feature_flags=(Feature.TAG, Feature.WAKEUP))
-        self._worker = UCXWorker(self._context)
-        self._worker.init_blocking_progress_mode()
-        self.arm = self._worker.arm
-        self._postbox = _Postbox(self._worker)
+        self._num_reopened = 0
+        self._asking: UcxAsking | None = None
+        self._closed = False
+        self._open()
+        # A number of our own: whoever waits for it need not hear of another worker.
+        self._descriptor = os.dup(self._worker.epoll_file_descriptor)
+        weakref.finalize(self, os.close, self._descriptor)
         self._found = native.Arrival()
         self._trips = (native.RoundTrip * _MAX_TRIPS)()
         self._numbers = (ctypes.c_int32 * (2 * _MAX_TRIPS))()
+
+    def _open(self) -> None:
+        self._lookout: _Lookout | None = None
+        self._looked_s = 0.0
+        self._stuck_s = 0.0
+        context = UCXContext(feature_flags=(Feature.TAG, Feature.WAKEUP))
+        self._worker = UCXWorker(context)
+        _keep(self._worker)
+        self._worker.init_blocking_progress_mode()
+        self._postbox = _Postbox(self._worker)
 
     @property
     def address(self) -> bytes:
@@ -465,7 +549,7 @@ class UcxTransport:
     def cancel(self, request: Any) -> None:
         """See :class:`mesh.transport.base.Transport`."""
         if request.number >= 0:
-            native.short.postbox_cancel(self._postbox.pointer, request.number)
+            request.cancel()
 
     def probe(self) -> UcxMessage | None:
         """See :class:`mesh.transport.base.Transport`."""
@@ -481,14 +565,56 @@ class UcxTransport:
 
     def asking(self, device: ReplayDevice) -> UcxAsking:
         """See :class:`mesh.transport.base.Transport`."""
-        return UcxAsking(self._postbox, device)
+        self._asking = UcxAsking(self._postbox, device)
+        return self._asking
 
     def fileno(self) -> int:
         """UCX's event descriptor."""
-        return int(self._worker.epoll_file_descriptor)
+        return self._descriptor
+
+    def arm(self) -> bool:
+        """See :class:`mesh.transport.base.Transport`."""
+        return bool(native.short.postbox_arm(self._postbox.pointer))
+
+    def stuck_s(self) -> float:
+        """See :class:`mesh.transport.base.Transport`."""
+        now_s = time.monotonic()
+        since_s = now_s - self._looked_s
+        if since_s < _LOOK_INTERVAL_S:
+            return self._stuck_s
+        self._looked_s = now_s
+        self._stuck_s = 0.0
+        if not self.arm() and now_s - self._postbox.record.busy_since_us / 1e6 > _DOUBT_AFTER_S:
+            if self._lookout is None:
+                self._lookout = _Lookout(self._postbox, self.address)
+            self._stuck_s = self._lookout.look(min(since_s, 2 * _LOOK_INTERVAL_S))
+        return self._stuck_s
+
+    def reopen(self) -> None:
+        """See :class:`mesh.transport.base.Transport`.
+
+        The worker from before is kept and never progressed again, without which UCX copies
+        nothing; with RDMA and CUDA it reads what it receives, and what it was reading ends in the
+        turns that it gets here. Raises TransportError past a fixed number of times.
+        """
+        if self._num_reopened == _MAX_REOPENED:
+            raise TransportError(f"UCX was opened anew {_MAX_REOPENED} times; restart the process")
+        self._num_reopened += 1
+        self._turn()
+        native.short.postbox_abandon(self._postbox.pointer)
+        self._open()
+        if self._asking is not None:
+            self._asking.follow(self._postbox)
+        os.dup2(self._worker.epoll_file_descriptor, self._descriptor, inheritable=False)
 
     def close(self) -> None:
         """Endpoints are the caller's to close first."""
+        self._turn()
+        if self._lookout is None and not self._closed:
+            self._closed = True
+            _let_go(self._worker)
+
+    def _turn(self) -> None:
         for _ in range(1000):
             if not self._worker.progress():
                 break

@@ -20,6 +20,8 @@ from mesh.transport.base import Transport
 SPIN_S = {"cuda": 1.0, "cpu": 0.0}
 """By device type. A GPU that had work lately polls for more; a CPU core has better to do."""
 
+_NAP_AFTER_S = 0.1
+_NAP_S = 0.001
 REPLY_SPIN_S = {"cuda": 1.0, "cpu": 0.002}
 """How long a gateway polls for the replies of a layer, yielding its core to the workers that
 make them. Asleep, it would be woken by each reply."""
@@ -78,3 +80,6 @@ class Waiter:
             return
         if self._transport.arm():
             self._poll.poll(None if timeout_s is None else timeout_s * 1000)
+        elif now - self._idle_since > _NAP_AFTER_S:
+            # A transport that cannot let go of a peer says for ever that it has work.
+            time.sleep(_NAP_S)

@@ -220,6 +220,29 @@ async def test_a_lost_peer_is_routed_around_at_once_and_connected_anew() -> None
         assert second.reply_session != first.reply_session
 
 
+async def test_an_engine_with_another_transport_is_connected_anew_to_all() -> None:
+    async with running_mesh() as mesh:
+        first, second = mesh.workers
+        second.answering.clear()
+        mesh.plan(("w0",), ("w1",))
+        assert await mesh.routed() == {}
+        assert await mesh.routed() == {0: ["w0"]}
+        for worker in mesh.workers:
+            assert (await worker.connects.get()).ucx_address == b"engine"
+        # The second has not answered to the address that is no more.
+        reopened = engine_pb2.TransportReopened(ucx_address=b"another", transport_number=1)
+        mesh.engine.send(engine_pb2.FromEngine(transport_reopened=reopened))
+        assert await mesh.routed() == {}
+        assert await mesh.routed() == {0: ["w0"]}
+        assert (await first.connects.get()).ucx_address == b"another"
+        second.answering.set()
+        assert (await second.disconnects.get()).session == 1
+        assert (await second.connects.get()).ucx_address == b"another"
+        routing = await mesh.engine.routings.get()
+        assert [peer.worker_id for peer in routing.peers] == ["w0", "w1"]
+        assert routing.transport_number == 1
+
+
 async def test_a_worker_that_left_the_plan_gets_its_session_back_after_the_takeover() -> None:
     async with running_mesh() as mesh:
         mesh.plan(("w0",), ("w1",))

@@ -518,6 +518,72 @@ class Rogue:
         pass
 
 
+def test_a_gateway_to_which_nothing_comes_any_more_opens_its_transport_anew(rig: Rig) -> None:
+    rig.worker("w", 0, 1, 2, 3)
+    before = rig.connect()
+    rig.transport.faults.stuck_s = 6.0
+    rig.run(8)
+    assert len(rig.dispatcher.void_rows()) == 8
+    (why, *_) = rig.dispatcher.void_rows().values()
+    assert why.coming
+    assert "shared memory" in str(why)
+    # The worker is not lost: who it was connected by is.
+    assert rig.dispatcher.peers.take_lost() == []
+    assert rig.dispatcher.peers.transport_number == 1
+    rig.dispatcher.set_routing(before)  # it was on its way
+    assert len(rig.dispatcher.peers) == 0
+    rig.connect(epoch=2)
+    got, want = rig.run(8)
+    torch.testing.assert_close(got, want)
+    assert rig.dispatcher.void_rows() == {}
+    assert rig.num_frames_held == 0
+
+
+def test_an_idle_gateway_opens_a_broken_transport_anew_too(rig: Rig) -> None:
+    rig.worker("w", 0, 1, 2, 3)
+    rig.connect()
+    rig.dispatcher.poll()
+    assert rig.dispatcher.peers.transport_number == 0
+    rig.transport.faults.stuck_s = 6.0
+    rig.dispatcher.poll()
+    assert rig.dispatcher.peers.transport_number == 1
+
+
+@pytest.mark.parametrize("with_replica", [False, True])
+def test_rows_of_a_worker_that_died_amid_its_answer_are_not_waited_for(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, with_replica: bool
+) -> None:
+    monkeypatch.setattr("gateway.dispatch._LET_GO_S", 0.1)
+    rig.worker("dying", 0, 1, 2, 3)
+    if with_replica:
+        rig.worker("other", 0, 1, 2, 3)
+    rig.connect()
+    session = rig.dispatcher.peers["dying"].reply_session
+
+    def die(tag: int) -> bool:
+        if wire.decode(tag).session == session:
+            rig.transports["dying"].dead = True
+            return True
+        return False
+
+    rig.transport.faults.begun = die
+    got, want = rig.run(32)
+    assert rig.transports["dying"].dead
+    if with_replica:
+        torch.testing.assert_close(got, want)
+    else:
+        assert len(rig.dispatcher.void_rows()) == 32
+    until_s = time.monotonic() + 5
+    while not rig.dispatcher.peers.transport_number and time.monotonic() < until_s:
+        rig.dispatcher.poll()
+    assert rig.dispatcher.peers.transport_number == 1
+    rig.workers = [rig.worker("new", 0, 1, 2, 3)]
+    rig.connect(epoch=2)
+    got, want = rig.run(32)
+    torch.testing.assert_close(got, want)
+    assert rig.num_frames_held == 0
+
+
 def test_a_worker_that_answers_with_garbage_is_taken_off_and_reported(rig: Rig) -> None:
     gateway = rig.transport
 
