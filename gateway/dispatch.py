@@ -371,7 +371,7 @@ class Dispatcher:
 
     def leave(self, placed: Placed, graph: Graph) -> None:
         """Launch the graph that placed the rows, and send them."""
-        seat = placed.seat
+        seat, placed.pending = placed.seat, None
         self._note_look()
         if seat is None:
             graph.replay()

@@ -407,10 +407,57 @@ def test_what_a_broken_step_left_away_does_not_leak(rig: Rig) -> None:
     rig.connect()
     for seed in range(50):
         rig.dispatcher.begin_step(2)
+        x_TD, ids_TK, weights_TK = random_step(7, seed=seed)
         for micro_batch in (0, 1):
-            assert rig.layer(7, LAYER, micro_batch).leave(*random_step(7, seed=seed))
-    got, want = rig.run(9)
-    torch.testing.assert_close(got, want)
+            one = rig.layer(7, LAYER, micro_batch)
+            assert one.leave(x_TD, ids_TK, weights_TK)
+    rig.workers[1].plane.drain(timeout_s=1.0)
+    for _ in range(2):  # what its rows left by in the end, nobody has
+        rig.dispatcher.begin_step(1)
+        one.leave(x_TD, torch.full_like(ids_TK, 3), weights_TK)
+    assert one.placed.pending is not None
+    for num_tokens in (7, 9):
+        x_TD, ids_TK, weights_TK = random_step(num_tokens)
+        one, step = rig.layer(num_tokens), (x_TD, ids_TK.clamp(max=2), weights_TK)
+        rig.dispatcher.begin_step(1)
+        assert one.leave(*step)
+        torch.testing.assert_close(one.come_back(), expected(LAYER, *step))
+    rig.settle()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_transport_that_is_opened_anew_voids_what_is_away_and_seats_ask_by_it(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold = threading.Event()
+
+    def load(expert: ExpertId) -> Callable[[torch.Tensor], torch.Tensor]:
+        def run(x_RD: torch.Tensor) -> torch.Tensor:
+            hold.wait(20)
+            return x_RD * factor_of(expert)
+
+        return run
+
+    rig.worker("all", 0, 1, 2, 3, load=load)
+    rig.connect()
+    reasons = ["blocked"]
+    monkeypatch.setattr("gateway.dispatch.why_stuck", lambda *_: reasons.pop() if reasons else None)
+    ones = [rig.layer(3, LAYER, micro_batch) for micro_batch in (0, 1)]
+    rig.dispatcher.begin_step(2)
+    for one in ones:
+        assert one.leave(*random_step(3))
+    for one in ones:
+        one.come_back()
+    assert reasons == []
+    assert set(rig.dispatcher.void_rows()) == {(n, row) for n in (0, 1) for row in range(3)}
+    rig.run(3)  # nobody is asked before the front has connected anew
+    assert len(rig.dispatcher.void_rows()) == 3
+    hold.set()
+    rig.connect(epoch=2)
+    for seed in range(3):
+        got, want = rig.run(3, seed)
+        torch.testing.assert_close(got, want)
+    assert rig.left == [False, True, True, True]
     rig.settle()
 
 
