@@ -412,7 +412,8 @@ def test_what_a_broken_step_left_away_does_not_leak(rig: Rig) -> None:
             one = rig.layer(7, LAYER, micro_batch)
             assert one.leave(x_TD, ids_TK, weights_TK)
     rig.workers[1].plane.drain(timeout_s=1.0)
-    for _ in range(2):  # what its rows left by in the end, nobody has
+    one = rig.layer(7)
+    for _ in range(2):  # refused, and then nobody's
         rig.dispatcher.begin_step(1)
         one.leave(x_TD, torch.full_like(ids_TK, 3), weights_TK)
     assert one.placed.pending is not None
@@ -426,8 +427,9 @@ def test_what_a_broken_step_left_away_does_not_leak(rig: Rig) -> None:
 
 
 @pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("num_away", [1, 2])
 def test_a_transport_that_is_opened_anew_voids_what_is_away_and_seats_ask_by_it(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, num_away: int
 ) -> None:
     hold = threading.Event()
 
@@ -440,24 +442,33 @@ def test_a_transport_that_is_opened_anew_voids_what_is_away_and_seats_ask_by_it(
 
     rig.worker("all", 0, 1, 2, 3, load=load)
     rig.connect()
+    hold.set()
+    other = rig.layer(3, LAYERS[1], micro_batch=1)
+    rig.dispatcher.begin_step(1)
+    assert other.leave(*random_step(3))
+    other.come_back()
+    hold.clear()
     reasons = ["blocked"]
     monkeypatch.setattr("gateway.dispatch.why_stuck", lambda *_: reasons.pop() if reasons else None)
-    ones = [rig.layer(3, LAYER, micro_batch) for micro_batch in (0, 1)]
-    rig.dispatcher.begin_step(2)
+    ones = [rig.layer(3, LAYER, micro_batch) for micro_batch in range(num_away)]
+    rig.dispatcher.begin_step(num_away)
     for one in ones:
         assert one.leave(*random_step(3))
     for one in ones:
         one.come_back()
     assert reasons == []
-    assert set(rig.dispatcher.void_rows()) == {(n, row) for n in (0, 1) for row in range(3)}
-    rig.run(3)  # nobody is asked before the front has connected anew
+    assert len(rig.dispatcher.void_rows()) == 3 * num_away
+    # Nobody is asked before the front has connected anew, nor by seats that had nothing away.
+    rig.dispatcher.begin_step(1)
+    assert not other.leave(*random_step(3))
+    other.come_back()
     assert len(rig.dispatcher.void_rows()) == 3
     hold.set()
     rig.connect(epoch=2)
     for seed in range(3):
         got, want = rig.run(3, seed)
         torch.testing.assert_close(got, want)
-    assert rig.left == [False, True, True, True]
+    assert rig.left == [True, True, True]
     rig.settle()
 
 
