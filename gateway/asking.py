@@ -28,8 +28,8 @@ from mesh import native, wire
 from mesh.plan import ExpertId
 from mesh.transport.base import Asking, Request
 
-MAX_ROWS = 2048
-"""Of a seat: up to here, comparing every pair of rows is quicker than a sort."""
+MAX_ROWS = 8192
+"""Of a seat: up to here, comparing every pair of rows takes little beside their experts."""
 _PICK_EVERY = 64
 """After so many uses replicas are picked again; more where there are more, for what that takes."""
 _OBSERVE_EVERY = 16
@@ -190,6 +190,8 @@ class Asks:
         self._past: list[Seat] = []
         """Whose rows are still to be counted."""
         self._held: dict[tuple[int, Peer], _Held] = {}
+        self._away: dict[int, Seat] = {}
+        """By micro-batch."""
         self._num_deaths = 0
 
     def seat(self, micro_batch: int, layer: int, num_experts: int, num_rows: int) -> Seat | None:
@@ -204,24 +206,48 @@ class Asks:
             self._seats[micro_batch, layer] = seat
         return seat
 
-    def leave(self, seat: Seat, graph: int) -> bool:
-        """Launch a seat's graph (``CUgraphExec``) and send its rows; False, with nothing sent,
-        where they do not fit the plan. Raises MeshError when the device failed."""
+    def prepare(self, seat: Seat) -> None:
+        """Have its tables say what holds now: before its rows are placed."""
         if self._asking.num_deaths != self._num_deaths:
             self._num_deaths = self._asking.num_deaths
             self._peers.lose_dead()
         seat.num_uses += 1
         if seat.version != self._peers.version or seat.picks_again:
             self._plan(seat)
-        return self._asking.leave(seat.record, graph)
 
-    def wait(self, seat: Seat, awake_since_s: float) -> bool:
-        """Until all of a seat is back; False where that takes more than to wait, and it is to
-        :meth:`surrender`. What was sent before ``awake_since_s`` says nothing of a worker."""
-        if not self._asking.wait(
-            seat.record, spin_s=self._spin_s, timeout_s=balance.MIN_PATIENCE_S
-        ):
-            return False
+    def leave(self, seat: Seat, graph: int) -> bool:
+        """Launch the graph (``CUgraphExec``) that places the rows of a seat, which is prepared, and
+        send them; 0 where they were placed already. False, with nothing sent, where they do not
+        fit the plan. Raises MeshError when the device failed."""
+        left = self._asking.leave(seat.record, graph)
+        if left:
+            self._away[seat.micro_batch] = seat
+        return left
+
+    def wait(
+        self, seat: Seat, awake_since_s: float, then: Seat | None = None, graph: int = 0
+    ) -> tuple[bool, bool]:
+        """Until all of a seat is back. It is not where that takes more than to wait, and it is to
+        :meth:`surrender`. What was sent before ``awake_since_s`` says nothing of a worker.
+
+        With a graph, that is launched as soon as all is back, and its seat leaves, if it has one:
+        whether it did, is the second.
+        """
+        back, left = self._asking.wait(
+            seat.record,
+            spin_s=self._spin_s,
+            timeout_s=balance.MIN_PATIENCE_S,
+            then=None if then is None else then.record,
+            graph=graph,
+        )
+        if back:
+            del self._away[seat.micro_batch]
+            self._note_answers(seat, awake_since_s)
+        if left and then is not None:
+            self._away[then.micro_batch] = then
+        return back, left
+
+    def _note_answers(self, seat: Seat, awake_since_s: float) -> None:
         sent_s = seat.record.sent_us / 1e6
         if seat.num_uses % _OBSERVE_EVERY == 1 and sent_s >= awake_since_s:
             for _, peer, ask in seat.away():
@@ -232,10 +258,10 @@ class Asks:
         if seat.version != self._peers.version:
             for group, peer, _ in seat.away():
                 self._peers.answered(peer, [run.expert for run in seat.runs(group, 0)])
-        return True
 
     def surrender(self, seat: Seat) -> list[Away]:
         """What a seat has away, which is the caller's from here on, with all that it holds."""
+        del self._away[seat.micro_batch]
         sent_s = seat.record.sent_us / 1e6
         found = []
         for group, peer, ask in seat.away():
@@ -265,8 +291,9 @@ class Asks:
 
     def _plan(self, seat: Seat) -> None:
         """Lay out who is asked for what, as long as nothing is held against anybody."""
-        for key in [key for key in self._held if key[0] == seat.micro_batch and key[1].lost]:
-            self._release(key[1], self._held.pop(key))
+        if seat.micro_batch not in self._away:
+            for key in [key for key in self._held if key[0] == seat.micro_batch and key[1].lost]:
+                self._release(key[1], self._held.pop(key))
         if seat.version != self._peers.version:
             seat.version = self._peers.version
             seat.num_shared = self._peers.num_shared(seat.layer, seat.num_experts)
