@@ -491,7 +491,7 @@ class Dispatcher:
         reason = self._why_broken(messages)
         if reason is None:
             return False
-        log.error("transport_reopened", reason=reason, workers=len(self.peers))
+        log.warning("transport_reopened", reason=reason, workers=len(self.peers))
         self.peers.reopen(reason)
         return True
 
