@@ -277,7 +277,7 @@ class Step:
         self._graphs = [self._captured(n) for n in range(len(micro_batches))]
 
     def _captured(self, micro_batch: int) -> Any:
-        """The sort, what it makes, and the sum; None where they are launched one by one."""
+        """What lays the rows out, and the sum; None where they are launched one by one."""
         import torch
 
         x_TD, ids_TK, weights_TK = self._micro_batches[micro_batch]
@@ -288,40 +288,37 @@ class Step:
         dispatcher = self._dispatcher
         made: dict[str, Any] = {}
 
-        def prepare() -> None:
-            made["prepared"] = dispatcher.prepare(micro_batch, ids_TK, weights_TK)
-
-        def scatter() -> None:
-            made["prepared"].laid.launch(x_TD, dispatcher.arenas[0])
+        def place() -> None:
+            made["placed"] = dispatcher.place(0, micro_batch, x_TD, ids_TK, weights_TK)
 
         def combine() -> None:
-            laid = made["prepared"].laid
-            made["y"] = dispatcher.layout.combine(dispatcher.arenas[1], laid.rows_TK, weights_TK)
+            placed = made["placed"]
+            made["y"] = dispatcher.layout.combine(
+                dispatcher.arenas[1], placed.rows_TK, placed.weights_TK
+            )
 
         stream = torch.cuda.Stream(x_TD.device)
         torch.cuda.synchronize(x_TD.device)
         with torch.cuda.stream(stream):
-            for run in (prepare, scatter, combine):
+            for run in (place, combine):
                 run()
             stream.synchronize()
-            sort = capture(prepare)
-            made["prepared"].laid.scatter_graph = capture(scatter)
-            return sort, made["prepared"], capture(combine), made["y"]
+            graph = capture(place)
+            return graph, made["placed"], capture(combine), made["y"]
 
     def _leave(self, micro_batch: int) -> Any:
         graphs = self._graphs[micro_batch]
-        batch = self._micro_batches[micro_batch]
         if graphs is None:
-            return self._dispatcher.dispatch(0, *batch)
-        graphs[0].replay()
-        return self._dispatcher.send(0, batch[0], graphs[1])
+            return self._dispatcher.dispatch(0, *self._micro_batches[micro_batch])
+        self._dispatcher.leave(graphs[1], graphs[0])
+        return graphs[1]
 
-    def _return(self, micro_batch: int, pending: Any) -> torch.Tensor:
+    def _return(self, micro_batch: int, away: Any) -> torch.Tensor:
         graphs = self._graphs[micro_batch]
         if graphs is None:
-            y_TD: torch.Tensor = pending.combine()
+            y_TD: torch.Tensor = away.combine()
             return y_TD
-        self._dispatcher.wait(pending)
+        self._dispatcher.come_back(away)
         graphs[2].replay()
         y_TD = graphs[3]
         return y_TD
@@ -330,7 +327,7 @@ class Step:
         """All away, all back."""
         self._dispatcher.begin_step(len(self._micro_batches))
         away = [self._leave(n) for n in range(len(self._micro_batches))]
-        return [self._return(n, pending) for n, pending in enumerate(away)]
+        return [self._return(n, one) for n, one in enumerate(away)]
 
     def run_on(self) -> None:
         """Each micro-batch comes back and leaves again, while the others are under way."""
@@ -343,8 +340,8 @@ class Step:
 
     def land(self) -> None:
         """Bring back what is away."""
-        for n, pending in enumerate(self._away):
-            self._return(n, pending)
+        for n, one in enumerate(self._away):
+            self._return(n, one)
         self._away = []
 
 

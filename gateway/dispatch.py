@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Protocol
 
 import numpy as np
 import structlog
 import torch
 
-from gateway.frames import Frames
-from gateway.layout import CpuLayout, IntArray, Layout, Sorted
+from gateway.asking import Asks, Seat
+from gateway.frames import Frames, Run
+from gateway.layout import CpuLayout, IntArray, Layout
 from gateway.lending import Lending
 from gateway.peers import Peer, Peers
 from mesh import wire
@@ -50,20 +51,12 @@ _STOPPED_S = 1.0
 """Who has not looked for so long was stopped, or busy: that time says nothing of the workers."""
 
 
-class _Run(NamedTuple):
-    """Neighbouring rows of one expert in the arenas: ``num_rows`` from row ``start``."""
-
-    expert: ExpertId
-    start: int
-    num_rows: int
-
-
 @dataclass(eq=False, slots=True)
 class _Message:
     """One dispatch on its way: the runs in it, where it went, and what is posted for it."""
 
     peer: Peer
-    runs: tuple[_Run, ...]
+    runs: tuple[Run, ...]
     slot: int
     sent: Request
     reply: Request
@@ -119,13 +112,33 @@ class Pending:
         return self.dispatcher.combine(self)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Rows that are in order of expert, on their way to :meth:`Dispatcher.send`."""
+class Graph(Protocol):
+    """A captured graph; see :class:`torch.cuda.CUDAGraph`."""
 
+    def replay(self) -> None: ...
+
+    def raw_cuda_graph_exec(self) -> int: ...
+
+
+@dataclass(eq=False)
+class Placed:
+    """The rows of one layer as a graph lays them out, whenever it is launched.
+
+    Graphs know these tensors: they stay alive, and where they are, as long as this.
+    """
+
+    layer: int
     micro_batch: int
-    laid: Sorted
+    x_TD: torch.Tensor
+    ids_TK: torch.Tensor
     weights_TK: torch.Tensor
+    rows_TK: torch.Tensor
+    """Where each row comes back in the reply arena, once it has; -1 for none."""
+    seat: Seat | None
+    handle: int = 0
+    """Of the graph, for the seat."""
+    pending: Pending | None = None
+    """Its rows that are away, where not by the seat."""
 
 
 class Dispatcher:
@@ -172,17 +185,22 @@ class Dispatcher:
         self.layout: Layout = CpuLayout()
         self.arena_version = 0
         """Counts the times that :attr:`arenas` or :attr:`layout` were replaced."""
-        self._lending = self._lender()
+        self._asks: Asks | None = None
+        self._asked: dict[Placed, Seat] = {}
+        """What is away by its seat."""
+        self._lending: Lending | None = None
         self._num_moves = 0
         self._looked_s = self._awake_since_s = time.monotonic()
         self._shards = 0
+        self._rows_by_expert: Counter[ExpertId] = Counter()
         self._cut(shards=1)
+        if device.type == "cuda":
+            self._use_driver(device)
         self._allocate(max_rows=wire.MAX_ROWS)
         self.on_late: Callable[[], None] = lambda: None
         """Called over and over while a step waits for rows that are late: a chance to pass on
         whom the :attr:`peers` are late of, and to drop them."""
         self.epoch = 0
-        self.rows_by_expert: Counter[ExpertId] = Counter()
         self.refused = 0
         self.replayed_rows = 0
         self.failovers = 0
@@ -194,6 +212,8 @@ class Dispatcher:
     def set_routing(self, routing: pb.Routing) -> None:
         """Take over an epoch's peers and experts: connect what is new, close what is gone."""
         self._settle()
+        if self._asks is not None:
+            self._asks.give_back()
         self.peers.follow(routing)
         self._cut(max(1, routing.expert_shards))
         self._allocate(
@@ -212,6 +232,8 @@ class Dispatcher:
 
     def _settle(self) -> None:
         """Take back the rows that a step left away which failed, and what else has ended."""
+        while self._asked:
+            self._surrender(*self._asked.popitem())
         for pending in self._away:
             while pending.messages:
                 self._wait_once(pending)
@@ -244,6 +266,14 @@ class Dispatcher:
             self._heal([abandoned.message for abandoned in self._abandoned])
         return moved
 
+    @property
+    def rows_by_expert(self) -> Mapping[ExpertId, int]:
+        """Rows that each expert was sent since the start."""
+        if self._asks is not None:
+            for expert, num_rows in self._asks.take_rows():
+                self._rows_by_expert[expert] += num_rows
+        return self._rows_by_expert
+
     def close(self) -> None:
         """End every endpoint."""
         self.peers.close()
@@ -260,22 +290,23 @@ class Dispatcher:
         self, layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> Pending:
         """See :class:`gateway.model.batch.Experts`."""
-        return self.send(layer, x_TD, self.prepare(self._micro_batch(layer), ids_TK, weights_TK))
+        return self._send(layer, self._micro_batch(layer), x_TD, *self._units(ids_TK, weights_TK))
 
-    def prepare(self, micro_batch: int, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> Prepared:
-        """The part of a dispatch that the device does for itself: a graph may hold it."""
-        ids_TK, weights_TK = self._units(ids_TK, weights_TK)
-        laid = self.layout.sort(micro_batch, ids_TK, self._num_units)
-        return Prepared(micro_batch, laid, weights_TK)
-
-    def send(self, layer: int, x_TD: torch.Tensor, prepared: Prepared) -> Pending:
-        """The part for which the host must know what goes where."""
-        pending = Pending(self, prepared.micro_batch, prepared.weights_TK)
+    def _send(
+        self,
+        layer: int,
+        micro_batch: int,
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+    ) -> Pending:
+        pending = Pending(self, micro_batch, weights_TK)
         self._calls[layer] += 1
         self._away.append(pending)
+        laid = self.layout.sort(micro_batch, ids_TK, self._num_units)
         messages = [
             (peer, runs)
-            for peer, counts in self.peers.group(layer, prepared.laid.counts()).items()
+            for peer, counts in self.peers.group(layer, laid.counts()).items()
             for runs in self._place(pending, counts)
         ]
         headers: dict[int, IntArray] = {
@@ -283,7 +314,7 @@ class Dispatcher:
             for _, runs in messages
             if len(runs) > 1
         }
-        pending.rows_TK = prepared.laid.scatter(
+        pending.rows_TK = laid.scatter(
             x_TD, _rows_in_order(messages), headers, self._frames.send_RD
         )
         self._post(pending, [(peer, runs) for peer, runs in messages if peer is not None])
@@ -303,24 +334,96 @@ class Dispatcher:
 
     def wait(self, pending: Pending) -> None:
         """Until every row of ``pending`` is back or void; frees its frames."""
-        started = pending.waiting_since_s = time.monotonic()
+        started_s = time.monotonic()
+        if not pending.waiting_since_s:
+            pending.waiting_since_s = started_s
         while pending.messages:
             self._wait_once(pending)
-        waited_s = time.monotonic() - started
+        waited_s = time.monotonic() - started_s
         self.expert_wait_s += waited_s
         if pending.failed_over:
             self.pause_s += waited_s
         self._release(pending)
         self._away.remove(pending)
 
+    # In a step, from a graph.
+
+    def place(
+        self,
+        layer: int,
+        micro_batch: int,
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+    ) -> Placed:
+        """The part of a dispatch that a graph ends with; to be called while it is captured, and
+        once before, under another stream than the default."""
+        ids_TK, weights_TK = self._units(ids_TK, weights_TK)
+        seat = None
+        if self._asks is not None:
+            seat = self._asks.seat(micro_batch, layer, self._num_units, ids_TK.numel())
+        if seat is not None:
+            ids_TK = ids_TK.contiguous()
+            rows_TK = seat.place(x_TD, ids_TK, self._frames.send_RD)
+        else:
+            rows_TK = torch.full_like(ids_TK, -1)
+        return Placed(layer, micro_batch, x_TD, ids_TK, weights_TK, rows_TK, seat)
+
+    def leave(self, placed: Placed, graph: Graph) -> None:
+        """Launch the graph that placed the rows, and send them."""
+        seat = placed.seat
+        self._note_look()
+        if seat is None:
+            graph.replay()
+        else:
+            placed.handle = placed.handle or graph.raw_cuda_graph_exec()
+            if seat.asks.leave(seat, placed.handle):
+                self._calls[placed.layer] += 1
+                self._asked[placed] = seat
+                return
+            self._transport.progress()  # an endpoint may have died
+        placed.pending = self._send(
+            placed.layer, placed.micro_batch, placed.x_TD, placed.ids_TK, placed.weights_TK
+        )
+
+    def come_back(self, placed: Placed) -> None:
+        """Until every row that left is back or void: ``placed.rows_TK`` says where it is. As
+        :meth:`wait` does, this frees its frames: what reads them is to be launched next."""
+        pending, placed.pending = placed.pending, None
+        if pending is None:
+            seat, began_s = self._asked.pop(placed), time.monotonic()
+            back = seat.asks.wait(seat, self._awake_since_s)
+            self.expert_wait_s += self._note_look() - began_s
+            if back:
+                return
+            pending = self._surrender(placed, seat)
+            pending.waiting_since_s = began_s
+        self.wait(pending)
+        if pending.rows_TK is not placed.rows_TK:
+            placed.rows_TK.copy_(pending.rows_TK)
+
+    def _surrender(self, placed: Placed, seat: Seat) -> Pending:
+        """Make what a seat has away what any dispatch has away."""
+        pending = Pending(self, placed.micro_batch, placed.weights_TK)
+        pending.rows_TK = placed.rows_TK
+        for peer, runs, frame, slot, reply, sent, sent_s in seat.asks.surrender(seat):
+            message = _Message(peer, runs, slot, sent, reply, sent_s)
+            self._outstanding[peer.reply_session, slot] = message
+            pending.messages.append(message)
+            pending.frames.append(frame)
+        self._away.append(pending)
+        return pending
+
+    # Frames and messages.
+
     def _place(
         self, pending: Pending, counts: list[tuple[ExpertId, int]]
-    ) -> Iterable[tuple[_Run, ...]]:
+    ) -> Iterable[tuple[Run, ...]]:
         """Lay one worker's rows into frames; the runs of each frame are one message."""
-        runs: list[_Run] = []
+        runs: list[Run] = []
         start = stop = 0
         for expert, count in counts:
-            self.rows_by_expert[expert] += count
+            self._rows_by_expert[expert] += count
             while count:
                 if start == stop:
                     if runs:
@@ -330,19 +433,19 @@ class Dispatcher:
                     pending.frames.append(frame)
                     start, stop = self._frames.rows_of(frame)
                 taken = min(count, stop - start)
-                runs.append(_Run(expert, start, taken))
+                runs.append(Run(expert, start, taken))
                 start += taken
                 count -= taken
         yield tuple(runs)
 
-    def _counts_of(self, runs: tuple[_Run, ...]) -> IntArray:
+    def _counts_of(self, runs: tuple[Run, ...]) -> IntArray:
         """What a message for several experts says ahead of its rows."""
         counts_E = np.zeros(self._num_units, dtype=np.int32)
         for run in runs:
             counts_E[run.expert.index] = run.num_rows
         return counts_E
 
-    def _post(self, pending: Pending, messages: list[tuple[Peer, tuple[_Run, ...]]]) -> None:
+    def _post(self, pending: Pending, messages: list[tuple[Peer, tuple[Run, ...]]]) -> None:
         """Post the receives of all replies, then the sends."""
         slots: list[int] = []
         trips: list[RoundTrip] = []
@@ -375,7 +478,7 @@ class Dispatcher:
     def _launch(
         self,
         pending: Pending,
-        messages: list[tuple[Peer, tuple[_Run, ...]]],
+        messages: list[tuple[Peer, tuple[Run, ...]]],
         slots: list[int],
         trips: list[RoundTrip],
     ) -> None:
@@ -492,6 +595,9 @@ class Dispatcher:
         if reason is None:
             return False
         log.warning("transport_reopened", reason=reason, workers=len(self.peers))
+        for placed, seat in self._asked.items():
+            placed.pending = self._surrender(placed, seat)
+        self._asked.clear()
         self.peers.reopen(reason)
         return True
 
@@ -548,7 +654,7 @@ class Dispatcher:
         self.replayed_rows += sum(run.num_rows for run, _ in moves)
         self._post(
             pending,
-            [(other, (_Run(run.expert, run.start + shift, run.num_rows),)) for run, other in moves],
+            [(other, (Run(run.expert, run.start + shift, run.num_rows),)) for run, other in moves],
         )
 
     def _reap(self) -> None:
@@ -582,7 +688,7 @@ class Dispatcher:
 
     # What cannot be used.
 
-    def _give_up(self, pending: Pending, run: _Run, reason: str) -> None:
+    def _give_up(self, pending: Pending, run: Run, reason: str) -> None:
         """Void the tokens that have a row in ``run``."""
         self._frames.reply_RD[run.start : run.start + run.num_rows] = 0
         index, part = divmod(run.expert.index, self._shards)
@@ -617,6 +723,7 @@ class Dispatcher:
         peer = self.peers.of_session(frame.session)
         if self._lending is not None and peer is not None:
             self._lending.answered(peer, frame)
+            self.peers.version += 1
 
     def _refused(self, message: _Message, code: int) -> None:
         """Take the posted receive back, and the worker off what it does not serve."""
@@ -654,18 +761,36 @@ class Dispatcher:
             self.layout = GpuLayout(self._max_routed_rows, self._device)
             self.arena_version += 1
 
-    def _lender(self) -> Lending | None:
-        """Who lends our arenas, where they are a device's."""
-        if self._device.type != "cuda":
-            return None
+    def _use_driver(self, device: torch.device) -> None:
+        """Find what needs a GPU's driver beside torch: lent arenas, compiled turns."""
         try:
-            replays = ReplayDevice(torch.cuda.current_stream(self._device).cuda_stream)
-            lending = Lending(self._transport, replays, self._device)
+            replays = ReplayDevice(torch.cuda.current_stream(device).cuda_stream)
+        except Unavailable as error:
+            log.warning("no_driver", reason=str(error))
+            return
+        if hasattr(torch.cuda.CUDAGraph, "raw_cuda_graph_exec"):
+            self.ask_by(replays)
+        else:
+            log.warning("layers_not_compiled", reason="this torch does not hand its graphs over")
+        try:
+            self._lending = Lending(self._transport, replays, device)
         except Unavailable as error:
             log.warning("rows_not_by_reference", reason=str(error))
-            return None
-        self.peers.on_gone = lending.take_back
-        return lending
+        else:
+            self.peers.on_gone = self._lending.take_back
+
+    def ask_by(self, replays: ReplayDevice) -> None:
+        """Have the layers that come from graphs asked by compiled code, before any routing."""
+        asking = self._transport.asking(replays)
+        if asking is not None:
+            self._asks = Asks(
+                asking,
+                self.peers,
+                self._frames,
+                row_bytes=self._row_bytes,
+                device=self._device,
+                spin_s=self._spin_s,
+            )
 
     def _units(
         self, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
@@ -684,6 +809,7 @@ class Dispatcher:
             header_rows=-(-self._num_units * 4 // self._row_bytes),
             num_peers=len(self.peers),
             max_rows=max_rows,
+            num_kept=0 if self._asks is None else self._asks.num_frames(len(self.peers)),
         )
         if new:
             self.arena_version += 1
@@ -691,7 +817,7 @@ class Dispatcher:
                 abandoned.frame = None
 
 
-def _rows_in_order(messages: list[tuple[Peer | None, tuple[_Run, ...]]]) -> IntArray:
+def _rows_in_order(messages: list[tuple[Peer | None, tuple[Run, ...]]]) -> IntArray:
     """The arena row of every routed row in order of expert: those of one fill its runs."""
     runs = sorted((run for _, runs in messages for run in runs), key=lambda run: run.expert)
     return np.concatenate([np.arange(run.start, run.start + run.num_rows) for run in runs])

@@ -11,16 +11,26 @@ ahead of its rows how many are whose: each frame begins with room for that.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from typing import NamedTuple
 
 import torch
 
+from mesh.plan import ExpertId
 from mesh.transport.base import Buffer, Transport
 
 # A frame holds this many times the rows that a worker gets when routing is even, so that the
 # usual step needs one message a worker; what is more uneven is split.
 _UNEVENNESS = 4
 _MIN_ROWS = 64
-_MAX_MICRO_BATCHES = 2
+MAX_MICRO_BATCHES = 2
+
+
+class Run(NamedTuple):
+    """Neighbouring rows of one expert in the arenas: ``num_rows`` from row ``start``."""
+
+    expert: ExpertId
+    start: int
+    num_rows: int
 
 
 class Frames:
@@ -50,18 +60,19 @@ class Frames:
         """What a frame begins with, before its first row."""
 
     def allocate(
-        self, *, routed_rows: int, header_rows: int, num_peers: int, max_rows: int
+        self, *, routed_rows: int, header_rows: int, num_peers: int, max_rows: int, num_kept: int
     ) -> bool:
         """Arenas for the worst step, anew only when that has changed; True if so.
 
         Whatever the routing, a micro-batch fills frames but for the last of each worker, so
         its full frames and one more a worker (and one for what nobody serves) are enough, and
-        some to spare. ``max_rows`` is the most that any worker takes in a message.
+        some to spare. ``max_rows`` is the most that any worker takes in a message; ``num_kept``
+        frames are kept beside all that.
         """
         even_rows = _UNEVENNESS * routed_rows // max(1, num_peers)
         rows = min(routed_rows, max(even_rows, _MIN_ROWS), max_rows)
         num_full = -(-routed_rows // rows)
-        num_frames = num_full + _MAX_MICRO_BATCHES * (num_peers + 1) + self._num_spare
+        num_frames = num_full + MAX_MICRO_BATCHES * (num_peers + 1) + self._num_spare + num_kept
         cut = (rows + header_rows, header_rows, num_frames)
         if cut == (self.frame_rows, self.header_rows, self.num_frames):
             return False

@@ -168,3 +168,103 @@ def write_headers(headers_ME: Tensor, send_ND: Tensor) -> None:
         len(words) // len(send_ND),
         WORDS=triton.next_power_of_2(headers_ME.shape[1]),
     )
+
+
+@triton.jit
+def _place_kernel(
+    x,
+    ids,
+    tables,
+    send,
+    words,
+    rows,
+    counts,
+    num_rows,
+    num_choices,
+    num_experts,
+    width,
+    words_per_row,
+    ROWS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    groups = tables + 1
+    lane = tl.arange(0, ROWS)
+    if program < num_rows:
+        mine = tl.load(ids + program).to(tl.int32)
+        known = mine < num_experts
+        group = tl.load(groups + mine, mask=known, other=-1)
+        first = tl.load(groups + num_experts + mine, mask=known, other=0)
+        limit = tl.load(groups + 2 * num_experts + mine, mask=known, other=0)
+        before = tl.zeros([ROWS], dtype=tl.int32)
+        for start in range(0, num_rows, ROWS):
+            other_row = start + lane
+            other = tl.load(ids + other_row, mask=other_row < num_rows, other=1 << 30)
+            other = other.to(tl.int32)
+            with_mine = tl.load(groups + other, mask=other < num_experts, other=-1) == group
+            ahead = (other < mine) | ((other == mine) & (other_row < program))
+            before += (with_mine & ahead).to(tl.int32)
+        row = first + tl.sum(before)
+        row = tl.where((group >= 0) & (row < limit), row, -1).to(tl.int64)
+        if tl.program_id(1) == 0:
+            tl.store(rows + program, row)
+        if row >= 0:
+            column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+            inside = column < width
+            token = (program // num_choices).to(tl.int64)
+            value = tl.load(x + token * width + column, mask=inside)
+            tl.store(send + row * width + column, value, mask=inside)
+    elif tl.program_id(1) == 0:
+        expert = (program - num_rows) * EXPERTS + tl.arange(0, EXPERTS)
+        is_one = expert < num_experts
+        count = tl.zeros([EXPERTS], dtype=tl.int32)
+        for start in range(0, num_rows, ROWS):
+            other_row = start + lane
+            other = tl.load(ids + other_row, mask=other_row < num_rows, other=1 << 30)
+            same = other.to(tl.int32)[None, :] == expert[:, None]
+            count += tl.sum(same.to(tl.int32), axis=1)
+        tl.store(counts + expert, count, mask=is_one)
+        its_group = tl.load(groups + expert, mask=is_one, other=-1)
+        num_headers = tl.load(tables)
+        for n in range(0, num_headers):
+            header = tl.load(groups + 3 * num_experts + n).to(tl.int64)
+            owner = tl.load(groups + 4 * num_experts + n)
+            word = tl.where(its_group == owner, count, 0)
+            tl.store(words + header * words_per_row + expert, word, mask=is_one)
+
+
+def place(
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    tables: Tensor,
+    send_ND: Tensor,
+    rows_TK: Tensor,
+    counts_E: Tensor,
+) -> None:
+    """Copy each token to where the ``tables`` (see :class:`gateway.asking.Tables`) have its K
+    experts find it, with the counts of messages for several experts ahead of them.
+
+    ``rows_TK`` (int64) gets the row of each, -1 for what has none, and ``counts_E`` (int32, also
+    in pinned memory of the host) how many each expert has. An id past the experts is nobody's.
+    """
+    num_rows, num_experts, width = ids_TK.numel(), len(counts_E), x_TD.shape[1]
+    words = send_ND.view(-1).view(torch.int32)
+    block = min(1024, triton.next_power_of_2(width))
+    _place_kernel[(num_rows + triton.cdiv(num_experts, 32), triton.cdiv(width, block))](
+        x_TD,
+        ids_TK,
+        tables,
+        send_ND,
+        words,
+        rows_TK,
+        counts_E,
+        num_rows,
+        ids_TK.shape[1],
+        num_experts,
+        width,
+        len(words) // len(send_ND),
+        ROWS=min(256, max(16, triton.next_power_of_2(num_rows))),
+        EXPERTS=32,
+        BLOCK=block,
+    )

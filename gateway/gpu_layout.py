@@ -1,7 +1,7 @@
 """The layout of routed rows on a GPU: two kernels out, one back, and no wait but for counts.
 
 Counts come to the host in a small copy behind the sort, and where each row goes returns in one,
-both by pinned memory. What runs before the counts can be captured into a graph.
+both by pinned memory. Layers that come from graphs need none of this: :mod:`gateway.asking`.
 
 Legend: T tokens, K experts a token, R = T x K routed rows, E experts of a layer, D hidden size,
 N arena rows, M headers.
@@ -22,7 +22,7 @@ _MAX_HEADERS = 256
 
 
 class _Buffers:
-    """What one micro-batch needs, made once: graphs know the addresses."""
+    """What one micro-batch needs, made once."""
 
     def __init__(self, max_rows: int, num_experts: int, device: torch.device) -> None:
         def pinned(*shape: int) -> Tensor:
@@ -57,13 +57,6 @@ class GpuSorted:
     buffers: _Buffers
     shape: torch.Size
     stream: torch.cuda.Stream
-    scatter_graph: torch.cuda.CUDAGraph | None = None
-    """What :meth:`launch` launches, where tokens and arena are where they were when captured."""
-
-    @property
-    def rows_TK(self) -> Tensor:
-        """What :meth:`scatter` returns: it is always this one."""
-        return self.buffers.rows_R[: self.shape.numel()].view(self.shape)
 
     def counts(self) -> list[int]:
         """See :class:`gateway.layout.Sorted`."""
@@ -75,23 +68,17 @@ class GpuSorted:
         self, x_TD: Tensor, rows: IntArray, headers: Mapping[int, IntArray], send_ND: Tensor
     ) -> Tensor:
         """See :class:`gateway.layout.Sorted`. Rows of nobody go nowhere: -1."""
-        on_host = self.buffers.row_of_position_on_host_R[: self.shape.numel()].numpy()
-        on_host[: len(rows)] = rows
-        on_host[len(rows) :] = -1
-        if self.scatter_graph is not None:
-            self.scatter_graph.replay()
-        else:
-            self.launch(x_TD, send_ND)
-        self._write(headers, send_ND)
-        self.buffers.wait(self.stream)
-        return self.rows_TK
-
-    def launch(self, x_TD: Tensor, send_ND: Tensor) -> None:
-        """The device's part of :meth:`scatter`."""
         buffers, num_rows = self.buffers, self.shape.numel()
+        on_host = buffers.row_of_position_on_host_R[:num_rows]
+        on_host.numpy()[: len(rows)] = rows
+        on_host.numpy()[len(rows) :] = -1
         there = buffers.row_of_position_R[:num_rows]
-        there.copy_(buffers.row_of_position_on_host_R[:num_rows], non_blocking=True)
-        gpu_kernels.scatter(x_TD, buffers.positions_R, there, self.rows_TK, send_ND)
+        there.copy_(on_host, non_blocking=True)
+        rows_TK = buffers.rows_R[:num_rows].view(self.shape)
+        gpu_kernels.scatter(x_TD, buffers.positions_R, there, rows_TK, send_ND)
+        self._write(headers, send_ND)
+        buffers.wait(self.stream)
+        return rows_TK
 
     def _write(self, headers: Mapping[int, IntArray], send_ND: Tensor) -> None:
         buffers = self.buffers

@@ -86,6 +86,8 @@ class Peers:
         self.on_gone: Callable[[Peer], None] = lambda peer: None
         """Told of each that is given up, before what is posted on its endpoint ends."""
         self.balancer = Balancer()
+        self.version = 0
+        """Counts the times that anything changed of whom to ask for what."""
 
     def __len__(self) -> int:
         return len(self._connected)
@@ -129,6 +131,7 @@ class Peers:
         self._taken_off.clear()
         self._faults.clear()
         self.balancer.keep_only(self._connected, self._routes)
+        self.version += 1
 
     def _connect(self, new: pb.Peer) -> None:
         if new.reply_session in self._ended_sessions:
@@ -149,6 +152,7 @@ class Peers:
             peer.endpoint.close()
         self._connected.clear()
         self._routes.clear()
+        self.version += 1
 
     def reopen(self, reason: str) -> None:
         """Have the transport opened anew, which is the fault of none of them. Nobody serves before
@@ -162,6 +166,7 @@ class Peers:
         self._late.clear()
         self._transport.reopen()
         self.transport_number += 1
+        self.version += 1
 
     # Who gets what.
 
@@ -201,6 +206,16 @@ class Peers:
         for experts in groups.values():
             experts.sort()
 
+    def num_shared(self, layer: int, num_experts: int) -> int:
+        """How many experts of a layer may be asked of several."""
+        experts = (ExpertId(layer, index) for index in range(num_experts))
+        return sum(len(self.replicas(expert)) > 1 for expert in experts)
+
+    def trusts(self, peer: Peer) -> bool:
+        """Nothing is held against it: it answers, and as it should."""
+        faulty = any(worker_id == peer.worker_id for worker_id, _ in self._faults)
+        return peer.late_s is None and peer.endpoint.alive and not faulty
+
     def replicas(self, expert: ExpertId, besides: Peer | None = None) -> Sequence[Peer]:
         """The workers that an expert's rows may go to: those that are late only for want of
         others."""
@@ -238,12 +253,14 @@ class Peers:
             self.note_answer(peer)
         if self._faults:
             for expert in experts:
-                self._faults.pop((peer.worker_id, expert), None)
+                if self._faults.pop((peer.worker_id, expert), None):
+                    self.version += 1
 
     def note_answer(self, peer: Peer) -> None:
         """It answers, in whatever way: it is not late any more."""
         if peer.late_s is not None:
             peer.late_s = None
+            self.version += 1
             log.info("worker_answers_again", worker_id=peer.worker_id)
 
     def is_late(self, peer: Peer, num_rows: int, waited_s: float) -> bool:
@@ -257,6 +274,7 @@ class Peers:
             return
         if peer.late_s is None:
             log.warning("worker_late", worker_id=peer.worker_id, reason=reason)
+            self.version += 1
         peer.late_s = now
         self._late.append(
             pb.PeerLate(worker_id=peer.worker_id, reply_session=peer.reply_session, reason=reason)
@@ -267,6 +285,7 @@ class Peers:
         if self._connected.get(peer.worker_id) is peer:
             log.warning("worker_lost", worker_id=peer.worker_id, reason=reason)
             del self._connected[peer.worker_id]
+            self.version += 1
             peer.lost = reason
             self._ended_sessions.add(peer.reply_session)
             self._note_lost(peer.worker_id, peer.reply_session, reason)
@@ -308,6 +327,7 @@ class Peers:
             return  # nobody knows whose fault it was: each expert is asked again alone
         (expert,) = experts
         self._faults[peer.worker_id, expert] += 1
+        self.version += 1
         if self._faults[peer.worker_id, expert] < _MAX_FAULTS:
             return
         log.error("expert_faulty", worker_id=peer.worker_id, expert=str(expert), reason=reason)
@@ -323,6 +343,7 @@ class Peers:
         if peer in self._routes[expert]:
             self._routes[expert] = [p for p in self._routes[expert] if p is not peer]
             self._taken_off[expert] = f"worker {peer.worker_id}: {reason}"
+            self.version += 1
 
     # What others should hear of it.
 

@@ -1,5 +1,5 @@
 /* The few calls of libcuda.so.1 that mesh/native/device.c makes, over the host's memory: a graph
- * multiplies a buffer, the one kernel copies. Each runs when the test has allowed so many, in the order
+ * multiplies a buffer or places rows, the one kernel copies. Each runs when the test has allowed so many, in the order
  * of the launches. A memory handle is an address of this process. */
 #include <stdint.h>
 #include <stdlib.h>
@@ -8,11 +8,23 @@
 enum { READY = 0, NOT_READY = 600, LAUNCH_FAILED = 719, MAX_LAUNCHES = 4096 };
 enum { FAILS_AT_LAUNCH = 1, FAILS_LATER = 2 };
 
+/* See gateway/gpu_kernels.py's place; rows of floats. */
+typedef struct {
+    const float *x;
+    const int64_t *ids;
+    const int32_t *tables;
+    float *send;
+    int64_t *rows;
+    int32_t *counts;
+    int64_t num_rows, num_choices, num_experts, width;
+} placing;
+
 typedef struct {
     float *rows;
     int64_t count;
     float times;
     int32_t fails;
+    const placing *places; /* instead */
 } graph;
 
 typedef struct {
@@ -59,9 +71,37 @@ int32_t cuGraphLaunch(void *given, void *stream) {
     return READY;
 }
 
+static void place(const placing *p) {
+    int64_t experts = p->num_experts;
+    const int32_t *group = p->tables + 1, *first = group + experts, *limit = first + experts;
+    const int32_t *header = limit + experts, *owner = header + experts;
+    memset(p->counts, 0, sizeof *p->counts * (size_t)experts);
+    for (int64_t n = 0; n < p->num_rows; n++) {
+        int64_t mine = p->ids[n], row = -1;
+        if (mine < experts) {
+            p->counts[mine]++;
+            if (group[mine] >= 0) row = first[mine];
+        }
+        for (int64_t other = 0; row >= 0 && other < p->num_rows; other++)
+            row += p->ids[other] < experts && group[p->ids[other]] == group[mine] &&
+                   (p->ids[other] < mine || (p->ids[other] == mine && other < n));
+        if (row >= 0 && row >= limit[mine]) row = -1;
+        p->rows[n] = row;
+        if (row >= 0)
+            memcpy(p->send + row * p->width, p->x + n / p->num_choices * p->width,
+                   sizeof *p->x * (size_t)p->width);
+    }
+    for (int32_t n = 0; n < p->tables[0]; n++) {
+        int32_t *words = (int32_t *)(p->send + header[n] * p->width);
+        for (int64_t e = 0; e < experts; e++) words[e] = group[e] == owner[n] ? p->counts[e] : 0;
+    }
+}
+
 static void run(const launch *one) {
     const copying *copied = &one->copied;
-    if (one->replayed)
+    if (one->replayed && one->replayed->places)
+        place(one->replayed->places);
+    else if (one->replayed)
         for (int64_t i = 0; i < one->replayed->count; i++)
             one->replayed->rows[i] *= one->replayed->times;
     else if (!copied->permit || *copied->permit == copied->wanted)

@@ -28,6 +28,7 @@ from gateway.model.kv_cache import KvCache
 from mesh.model_config import GroupedAttention
 
 if TYPE_CHECKING:
+    from gateway.dispatch import Placed
     from gateway.model.decoder import Decoder, Layer
 
 log = structlog.get_logger()
@@ -38,8 +39,7 @@ _MAX_MICRO_BATCHES = 2
 
 
 class DeviceExperts(Protocol):
-    """Experts whose dispatch has a part that a graph can hold; see
-    :class:`gateway.dispatch.Dispatcher`."""
+    """Experts whose dispatch a graph can end with; see :class:`gateway.dispatch.Dispatcher`."""
 
     arena_version: int
 
@@ -49,25 +49,26 @@ class DeviceExperts(Protocol):
     @property
     def layout(self) -> Any: ...
 
-    def prepare(self, micro_batch: int, ids_TK: Tensor, weights_TK: Tensor) -> Any: ...
+    def place(
+        self, layer: int, micro_batch: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
+    ) -> Placed: ...
 
-    def send(self, layer: int, x_TD: Tensor, prepared: Any) -> Any: ...
+    def leave(self, placed: Placed, graph: torch.cuda.CUDAGraph) -> None: ...
 
-    def wait(self, pending: Any) -> None: ...
+    def come_back(self, placed: Placed) -> None: ...
 
 
 @dataclass
 class _Segment:
-    """From what came back for one layer up to the sort for another's experts."""
+    """From what came back for one layer up to where another's rows lie ready to leave."""
 
     graph: torch.cuda.CUDAGraph
     layer: int | None
     """Whose experts come next; None: the last segment."""
     x_TD: Tensor
     """The residual; of the last segment, what the final norm is taken of."""
-    normed_TD: Tensor | None
+    placed: Placed | None
     """What goes to the experts."""
-    prepared: Any
     shared: torch.cuda.CUDAGraph | None
     """What runs while they are away; it adds to ``x_TD``."""
 
@@ -254,29 +255,24 @@ class _Capturing:
                 if layer.router is not None:
                     ids_TK, weights_TK = layer.router(normed_TD)
                     ids_TK = torch.where(self._valid_B1, ids_TK, self._no_expert)
-                    made["prepared"] = self._experts.prepare(self._micro_batch, ids_TK, weights_TK)
-                    made["normed"] = normed_TD
+                    made["placed"] = self._experts.place(
+                        number, self._micro_batch, normed_TD, ids_TK, weights_TK
+                    )
                 elif layer.dense is not None:
                     x_TD = x_TD + layer.dense(normed_TD)
             made["x"] = x_TD
 
         graph = self._capture(attend)
-        if routed:
-            laid = made["prepared"].laid
-            laid.scatter_graph = self._capture(
-                lambda: laid.launch(made["normed"], self._experts.arenas[0])
-            )
         shared_graph = None
         if last is not None and routed and last.shared is not None:
             shared = last.shared
-            shared_graph = self._capture(lambda: made["x"].add_(shared(made["normed"])))
+            shared_graph = self._capture(lambda: made["x"].add_(shared(made["placed"].x_TD)))
         self._batch.segments.append(
             _Segment(
                 graph=graph,
                 layer=index if routed else None,
                 x_TD=made["x"],
-                normed_TD=made.get("normed"),
-                prepared=made.get("prepared"),
+                placed=made.get("placed"),
                 shared=shared_graph,
             )
         )
@@ -291,11 +287,11 @@ class _Capturing:
 
     def _come_back(self, before: _Segment) -> Tensor:
         """The residual with what the experts of the segment before made."""
+        placed = before.placed
+        if placed is None:
+            return before.x_TD
         summed: Tensor = self._experts.layout.combine(
-            self._experts.arenas[1],
-            before.prepared.laid.rows_TK,
-            before.prepared.weights_TK,
-            before.x_TD,
+            self._experts.arenas[1], placed.rows_TK, placed.weights_TK, before.x_TD
         )
         return summed
 
@@ -308,7 +304,7 @@ class GraphedBatch:
         self._experts = experts
         self._count = count
         self._next = 0
-        self._pending: Any = None
+        self._away: Placed | None = None
 
     def begin(self, index: int, layer: Layer, experts: Experts) -> None:
         """See :class:`gateway.model.decoder.Flight`."""
@@ -324,20 +320,14 @@ class GraphedBatch:
         return self._batch.segments[-1].x_TD[: self._count]
 
     def _advance(self) -> None:
-        self._come_back()
         segment = self._batch.segments[self._next]
-        segment.graph.replay()
-        if segment.layer is not None and segment.normed_TD is not None:
-            self._pending = self._experts.send(segment.layer, segment.normed_TD, segment.prepared)
-            if segment.shared is not None:
-                segment.shared.replay()
         self._next += 1
-
-    def _come_back(self) -> None:
-        if self._pending is None:
+        if self._away is not None:
+            self._experts.come_back(self._away)
+        self._away = segment.placed
+        if segment.placed is None:
+            segment.graph.replay()
             return
-        pending, self._pending = self._pending, None
-        self._experts.wait(pending)
-        known = self._batch.segments[self._next - 1].prepared.laid.rows_TK
-        if pending.rows_TK.data_ptr() != known.data_ptr():
-            known.copy_(pending.rows_TK)  # rows that were sent again came back elsewhere
+        self._experts.leave(segment.placed, segment.graph)
+        if segment.shared is not None:
+            segment.shared.replay()

@@ -133,6 +133,43 @@ class Answering(Structure):
     ]
 
 
+class Ask(Structure):
+    """See ``ask`` of native.h."""
+
+    _fields_ = [
+        ("endpoint", c_uint64),
+        ("send_tag", c_uint64),
+        ("reply_tag", c_uint64),
+        ("rows", c_uint64),
+        ("replies", c_uint64),
+        ("first", c_int64),
+        ("header_bytes", c_uint64),
+        ("capacity", c_int32),
+        ("by_reference", c_int32),
+        ("num_rows", c_int32),
+        ("num_experts", c_int32),
+        ("expert", c_int32),
+        ("received", c_int32),
+        ("sent", c_int32),
+        ("ended_us", c_int64),
+    ]
+
+
+class Seat(Structure):
+    """See ``seat`` of native.h."""
+
+    _fields_ = [
+        ("counts", c_void_p),
+        ("groups", c_void_p),
+        ("totals", c_void_p),
+        ("asks", POINTER(Ask)),
+        ("row_bytes", c_uint64),
+        ("num_experts", c_int32),
+        ("num_asks", c_int32),
+        ("sent_us", c_int64),
+    ]
+
+
 _SHORT: dict[str, tuple[Any, list[Any]]] = {
     "gated_mlp_new": (c_void_p, [c_void_p, c_void_p, c_int64, c_int64]),
     "gated_mlp_free": (None, [c_void_p]),
@@ -175,6 +212,8 @@ _SHORT: dict[str, tuple[Any, list[Any]]] = {
     "answering_borrow": (c_int32, [POINTER(Answering), c_int32, c_void_p]),
     "answering_fetch": (c_int32, [POINTER(Answering), c_int32, c_int64, c_int64, c_uint64]),
     "answering_deliver": (c_int32, [POINTER(Answering), c_int32, c_int64, c_int64, c_uint64]),
+    "asking_new": (c_void_p, [POINTER(Postbox), c_void_p]),
+    "asking_free": (None, [c_void_p]),
 }
 _POINTER_AND_SIZE: list[Any] = [c_void_p, c_int64]
 _LONG: dict[str, tuple[Any, list[Any]]] = {
@@ -187,6 +226,8 @@ _LONG: dict[str, tuple[Any, list[Any]]] = {
     "postbox_wait": (None, [POINTER(Postbox), c_int32, c_void_p, c_int32, c_int32]),
     "answering_look": (None, [POINTER(Answering)]),
     "answering_run": (None, [POINTER(Answering), c_int32, c_int32]),
+    "asking_leave": (c_int32, [c_void_p, POINTER(Seat), c_uint64]),
+    "asking_wait": (c_int32, [c_void_p, POINTER(Seat), c_int32, c_int32]),
 }
 
 

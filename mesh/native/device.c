@@ -30,6 +30,7 @@ struct device {
     void *in, *out;           /* streams of what comes and goes beside it */
     void *arrived, *computed; /* events of either */
     slot slots[SLOTS];
+    void *graph_ended; /* event */
     int32_t (*create)(void **event, uint32_t flags);
     int32_t (*destroy)(void *event);
     int32_t (*record)(void *event, void *stream);
@@ -95,6 +96,10 @@ device *device_new(const char *path, uint64_t stream) {
             device_free(gpu);
             return NULL;
         }
+    if (gpu->create(&gpu->graph_ended, DISABLE_TIMING)) {
+        device_free(gpu);
+        return NULL;
+    }
     return gpu;
 }
 
@@ -107,6 +112,7 @@ void device_free(device *gpu) {
         if (one->began) gpu->destroy(one->began);
         if (one->ended) gpu->destroy(one->ended);
     }
+    if (gpu->graph_ended) gpu->destroy(gpu->graph_ended);
     free(gpu);
 }
 
@@ -182,10 +188,18 @@ int32_t device_launch(device *gpu, int32_t index, void *graph, const borrowed *a
     return 1;
 }
 
-int32_t device_done(device *gpu, int32_t index) {
-    int32_t result = gpu->query(gpu->slots[index].ended);
+static int32_t passed(const device *gpu, void *event) {
+    int32_t result = gpu->query(event);
     return result == NOT_READY ? 0 : result ? -1 : 1;
 }
+
+int32_t device_done(device *gpu, int32_t index) { return passed(gpu, gpu->slots[index].ended); }
+
+int32_t device_launch_graph(device *gpu, void *graph) {
+    return !gpu->launch(graph, gpu->stream) && !gpu->record(gpu->graph_ended, gpu->stream);
+}
+
+int32_t device_graph_done(device *gpu) { return passed(gpu, gpu->graph_ended); }
 
 uint64_t device_microseconds(device *gpu, int32_t index) {
     float milliseconds = 0;

@@ -194,6 +194,9 @@ int32_t device_deliver(device *gpu, const borrowed *arenas, uint64_t offset, uin
 int32_t device_done(device *gpu, int32_t slot);
 /* Of a launch that is done, on the device. */
 uint64_t device_microseconds(device *gpu, int32_t slot);
+/* A graph that has no slot, one at a time; and as above. */
+int32_t device_launch_graph(device *gpu, void *graph);
+int32_t device_graph_done(device *gpu);
 /* Lend this memory. 0 when its kind cannot be lent. */
 EXPORT int32_t device_share(device *gpu, uint64_t address, uint64_t bytes, lent *out);
 /* Map what is lent; 0, with nothing mapped, where that cannot be or it is not what it says. */
@@ -254,5 +257,49 @@ EXPORT void answering_look(answering *all);
 EXPORT uint64_t answering_next_failed(answering *all);
 /* Answer what is regular; returns when something else wants to be looked at, wake_fd included. */
 EXPORT void answering_run(answering *all, int32_t spin_us, int32_t wake_fd);
+
+/* ---- asking.c: see mesh/transport/base.py's Asking ---- */
+
+enum { MAX_ASKS = 1 << 10 };
+
+typedef struct { /* one peer's part of a layer */
+    uint64_t endpoint;
+    uint64_t send_tag, reply_tag; /* but for kind, expert and rows */
+    uint64_t rows, replies;       /* addresses of its first row in either arena */
+    int64_t first;                /* the number of that row: all that is sent by reference */
+    uint64_t header_bytes;        /* ahead of the rows of several experts */
+    int32_t capacity;             /* rows */
+    int32_t by_reference;         /* what is of one expert alone */
+    /* Of the last time. */
+    int32_t num_rows, num_experts, expert; /* the last of these experts */
+    int32_t received, sent;                /* operations, where there are rows */
+    int64_t ended_us;
+} ask;
+
+typedef struct { /* a layer of a micro-batch */
+    const int32_t *counts_E; /* rows of each expert: the device writes them */
+    const int32_t *groups_E; /* whose ask each expert is in; -1: nobody's */
+    uint64_t *totals_E;      /* rows that were sent */
+    ask *asks;
+    uint64_t row_bytes;
+    int32_t num_experts, num_asks;
+    int64_t sent_us;
+} seat;
+
+typedef struct {
+    postbox *box;
+    device *device;
+    round_trip *trips;
+    int32_t *operations;
+} asking;
+
+EXPORT asking *asking_new(postbox *box, device *device);
+EXPORT void asking_free(asking *all);
+/* Launch the graph (CUgraphExec) and post what it has made: 1, or 0 with nothing posted where that
+ * does not fit the seat's asks, or -1 when the device failed. */
+EXPORT int32_t asking_leave(asking *all, seat *one, uint64_t graph);
+/* 1 when all is back, its operations released. 0 with none released when something failed, or
+ * anything else wants to be looked at, or time is up. */
+EXPORT int32_t asking_wait(asking *all, seat *one, int32_t spin_us, int32_t timeout_us);
 
 #endif

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from mesh import native
 from mesh.errors import TransportError
 from mesh.mlp import NativeMlp
 from mesh.plan import ExpertId
@@ -149,6 +150,34 @@ class Answering(Protocol):
         ...
 
 
+class Asking(Protocol):
+    """Asks the experts of a layer (``native.Seat``) as soon as a GPU has laid their rows out, and
+    waits for the replies, without a line of Python: see ``native/asking.c``."""
+
+    @property
+    def num_deaths(self) -> int:
+        """Of endpoints, so far."""
+        ...
+
+    def aim(self, ask: native.Ask, endpoint: Endpoint) -> None:
+        """Send this part of a layer there."""
+        ...
+
+    def leave(self, seat: native.Seat, graph: int) -> bool:
+        """Launch the graph (``CUgraphExec``) and post what it has made; False, with nothing
+        posted, where that does not fit the asks. Raises MeshError when the device failed."""
+        ...
+
+    def wait(self, seat: native.Seat, *, spin_s: float, timeout_s: float) -> bool:
+        """True when all is back. False when something failed, a message is there to be probed, an
+        endpoint died, or time is up: what was posted is to be :meth:`taken`."""
+        ...
+
+    def taken(self, ask: native.Ask) -> tuple[Request, Request]:
+        """The reply and the sent of one that is away, which is the caller's from here on."""
+        ...
+
+
 class Transport(Protocol):
     """Tagged messages between the processes of a mesh."""
 
@@ -193,6 +222,10 @@ class Transport(Protocol):
     ) -> Answering | None:
         """At most one; None where every message is to be probed. With a ``device``, experts are
         served by their :class:`Replays`."""
+        ...
+
+    def asking(self, device: ReplayDevice) -> Asking | None:
+        """None where every message is to be sent by itself."""
         ...
 
     def fileno(self) -> int:

@@ -271,6 +271,9 @@ class LoopbackTransport:
     def answering(self, *, row_bytes: int, max_rows: int, device: object = None) -> None:
         """Every message is to be probed: see :class:`mesh.transport.base.Transport`."""
 
+    def asking(self, device: object) -> None:
+        """See :class:`mesh.transport.base.Transport`."""
+
     def fileno(self) -> int:
         """Readable when something was delivered."""
         return self._event

@@ -35,7 +35,7 @@ from ucxx._lib.libucxx import (
 )
 
 from mesh import native, wire
-from mesh.errors import MessageTruncated, PeerLost, TransportError
+from mesh.errors import MeshError, MessageTruncated, PeerLost, TransportError
 from mesh.mlp import NativeMlp
 from mesh.plan import ExpertId
 from mesh.replay import ReplayDevice, Replays
@@ -155,6 +155,7 @@ class _Postbox:
         self.ended_us: Any = self.record.ended_us
         self.dead: list[int] = []
         """Endpoints that died, whose receives are to be cancelled."""
+        self.num_deaths = 0
 
     def __del__(self) -> None:
         if self.pointer:
@@ -209,6 +210,7 @@ class UcxEndpoint:
         if self.alive:
             self.alive = False
             self._postbox.dead.append(self.handle)
+            self._postbox.num_deaths += 1
             self._postbox.record.attention = 1
 
     def send(self, buffer: Any, tag: int) -> UcxRequest | _Unposted:
@@ -376,6 +378,57 @@ class UcxAnswering:
         native.long.answering_run(self._pointer, int(spin_s * 1e6), wake_fd)
 
 
+class UcxAsking:
+    """See :class:`mesh.transport.base.Asking`."""
+
+    def __init__(self, postbox: _Postbox, device: ReplayDevice) -> None:
+        self._device = device
+        self._pointer: int | None = None
+        self.follow(postbox)
+
+    def follow(self, postbox: _Postbox) -> None:
+        """Ask by this one from here on, when nothing is away."""
+        self._free()
+        self._postbox = postbox
+        self._pointer = native.short.asking_new(postbox.pointer, self._device.handle)
+        if not self._pointer:
+            raise TransportError("there is no memory to ask from")
+
+    def __del__(self) -> None:
+        self._free()
+
+    def _free(self) -> None:
+        if self._pointer:
+            native.short.asking_free(self._pointer)
+            self._pointer = None
+
+    @property
+    def num_deaths(self) -> int:
+        """See :class:`mesh.transport.base.Asking`."""
+        return self._postbox.num_deaths
+
+    def aim(self, ask: native.Ask, endpoint: Any) -> None:
+        """See :class:`mesh.transport.base.Asking`."""
+        ask.endpoint = endpoint.handle
+
+    def leave(self, seat: native.Seat, graph: int) -> bool:
+        """See :class:`mesh.transport.base.Asking`."""
+        left = native.long.asking_leave(self._pointer, seat, graph)
+        if left < 0:
+            raise MeshError("the GPU failed at what comes before a layer's experts")
+        return bool(left)
+
+    def wait(self, seat: native.Seat, *, spin_s: float, timeout_s: float) -> bool:
+        """See :class:`mesh.transport.base.Asking`."""
+        return bool(
+            native.long.asking_wait(self._pointer, seat, int(spin_s * 1e6), int(timeout_s * 1e6))
+        )
+
+    def taken(self, ask: native.Ask) -> tuple[UcxRequest, UcxRequest]:
+        """See :class:`mesh.transport.base.Asking`."""
+        return UcxRequest(self._postbox, ask.received), UcxRequest(self._postbox, ask.sent)
+
+
 class UcxTransport:
     """A UCX worker of this process. See :class:`mesh.transport.base.Transport`.
 
@@ -392,6 +445,7 @@ class UcxTransport:
         for name, value in (settings | {"KEEPALIVE_INTERVAL": f"{keepalive_ms}ms"}).items():
             os.environ.setdefault(f"UCX_{name}", value)
         self._num_reopened = 0
+        self._asking: UcxAsking | None = None
         self._closed = False
         self._open()
         # A number of our own: whoever waits for it need not hear of another worker.
@@ -509,6 +563,11 @@ class UcxTransport:
         """See :class:`mesh.transport.base.Transport`."""
         return UcxAnswering(self._postbox, row_bytes, max_rows, device)
 
+    def asking(self, device: ReplayDevice) -> UcxAsking:
+        """See :class:`mesh.transport.base.Transport`."""
+        self._asking = UcxAsking(self._postbox, device)
+        return self._asking
+
     def fileno(self) -> int:
         """UCX's event descriptor."""
         return self._descriptor
@@ -544,6 +603,8 @@ class UcxTransport:
         self._turn()
         native.short.postbox_abandon(self._postbox.pointer)
         self._open()
+        if self._asking is not None:
+            self._asking.follow(self._postbox)
         os.dup2(self._worker.epoll_file_descriptor, self._descriptor, inheritable=False)
 
     def close(self) -> None:

@@ -7,9 +7,9 @@ import json
 import random
 import shutil
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -119,6 +119,7 @@ class _Run:
         self._rate = rate
         self._memory = Memory(fills_mb=_KV_MB)
         self._happening: list[Event] = []
+        self._busy: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def through(
         self, events: Sequence[Event], duration_s: float, broken: asyncio.Event
@@ -178,11 +179,15 @@ class _Run:
             await asyncio.sleep(max(self._began_s + duration_s - time.monotonic(), 0.0))
 
     async def _happen(self, event: Event) -> None:
-        self._say(f"{event}")
-        self._happening.append(event)
-        self._outcome.events[event.kind] += 1
-        await event.act(self._fleet)
-        self._happening.remove(event)
+        """Once those before it are done with its targets: that can take longer than planned."""
+        async with AsyncExitStack() as stack:
+            for target in sorted(event.targets(self._fleet.shape)):
+                await stack.enter_async_context(self._busy[target])
+            self._say(f"{event}")
+            self._happening.append(event)
+            self._outcome.events[event.kind] += 1
+            await event.act(self._fleet)
+            self._happening.remove(event)
 
     def _judge(self, asked: Asked) -> None:
         """Every request must end as the contract says."""

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 triton = pytest.importorskip("triton", reason="kernels are written in Triton")
 
-from gateway.gpu_kernels import combine, scatter, sort_by_expert
+from gateway.asking import Tables
+from gateway.gpu_kernels import combine, place, scatter, sort_by_expert
 from gateway.model.gpu_kernels import num_splits, paged_decode, turn_and_store
 from gateway.model.rope import rotate_
 from mesh.gpu_kernels import gated
@@ -62,6 +63,58 @@ def test_ids_past_the_experts_count_for_none_and_come_last() -> None:
     sort_by_expert(ids_R, positions_R, counts_E)
     assert positions_R.tolist() == [2, 1, 3, 0]
     assert counts_E.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "choices", "experts"), [(1, 2, 4), (9, 8, 70), (70, 4, 8)])
+def test_rows_are_placed_by_the_tables(
+    tokens: int, choices: int, experts: int, dtype: torch.dtype
+) -> None:
+    """Expert 0 is nobody's, 1 is alone, and the others share two messages by turns."""
+    width, frame, header = 1100, 2 + tokens * choices, 2
+    groups = [-1, 0] + [1 + e % 2 for e in range(2, experts)]
+    starts = [frame * n for n in range(3)]
+    tables = Tables(experts, torch.device(DEVICE))
+    limit = starts[1] + header + 1000
+    tables.write(groups, [n + header for n in starts], [starts[1], limit, 1 << 30], [1, 2], header)
+    arena_RD = torch.full((3 * frame, width), torch.nan, dtype=dtype, device=DEVICE)
+    x_TD = torch.randn(tokens, width, dtype=dtype, device=DEVICE)
+    ids_TK = torch.rand(tokens, experts, device=DEVICE).topk(choices).indices
+    ids_TK[-1, -1] = experts  # of nobody: such pad a batch
+    rows_TK = torch.empty_like(ids_TK)
+    counts_E = torch.empty(experts, dtype=torch.int32, pin_memory=DEVICE == "cuda")
+    place(x_TD, ids_TK, tables.words, arena_RD, rows_TK, counts_E)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+    ids = ids_TK.view(-1).tolist()
+    assert counts_E.tolist() == [ids.count(e) for e in range(experts)]
+    taken = {n: start + header for n, start in enumerate(starts)}
+    want = [-1] * len(ids)
+    for expert in range(1, experts):
+        for n in (n for n, one in enumerate(ids) if one == expert):
+            want[n], taken[groups[expert]] = taken[groups[expert]], taken[groups[expert]] + 1
+    assert rows_TK.view(-1).tolist() == want
+    for n, row in enumerate(want):
+        if row >= 0:
+            assert torch.equal(arena_RD[row], x_TD[n // choices])
+    words = arena_RD.view(torch.int32)
+    for group in (1, 2):
+        want_E = [ids.count(e) if groups[e] == group else 0 for e in range(experts)]
+        assert words[starts[group]].tolist()[:experts] == want_E
+    assert arena_RD[starts[0] : starts[0] + header].isnan().all()
+
+
+def test_rows_past_the_limit_are_not_written() -> None:
+    tables = Tables(2, torch.device(DEVICE))
+    tables.write([0, 0], [3], [5], [], 1)
+    arena_RD = torch.zeros(9, 8, device=DEVICE)
+    ids_TK = torch.tensor([[1], [0], [1], [1]], device=DEVICE)
+    rows_TK, counts_E = torch.empty_like(ids_TK), torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    place(torch.ones(4, 8, device=DEVICE), ids_TK, tables.words, arena_RD, rows_TK, counts_E)
+    assert rows_TK.view(-1).tolist() == [4, 3, -1, -1]
+    assert counts_E.tolist() == [1, 3]
+    assert arena_RD.any(dim=1).nonzero().view(-1).tolist() == [3, 4]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -87,6 +87,24 @@ def test_no_row_of_a_batch_is_in_anothers_reply(workers: int) -> None:
         assert all(peer.by_reference for peer in dispatcher.peers)
 
 
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_graphed_layer_leaves_by_its_seat(workers: int) -> None:
+    layer = Layer(_shape("bfloat16", workers=workers))
+    with (
+        torch.inference_mode(),
+        bench_layer.layer_mesh(layer.shape, layer.device, layer.dtype, 300) as mesh,
+    ):
+        for tokens in (1, 7, 128):
+            batches = [layer.batch(tokens, 2 * tokens + part) for part in (0, 1)]
+            step = bench_layer.Step(mesh.dispatcher, batches)
+            for _ in range(6):
+                mesh.dispatcher.begin_step(2)
+                away = [step._leave(part) for part in (0, 1)]
+                assert [placed.pending for placed in away] == [None, None]
+                for part, (placed, batch) in enumerate(zip(away, batches, strict=True)):
+                    assert layer.error(step._return(part, placed), *batch) < 0.05
+
+
 def test_a_worker_killed_with_rows_in_hand_voids_those_and_no_others() -> None:
     layer = Layer(_shape("bfloat16"))
     with (

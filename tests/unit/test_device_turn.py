@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,30 +23,15 @@ from mesh.plan import ExpertId
 from mesh.replay import ReplayDevice, Replays, slot_rows, slots_of
 from mesh.transport.base import Request
 from mesh.transport.ucx import UcxTransport
+from tests.stand_in import FAILS_AT_LAUNCH, FAILS_LATER, Graph, compiled
 
 WIDTH = 4
 SESSION, REPLY_SESSION = 7, 9
-FAILS_AT_LAUNCH, FAILS_LATER = 1, 2
-STAND_IN = Path(__file__).parents[1] / "stand_in_driver.c"
 
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> str:
-    library = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
-    compiler = ["cc"] if shutil.which("cc") else [sys.executable, "-m", "ziglang", "cc"]
-    subprocess.run([*compiler, "-shared", "-fPIC", "-o", library, STAND_IN], check=True)
-    return str(library)
-
-
-class Graph(ctypes.Structure):
-    """As the stand-in has it."""
-
-    _fields_ = [
-        ("rows", ctypes.c_void_p),
-        ("count", ctypes.c_int64),
-        ("times", ctypes.c_float),
-        ("fails", ctypes.c_int32),
-    ]
+    return compiled(tmp_path_factory.mktemp("driver"))
 
 
 class Worker:

@@ -1,0 +1,76 @@
+"""Layers that have seats, as a GPU's graphs have them, on the stand-in for the driver."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from gateway.dispatch import Dispatcher, Placed
+from mesh.replay import ReplayDevice
+from mesh.transport.base import Transport
+from tests.rig import HIDDEN_SIZE, NUM_EXPERTS, make_dispatcher
+from tests.stand_in import Graph, Knobs, Placing
+
+
+def seated_dispatcher(transport: Transport, driver: str) -> Dispatcher:
+    """A gateway's dispatcher for the rig's model whose layers can have seats."""
+    knobs = Knobs(driver)
+    for name, value in {"launched": 0, "ran": 0, "allowed": 1 << 30}.items():
+        knobs[name] = value
+    dispatcher = make_dispatcher(transport)
+    dispatcher.ask_by(ReplayDevice(0, driver))
+    return dispatcher
+
+
+class Layer:
+    """A layer of a micro-batch, as it is captured: its tensors stay where they are."""
+
+    def __init__(
+        self, dispatcher: Dispatcher, layer: int, micro_batch: int, num_tokens: int, k: int = 2
+    ) -> None:
+        self.dispatcher = dispatcher
+        self.x_TD = torch.zeros(num_tokens, HIDDEN_SIZE)
+        self.ids_TK = torch.zeros(num_tokens, k, dtype=torch.int64)
+        self.weights_TK = torch.zeros(num_tokens, k)
+        asks = dispatcher._asks
+        assert asks is not None
+        seat = asks.seat(micro_batch, layer, NUM_EXPERTS, self.ids_TK.numel())
+        assert seat is not None
+        rows_TK = seat.rows_TK(self.ids_TK.shape)
+        self.placed = Placed(
+            layer, micro_batch, self.x_TD, self.ids_TK, self.weights_TK, rows_TK, seat
+        )
+        self.placing = Placing(
+            x=self.x_TD.data_ptr(),
+            ids=self.ids_TK.data_ptr(),
+            tables=seat.tables.words.data_ptr(),
+            send=dispatcher.arenas[0].data_ptr(),
+            rows=rows_TK.data_ptr(),
+            counts=seat.counts_E.data_ptr(),
+            num_rows=self.ids_TK.numel(),
+            num_choices=k,
+            num_experts=NUM_EXPERTS,
+            width=HIDDEN_SIZE,
+        )
+        self.graph = Graph(places=ctypes.pointer(self.placing))
+
+    def raw_cuda_graph_exec(self) -> int:
+        return ctypes.addressof(self.graph)
+
+    def replay(self) -> None:
+        raise AssertionError("a layer with a seat is launched by compiled code")
+
+    def leave(self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> bool:
+        """Whether its rows have left by its seat."""
+        self.x_TD.copy_(x_TD)
+        self.ids_TK.copy_(ids_TK)
+        self.weights_TK.copy_(weights_TK)
+        self.dispatcher.leave(self.placed, self)
+        return self.placed.pending is None
+
+    def come_back(self) -> torch.Tensor:
+        self.dispatcher.come_back(self.placed)
+        return self.dispatcher.layout.combine(
+            self.dispatcher.arenas[1], self.placed.rows_TK, self.weights_TK
+        )
