@@ -318,8 +318,7 @@ class Step:
         if graphs is None:
             y_TD: torch.Tensor = away.combine()
             return y_TD
-        self._dispatcher.come_back(away)
-        graphs[2].replay()
+        self._dispatcher.turn(away, None, graphs[2])
         y_TD = graphs[3]
         return y_TD
 

@@ -28,8 +28,8 @@ from mesh import native, wire
 from mesh.plan import ExpertId
 from mesh.transport.base import Asking, Request
 
-MAX_ROWS = 2048
-"""Of a seat: up to here, comparing every pair of rows is quicker than a sort."""
+MAX_ROWS = 8192
+"""Of a seat: up to here, comparing every pair of rows takes little beside their experts."""
 _PICK_EVERY = 64
 """After so many uses replicas are picked again; more where there are more, for what that takes."""
 _OBSERVE_EVERY = 16
@@ -208,24 +208,42 @@ class Asks:
             self._seats[micro_batch, layer] = seat
         return seat
 
-    def leave(self, seat: Seat, graph: int) -> bool:
-        """Launch a seat's graph (``CUgraphExec``) and send its rows; False, with nothing sent,
-        where they do not fit the plan. Raises MeshError when the device failed."""
+    def prepare(self, seat: Seat) -> None:
+        """Have its tables say what holds now: before its rows are placed."""
         if self._asking.num_deaths != self._num_deaths:
             self._num_deaths = self._asking.num_deaths
             self._peers.lose_dead()
         seat.num_uses += 1
         if seat.version != self._peers.version or seat.picks_again:
             self._plan(seat)
+
+    def leave(self, seat: Seat, graph: int) -> bool:
+        """Launch the graph (``CUgraphExec``) that places the rows of a seat, which is prepared, and
+        send them; 0 where they were placed already. False, with nothing sent, where they do not
+        fit the plan. Raises MeshError when the device failed."""
         return self._asking.leave(seat.record, graph)
 
-    def wait(self, seat: Seat, awake_since_s: float) -> bool:
-        """Until all of a seat is back; False where that takes more than to wait, and it is to
-        :meth:`surrender`. What was sent before ``awake_since_s`` says nothing of a worker."""
-        if not self._asking.wait(
-            seat.record, spin_s=self._spin_s, timeout_s=balance.MIN_PATIENCE_S
-        ):
-            return False
+    def wait(
+        self, seat: Seat, awake_since_s: float, then: Seat | None = None, graph: int = 0
+    ) -> tuple[bool, bool]:
+        """Until all of a seat is back. It is not where that takes more than to wait, and it is to
+        :meth:`surrender`. What was sent before ``awake_since_s`` says nothing of a worker.
+
+        With a graph, that is launched as soon as all is back, and its seat leaves, if it has one:
+        whether it did, is the second.
+        """
+        back, left = self._asking.wait(
+            seat.record,
+            spin_s=self._spin_s,
+            timeout_s=balance.MIN_PATIENCE_S,
+            then=None if then is None else then.record,
+            graph=graph,
+        )
+        if back:
+            self._note_answers(seat, awake_since_s)
+        return back, left
+
+    def _note_answers(self, seat: Seat, awake_since_s: float) -> None:
         sent_s = seat.record.sent_us / 1e6
         if seat.num_uses % _OBSERVE_EVERY == 1 and sent_s >= awake_since_s:
             for _, peer, ask in seat.away():
@@ -236,7 +254,6 @@ class Asks:
         if seat.version != self._peers.version:
             for group, peer, _ in seat.away():
                 self._peers.answered(peer, [run.expert for run in seat.runs(group, 0)])
-        return True
 
     def surrender(self, seat: Seat) -> list[Away]:
         """What a seat has away, which is the caller's from here on, with all that it holds."""

@@ -135,10 +135,15 @@ class Placed:
     rows_TK: torch.Tensor
     """Where each row comes back in the reply arena, once it has; -1 for none."""
     seat: Seat | None
-    handle: int = 0
-    """Of the graph, for the seat."""
+    dispatcher: Dispatcher
     pending: Pending | None = None
     """Its rows that are away, where not by the seat."""
+
+    def combine(self) -> torch.Tensor:
+        """See :class:`Pending`."""
+        self.dispatcher.come_back(self)
+        reply_ND = self.dispatcher.arenas[1]
+        return self.dispatcher.layout.combine(reply_ND, self.rows_TK, self.weights_TK)
 
 
 class Dispatcher:
@@ -288,9 +293,22 @@ class Dispatcher:
 
     def dispatch(
         self, layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> Pending:
+    ) -> Pending | Placed:
         """See :class:`gateway.model.batch.Experts`."""
-        return self._send(layer, self._micro_batch(layer), x_TD, *self._units(ids_TK, weights_TK))
+        micro_batch = self._micro_batch(layer)
+        seat = self._seat(micro_batch, layer, ids_TK)
+        if seat is None or not x_TD.is_cuda:
+            return self._send(layer, micro_batch, x_TD, *self._units(ids_TK, weights_TK))
+        seat.asks.prepare(seat)
+        placed = self.place(layer, micro_batch, x_TD.contiguous(), ids_TK, weights_TK)
+        self._leave(placed, seat, 0)
+        return placed
+
+    def _seat(self, micro_batch: int, layer: int, ids_TK: torch.Tensor) -> Seat | None:
+        if self._asks is None:
+            return None
+        num_rows = ids_TK.numel() * self._shards
+        return self._asks.seat(micro_batch, layer, self._num_units, num_rows)
 
     def _send(
         self,
@@ -356,35 +374,69 @@ class Dispatcher:
         ids_TK: torch.Tensor,
         weights_TK: torch.Tensor,
     ) -> Placed:
-        """The part of a dispatch that a graph ends with; to be called while it is captured, and
-        once before, under another stream than the default."""
+        """The part of a dispatch that the device does for itself. A graph can end with it; then
+        it is to be called while that is captured, and once before."""
+        seat = self._seat(micro_batch, layer, ids_TK)
         ids_TK, weights_TK = self._units(ids_TK, weights_TK)
-        seat = None
-        if self._asks is not None:
-            seat = self._asks.seat(micro_batch, layer, self._num_units, ids_TK.numel())
         if seat is not None:
             ids_TK = ids_TK.contiguous()
             rows_TK = seat.place(x_TD, ids_TK, self._frames.send_RD)
         else:
             rows_TK = torch.full_like(ids_TK, -1)
-        return Placed(layer, micro_batch, x_TD, ids_TK, weights_TK, rows_TK, seat)
+        return Placed(layer, micro_batch, x_TD, ids_TK, weights_TK, rows_TK, seat, self)
 
     def leave(self, placed: Placed, graph: Graph) -> None:
         """Launch the graph that placed the rows, and send them."""
-        seat = placed.seat
-        self._note_look()
-        if seat is None:
+        if placed.seat is None:
             graph.replay()
+            self._send_placed(placed)
         else:
-            placed.handle = placed.handle or graph.raw_cuda_graph_exec()
-            if seat.asks.leave(seat, placed.handle):
-                self._calls[placed.layer] += 1
-                self._asked[placed] = seat
-                return
+            placed.seat.asks.prepare(placed.seat)
+            self._leave(placed, placed.seat, graph.raw_cuda_graph_exec())
+
+    def _leave(self, placed: Placed, seat: Seat, graph: int) -> None:
+        self._note_look()
+        self._note_left(placed, seat, seat.asks.leave(seat, graph))
+
+    def _note_left(self, placed: Placed, seat: Seat, left: bool) -> None:
+        if left:
+            self._calls[placed.layer] += 1
+            self._asked[placed] = seat
+        else:
             self._transport.progress()  # an endpoint may have died
+            self._send_placed(placed)
+
+    def _send_placed(self, placed: Placed) -> None:
+        """As if they had not been placed."""
         placed.pending = self._send(
             placed.layer, placed.micro_batch, placed.x_TD, placed.ids_TK, placed.weights_TK
         )
+
+    def turn(self, back: Placed, placed: Placed | None, graph: Graph) -> None:
+        """:meth:`come_back`, then :meth:`leave`, or no more than the launch: with nothing in
+        between where that can be."""
+        seat = placed.seat if placed is not None else None
+        if back.pending is None and (placed is None or seat is not None):
+            self._note_look()
+            if seat is not None:
+                seat.asks.prepare(seat)
+            came, left = self._wait_seat(self._asked[back], seat, graph.raw_cuda_graph_exec())
+            if came:
+                del self._asked[back]
+                if placed is not None and seat is not None:
+                    self._note_left(placed, seat, left)
+                return
+        self.come_back(back)
+        if placed is None:
+            graph.replay()
+        else:
+            self.leave(placed, graph)
+
+    def _wait_seat(self, seat: Seat, then: Seat | None = None, graph: int = 0) -> tuple[bool, bool]:
+        began_s = time.monotonic()
+        came_and_left = seat.asks.wait(seat, self._awake_since_s, then, graph)
+        self.expert_wait_s += self._note_look() - began_s
+        return came_and_left
 
     def come_back(self, placed: Placed) -> None:
         """Until every row that left is back or void: ``placed.rows_TK`` says where it is. As
@@ -392,8 +444,7 @@ class Dispatcher:
         pending, placed.pending = placed.pending, None
         if pending is None:
             seat, began_s = self._asked.pop(placed), time.monotonic()
-            back = seat.asks.wait(seat, self._awake_since_s)
-            self.expert_wait_s += self._note_look() - began_s
+            back, _ = self._wait_seat(seat)
             if back:
                 return
             pending = self._surrender(placed, seat)

@@ -250,7 +250,8 @@ def place(
     """
     num_rows, num_experts, width = ids_TK.numel(), len(counts_E), x_TD.shape[1]
     words = send_ND.view(-1).view(torch.int32)
-    block = min(1024, triton.next_power_of_2(width))
+    # Each part of a row compares all over again: few parts where there is much to compare.
+    block = min(1024 if num_rows <= 512 else 4096, triton.next_power_of_2(width))
     _place_kernel[(num_rows + triton.cdiv(num_experts, 32), triton.cdiv(width, block))](
         x_TD,
         ids_TK,

@@ -39,7 +39,7 @@ class Layer:
         assert seat is not None
         rows_TK = seat.rows_TK(self.ids_TK.shape)
         self.placed = Placed(
-            layer, micro_batch, self.x_TD, self.ids_TK, self.weights_TK, rows_TK, seat
+            layer, micro_batch, self.x_TD, self.ids_TK, self.weights_TK, rows_TK, seat, dispatcher
         )
         self.placing = Placing(
             x=self.x_TD.data_ptr(),
@@ -63,14 +63,26 @@ class Layer:
 
     def leave(self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> bool:
         """Whether its rows have left by its seat."""
-        self.x_TD.copy_(x_TD)
-        self.ids_TK.copy_(ids_TK)
-        self.weights_TK.copy_(weights_TK)
+        self._fill(x_TD, ids_TK, weights_TK)
         self.dispatcher.leave(self.placed, self)
         return self.placed.pending is None
 
+    def _fill(self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
+        self.x_TD.copy_(x_TD)
+        self.ids_TK.copy_(ids_TK)
+        self.weights_TK.copy_(weights_TK)
+
     def come_back(self) -> torch.Tensor:
         self.dispatcher.come_back(self.placed)
+        return self._combined()
+
+    def turn(self, then: Layer, *step: torch.Tensor) -> torch.Tensor:
+        """Comes back, and another one leaves, of another micro-batch: these have other frames."""
+        then._fill(*step)
+        self.dispatcher.turn(self.placed, then.placed, then)
+        return self._combined()
+
+    def _combined(self) -> torch.Tensor:
         return self.dispatcher.layout.combine(
             self.dispatcher.arenas[1], self.placed.rows_TK, self.weights_TK
         )

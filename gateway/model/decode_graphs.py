@@ -55,7 +55,7 @@ class DeviceExperts(Protocol):
 
     def leave(self, placed: Placed, graph: torch.cuda.CUDAGraph) -> None: ...
 
-    def come_back(self, placed: Placed) -> None: ...
+    def turn(self, back: Placed, placed: Placed | None, graph: torch.cuda.CUDAGraph) -> None: ...
 
 
 @dataclass
@@ -322,12 +322,12 @@ class GraphedBatch:
     def _advance(self) -> None:
         segment = self._batch.segments[self._next]
         self._next += 1
-        if self._away is not None:
-            self._experts.come_back(self._away)
-        self._away = segment.placed
-        if segment.placed is None:
+        away, self._away = self._away, segment.placed
+        if away is not None:
+            self._experts.turn(away, segment.placed, segment.graph)
+        elif segment.placed is not None:
+            self._experts.leave(segment.placed, segment.graph)
+        else:
             segment.graph.replay()
-            return
-        self._experts.leave(segment.placed, segment.graph)
         if segment.shared is not None:
             segment.shared.replay()

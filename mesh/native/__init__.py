@@ -227,7 +227,10 @@ _LONG: dict[str, tuple[Any, list[Any]]] = {
     "answering_look": (None, [POINTER(Answering)]),
     "answering_run": (None, [POINTER(Answering), c_int32, c_int32]),
     "asking_leave": (c_int32, [c_void_p, POINTER(Seat), c_uint64]),
-    "asking_wait": (c_int32, [c_void_p, POINTER(Seat), c_int32, c_int32]),
+    "asking_wait": (
+        c_int32,
+        [c_void_p, POINTER(Seat), c_int32, c_int32, POINTER(Seat), c_uint64],
+    ),
 }
 
 

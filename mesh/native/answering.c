@@ -162,9 +162,9 @@ static void finish(answering *all, work *one) {
     drop(all, one);
 }
 
-static void count(answering *all, const work *one, uint64_t microseconds) {
-    answerer *expert = &all->answerers[EXPERT(one->tag)];
-    expert->rows += (uint64_t)ROWS(one->tag);
+static void count(answering *all, uint64_t tag, uint64_t microseconds) {
+    answerer *expert = &all->answerers[EXPERT(tag)];
+    expert->rows += (uint64_t)ROWS(tag);
     expert->microseconds += microseconds;
 }
 
@@ -232,8 +232,10 @@ static void look_at_device(answering *all) {
             fail(all, one);
             continue;
         }
-        count(all, one, device_microseconds(all->device, one->slot));
-        reply(all, one, device_rows(all->device, one->slot));
+        uint64_t tag = one->tag;
+        int32_t slot = one->slot;
+        reply(all, one, device_rows(all->device, slot));
+        count(all, tag, device_microseconds(all->device, slot)); /* last: nobody waits for it */
     }
 }
 
@@ -253,7 +255,7 @@ static void answer(answering *all, work *one) {
     int64_t rows = ROWS(one->tag), began_us = now_us();
     float *answers = one->rows + one->capacity_rows * all->row_bytes / (int64_t)sizeof(float);
     gated_mlp_run(one->mlp, one->rows, answers, rows, all->scratch);
-    count(all, one, (uint64_t)(now_us() - began_us));
+    count(all, one->tag, (uint64_t)(now_us() - began_us));
     reply(all, one, (uint64_t)answers);
 }
 

@@ -11,6 +11,7 @@
 /* As mesh/wire.py has them. */
 enum { DISPATCH = 1, REPLY = 2, REFERENCE = 6, SEVERAL = (1 << 10) - 1 };
 enum { IRREGULAR = 0, REGULAR = 1, FAILED = -1 };
+enum { NOT_BACK = 0, BACK = 1, BACK_AND_AWAY = 2 };
 
 asking *asking_new(postbox *box, device *device) {
     asking *all = calloc(1, sizeof *all);
@@ -84,6 +85,7 @@ static int post(asking *all, seat *one) {
 int32_t asking_leave(asking *all, seat *one, uint64_t graph) {
     int32_t done;
     if (!device_launch_graph(all->device, (void *)graph)) return FAILED;
+    if (!one) return REGULAR;
     while (!(done = device_graph_done(all->device))) ucp_worker_progress(all->box->worker);
     if (done < 0) return FAILED;
     if (all->box->attention || !count(one)) return IRREGULAR;
@@ -113,7 +115,8 @@ static void settle(postbox *box, seat *one) {
     }
 }
 
-int32_t asking_wait(asking *all, seat *one, int32_t spin_us, int32_t timeout_us) {
+int32_t asking_wait(asking *all, seat *one, int32_t spin_us, int32_t timeout_us, seat *next,
+                    uint64_t graph) {
     postbox *box = all->box;
     int64_t began_us = now_us();
     arrival found;
@@ -122,9 +125,11 @@ int32_t asking_wait(asking *all, seat *one, int32_t spin_us, int32_t timeout_us)
         int state = state_of(box, one);
         if (state > 0) {
             settle(box, one);
-            return REGULAR;
+            if (!graph) return BACK;
+            int32_t left = asking_leave(all, next, graph);
+            return left == REGULAR ? BACK_AND_AWAY : left == IRREGULAR ? BACK : FAILED;
         }
-        if (state < 0 || box->attention || postbox_probe(box, 0, &found)) return IRREGULAR;
+        if (state < 0 || box->attention || postbox_probe(box, 0, &found)) return NOT_BACK;
     } while (postbox_idle(box, began_us, spin_us, began_us + timeout_us, -1));
-    return IRREGULAR;
+    return NOT_BACK;
 }

@@ -196,7 +196,8 @@ static int32_t passed(const device *gpu, void *event) {
 int32_t device_done(device *gpu, int32_t index) { return passed(gpu, gpu->slots[index].ended); }
 
 int32_t device_launch_graph(device *gpu, void *graph) {
-    return !gpu->launch(graph, gpu->stream) && !gpu->record(gpu->graph_ended, gpu->stream);
+    return (!graph || !gpu->launch(graph, gpu->stream)) &&
+           !gpu->record(gpu->graph_ended, gpu->stream);
 }
 
 int32_t device_graph_done(device *gpu) { return passed(gpu, gpu->graph_ended); }

@@ -295,11 +295,14 @@ typedef struct {
 
 EXPORT asking *asking_new(postbox *box, device *device);
 EXPORT void asking_free(asking *all);
-/* Launch the graph (CUgraphExec) and post what it has made: 1, or 0 with nothing posted where that
- * does not fit the seat's asks, or -1 when the device failed. */
+/* Launch the graph (CUgraphExec; 0: what was launched before) and post what it has made: 1, or 0
+ * with nothing posted where that does not fit the seat's asks, or -1 when the device failed. With no
+ * seat the graph is only launched. */
 EXPORT int32_t asking_leave(asking *all, seat *one, uint64_t graph);
 /* 1 when all is back, its operations released. 0 with none released when something failed, or
- * anything else wants to be looked at, or time is up. */
-EXPORT int32_t asking_wait(asking *all, seat *one, int32_t spin_us, int32_t timeout_us);
+ * anything else wants to be looked at, or time is up. With a graph, asking_leave for the next seat
+ * follows at once when all is back: 2 if that went well, -1 when the device failed. */
+EXPORT int32_t asking_wait(asking *all, seat *one, int32_t spin_us, int32_t timeout_us, seat *next,
+                           uint64_t graph);
 
 #endif

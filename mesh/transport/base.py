@@ -164,13 +164,26 @@ class Asking(Protocol):
         ...
 
     def leave(self, seat: native.Seat, graph: int) -> bool:
-        """Launch the graph (``CUgraphExec``) and post what it has made; False, with nothing
-        posted, where that does not fit the asks. Raises MeshError when the device failed."""
+        """Launch the graph (``CUgraphExec``; 0: that was done) and post what it has made; False,
+        with nothing posted, where that does not fit the asks. Raises MeshError when the device
+        failed."""
         ...
 
-    def wait(self, seat: native.Seat, *, spin_s: float, timeout_s: float) -> bool:
-        """True when all is back. False when something failed, a message is there to be probed, an
-        endpoint died, or time is up: what was posted is to be :meth:`taken`."""
+    def wait(
+        self,
+        seat: native.Seat,
+        *,
+        spin_s: float,
+        timeout_s: float,
+        then: native.Seat | None = None,
+        graph: int = 0,
+    ) -> tuple[bool, bool]:
+        """Whether all is back. It is not when something failed, a message is there to be probed, an
+        endpoint died, or time is up: what was posted is to be :meth:`taken`.
+
+        With a graph, once all is back it is launched at once, and the rows of another seat leave as
+        by :meth:`leave`: whether they did, is the second.
+        """
         ...
 
     def taken(self, ask: native.Ask) -> tuple[Request, Request]:

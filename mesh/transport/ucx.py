@@ -62,6 +62,7 @@ _LOOK_INTERVAL_S = 0.1
 # Of ucs_status_t.
 _TRUNCATED = -9
 _CONNECTION_RESET = -25
+_GPU_FAILED = "the GPU failed at what comes before a layer's experts"
 _TOO_MANY = "more UCX messages are in flight than this process may have"
 _MAX_TRIPS = 256
 # A native.RoundTrip, written in one call.
@@ -415,14 +416,24 @@ class UcxAsking:
         """See :class:`mesh.transport.base.Asking`."""
         left = native.long.asking_leave(self._pointer, seat, graph)
         if left < 0:
-            raise MeshError("the GPU failed at what comes before a layer's experts")
+            raise MeshError(_GPU_FAILED)
         return bool(left)
 
-    def wait(self, seat: native.Seat, *, spin_s: float, timeout_s: float) -> bool:
+    def wait(
+        self,
+        seat: native.Seat,
+        *,
+        spin_s: float,
+        timeout_s: float,
+        then: native.Seat | None = None,
+        graph: int = 0,
+    ) -> tuple[bool, bool]:
         """See :class:`mesh.transport.base.Asking`."""
-        return bool(
-            native.long.asking_wait(self._pointer, seat, int(spin_s * 1e6), int(timeout_s * 1e6))
-        )
+        spin_us, timeout_us = int(spin_s * 1e6), int(timeout_s * 1e6)
+        came = native.long.asking_wait(self._pointer, seat, spin_us, timeout_us, then, graph)
+        if came < 0:
+            raise MeshError(_GPU_FAILED)
+        return came > 0, came > 1
 
     def taken(self, ask: native.Ask) -> tuple[UcxRequest, UcxRequest]:
         """See :class:`mesh.transport.base.Asking`."""

@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gateway.asking import MAX_ROWS
 from gateway.dispatch import Placed
 from mesh import wire
 from mesh.errors import MeshError
@@ -168,6 +169,46 @@ def test_two_micro_batches_are_away_at_once_layer_after_layer(rig: Rig) -> None:
             torch.testing.assert_close(one.come_back(), expected(LAYERS[1], *step))
 
 
+def test_what_is_back_makes_the_next_one_leave(rig: Rig) -> None:
+    rig.worker("most", 0, 1, 2)
+    rig.worker("rest", 3)
+    rig.connect()
+    for seed in range(5):
+        rig.dispatcher.begin_step(2)
+        steps = [random_step(3 + n, seed=10 * seed + n) for n in range(2)]
+        one, other = rig.layer(3, LAYER, 0), rig.layer(4, LAYER, 1)
+        assert one.leave(*steps[0])
+        torch.testing.assert_close(one.turn(other, *steps[1]), expected(LAYER, *steps[0]))
+        assert other.placed.pending is None
+        torch.testing.assert_close(other.come_back(), expected(LAYER, *steps[1]))
+    assert sum(rig.dispatcher.rows_by_expert.values()) == 5 * 2 * (3 + 4)
+
+
+def test_what_is_back_makes_the_next_one_leave_in_any_way(rig: Rig) -> None:
+    """The next one fits no plan; then the one before it is refused."""
+    rig.worker("most", 0, 1, 2)
+    rig.connect()
+    rig.dispatcher.begin_step(2)
+    one, other = rig.layer(2, LAYER, 0), rig.layer(2, LAYER, 1)
+    x_TD, _, weights_TK = random_step(2)
+    served, lost = torch.tensor([[0, 1], [1, 2]]), torch.tensor([[0, 1], [3, 2]])
+    assert one.leave(x_TD, served, weights_TK)
+    got = one.turn(other, x_TD, lost, weights_TK)
+    torch.testing.assert_close(got, expected(LAYER, x_TD, served, weights_TK))
+    assert other.placed.pending is not None
+    other.come_back()
+    assert rig.dispatcher.void_rows().keys() == {(1, 1)}
+
+    rig.dispatcher.begin_step(2)
+    rig.workers[0].plane._store.unload([ExpertId(LAYER, 2)])
+    one.leave(x_TD, served, weights_TK)
+    one.turn(other, x_TD, torch.tensor([[0, 1], [1, 0]]), weights_TK)
+    got = other.come_back()
+    want = expected(LAYER, x_TD, torch.tensor([[0, 1], [1, 0]]), weights_TK)
+    torch.testing.assert_close(got, want)
+    assert rig.dispatcher.void_rows().keys() == {(0, 1)}
+
+
 def test_a_batch_that_comes_from_no_graph_is_another_micro_batch_of_the_step(rig: Rig) -> None:
     rig.worker("most", 0, 1, 2)
     rig.connect()
@@ -238,10 +279,11 @@ def test_more_tokens_than_a_seat_takes_have_none(rig: Rig) -> None:
     rig.connect()
     asks = rig.dispatcher._asks
     assert asks is not None
-    assert asks.seat(0, LAYER, NUM_EXPERTS, 2048) is not None
-    assert asks.seat(0, LAYER, NUM_EXPERTS, 2049) is None
+    assert asks.seat(0, LAYER, NUM_EXPERTS, MAX_ROWS) is not None
+    assert asks.seat(0, LAYER, NUM_EXPERTS, MAX_ROWS + 1) is None
     x_TD, ids_TK, weights_TK = random_step(3)
-    placed = Placed(LAYER, 0, x_TD, ids_TK, weights_TK, torch.full_like(ids_TK, -1), None)
+    rows_TK = torch.full_like(ids_TK, -1)
+    placed = Placed(LAYER, 0, x_TD, ids_TK, weights_TK, rows_TK, None, rig.dispatcher)
 
     class Nothing:
         def replay(self) -> None:
