@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from statistics import median, quantiles
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -28,7 +28,7 @@ from mesh.plan import ExpertId
 if TYPE_CHECKING:
     import torch
 
-    from gateway.dispatch import Dispatcher
+    from gateway.dispatch import Dispatcher, Placed
 
 _MAX_ERROR = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}
 _WARM_UP = 8
@@ -47,19 +47,23 @@ class Line:
     floor: float
     ours: float
     ours_p99: float
+    chained: float
+    """One step behind the other and no wait of the host between them, as an engine's layers are:
+    of each, the mean. The others are steps from the host's start to its end."""
     two: float
     """A step with two micro-batches of half the rows each, one after the other all the time."""
     two_p99: float
     reference: float = 0.0
     """The same layer by ``all_to_all_single``, see :mod:`cli.layer_reference`."""
     reference_p99: float = 0.0
+    reference_chained: float = 0.0
     reference_error: float = 0.0
     reference_ranks: int = 0
 
     @property
     def over(self) -> float:
-        """What the mesh adds to the floor."""
-        return self.ours - self.floor
+        """What the mesh adds to the floor, in a chain of steps."""
+        return self.chained - self.floor
 
 
 def layer(
@@ -106,8 +110,8 @@ def layer(
     if as_json:
         typer.echo(json.dumps({**asdict(shape), "lines": [asdict(line) for line in found]}))
         return
-    columns = "rows,busiest,floor us,ours us,p99,over,x floor,two us,p99"
-    columns += ",reference us,p99,ours / ref,two / ref,error"
+    columns = "rows,busiest,floor us,ours us,p99,chained us,over,x floor,two us,p99"
+    columns += ",reference us,p99,chained us,ours / ref,chained / ref,error"
     from rich.console import Console
     from rich.table import Table
 
@@ -115,17 +119,18 @@ def layer(
     for column in columns.split(","):
         table.add_column(column, justify="right")
     for line in found:
-        best = line.reference
         table.add_row(
             *(str(n) for n in (line.rows, line.busiest)),
-            *(f"{t:.0f}" for t in (line.floor, line.ours, line.ours_p99, line.over)),
-            f"{line.ours / line.floor:.2f}",
-            *(f"{t:.0f}" for t in (line.two, line.two_p99, best, line.reference_p99)),
-            *(f"{t / best:.2f}" for t in (line.ours, line.two)),
+            *(f"{t:.0f}" for t in (line.floor, line.ours, line.ours_p99, line.chained, line.over)),
+            f"{line.chained / line.floor:.2f}",
+            *(f"{t:.0f}" for t in (line.two, line.two_p99, line.reference, line.reference_p99)),
+            f"{line.reference_chained:.0f}",
+            f"{line.ours / line.reference:.2f}",
+            f"{line.chained / line.reference_chained:.2f}",
             f"{line.error:.1e}",
         )
     console = Console()
-    console.width = max(console.width, 130)  # columns that are cut tell nothing
+    console.width = max(console.width, 150)  # columns that are cut tell nothing
     console.print(table)
 
 
@@ -165,7 +170,11 @@ def _beside_reference(shape: Shape, lines: Sequence[Line], repeat: int) -> list[
         error, times = answer["error"], answer["times"]
         if not error < _MAX_ERROR[shape.dtype]:
             raise SystemExit(f"the reference is wrong at {line.rows} rows: error {error:.1e}")
-        theirs = {"reference": median(times), "reference_p99": _p99(times)}
+        theirs = {
+            "reference": median(times),
+            "reference_p99": _p99(times),
+            "reference_chained": answer["chained"],
+        }
         found.append(replace(line, reference_ranks=ranks, reference_error=error, **theirs))
     return found
 
@@ -244,6 +253,9 @@ def _measure(
     if not error < _MAX_ERROR[shape.dtype]:
         raise SystemExit(f"wrong at {size} rows: relative error {error:.1e} against float32")
     ours = _times(step.run, device, repeat)
+    chain = Step(dispatcher, [(x_TD, ids_TK, weights_TK)])
+    chained = _chained(chain.run_on, device, repeat)
+    chain.land()
     halves = [slice(0, size // 2), slice(size // 2, size)] if size > 1 else [slice(0, 1)]
     two = Step(dispatcher, [(x_TD[h], ids_TK[h], weights_TK[h]) for h in halves])
     passing = _times(two.run_on, device, repeat, wait=False)
@@ -255,9 +267,21 @@ def _measure(
         floor=floor,
         ours=median(ours),
         ours_p99=_p99(ours),
+        chained=chained,
         two=median(passing),
         two_p99=_p99(passing),
     )
+
+
+class _Graphs(NamedTuple):
+    """What is captured of one micro-batch."""
+
+    leave: Any
+    back: Any
+    turn: Any
+    """The sum of what is back, then the same rows leave: between two layers of an engine, one."""
+    placed: Placed
+    y_TD: torch.Tensor
 
 
 class Step:
@@ -276,8 +300,8 @@ class Step:
         self._away: list[Any] = []
         self._graphs = [self._captured(n) for n in range(len(micro_batches))]
 
-    def _captured(self, micro_batch: int) -> Any:
-        """What lays the rows out, and the sum; None where they are launched one by one."""
+    def _captured(self, micro_batch: int) -> _Graphs | None:
+        """None where what lays the rows out, and the sum, are launched one by one."""
         import torch
 
         x_TD, ids_TK, weights_TK = self._micro_batches[micro_batch]
@@ -303,24 +327,30 @@ class Step:
             for run in (place, combine):
                 run()
             stream.synchronize()
-            graph = capture(place)
-            return graph, made["placed"], capture(combine), made["y"]
+            leave = capture(place)
+            back = capture(combine)
+            placed, y_TD = made["placed"], made["y"]
+
+            def turn() -> None:
+                combine()
+                place()
+
+            return _Graphs(leave, back, capture(turn), placed, y_TD)
 
     def _leave(self, micro_batch: int) -> Any:
         graphs = self._graphs[micro_batch]
         if graphs is None:
             return self._dispatcher.dispatch(0, *self._micro_batches[micro_batch])
-        self._dispatcher.leave(graphs[1], graphs[0])
-        return graphs[1]
+        self._dispatcher.leave(graphs.placed, graphs.leave)
+        return graphs.placed
 
     def _return(self, micro_batch: int, away: Any) -> torch.Tensor:
         graphs = self._graphs[micro_batch]
         if graphs is None:
             y_TD: torch.Tensor = away.combine()
             return y_TD
-        self._dispatcher.turn(away, None, graphs[2])
-        y_TD = graphs[3]
-        return y_TD
+        self._dispatcher.turn(away, None, graphs.back)
+        return graphs.y_TD
 
     def run(self) -> list[torch.Tensor]:
         """All away, all back."""
@@ -333,9 +363,12 @@ class Step:
         if not self._away:
             self._dispatcher.begin_step(len(self._micro_batches))
             self._away = [self._leave(n) for n in range(len(self._micro_batches))]
-        for n in range(len(self._micro_batches)):
-            self._return(n, self._away[n])
-            self._away[n] = self._leave(n)
+        for n, graphs in enumerate(self._graphs):
+            if graphs is None:
+                self._return(n, self._away[n])
+                self._away[n] = self._leave(n)
+            else:
+                self._dispatcher.turn(self._away[n], graphs.placed, graphs.turn)
 
     def land(self) -> None:
         """Bring back what is away."""
@@ -382,6 +415,20 @@ def _times(
             torch.cuda.current_stream(device).synchronize()
         times.append((time.perf_counter() - began_s) * 1e6)
     return times[_WARM_UP:]
+
+
+def _chained(run: Callable[[], object], device: torch.device, repeat: int) -> float:
+    """Microseconds of a run among many."""
+    for _ in range(_WARM_UP):
+        run()
+    began_s = time.perf_counter()
+    for _ in range(repeat):
+        run()
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.current_stream(device).synchronize()
+    return (time.perf_counter() - began_s) * 1e6 / repeat
 
 
 def _p99(times: Sequence[float]) -> float:

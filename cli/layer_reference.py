@@ -108,8 +108,11 @@ class Reference:
 
 
 def measure(rank: int, device: torch.device, order: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of each size: microseconds of every step (the slowest rank's), and the error against
-    float32, over all rows. A rank's part in :func:`cli.ranks.run_ranks`."""
+    """Of each size: microseconds of every step (the slowest rank's) and of one among many that the
+    host does not wait for, and the error against float32, over all rows.
+
+    A rank's part in :func:`cli.ranks.run_ranks`.
+    """
     shape = Shape(**order["shape"])
     num_ranks = dist.get_world_size()
     reference = Reference(shape, rank, num_ranks, device)
@@ -135,7 +138,10 @@ def measure(rank: int, device: torch.device, order: dict[str, Any]) -> list[dict
         error = float((parts[0] / parts[1]).sqrt())
         times = torch.tensor(_times(run, device, order["repeat"]), device=device)
         dist.all_reduce(times, op=dist.ReduceOp.MAX)
-        found.append({"rows": size, "error": error, "times": times.tolist()})
+        chained = torch.tensor(_chained(run, device, order["repeat"]), device=device)
+        dist.all_reduce(chained, op=dist.ReduceOp.MAX)
+        answer = {"times": times.tolist(), "chained": chained.item()}
+        found.append({"rows": size, "error": error, **answer})
     return found
 
 
@@ -158,6 +164,18 @@ def _repeatable(
         torch.cuda.synchronize(device)
         graph = capture(run)
     return graph.replay, lambda: made["y"]
+
+
+def _chained(run: Callable[[], object], device: torch.device, repeat: int) -> float:
+    dist.barrier()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began_s = time.perf_counter()
+    for _ in range(repeat):
+        run()
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    return (time.perf_counter() - began_s) * 1e6 / repeat
 
 
 def _times(run: Callable[[], object], device: torch.device, repeat: int) -> list[float]:

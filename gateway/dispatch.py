@@ -646,7 +646,7 @@ class Dispatcher:
         reason = self._why_broken(messages)
         if reason is None:
             return False
-        log.error("transport_reopened", reason=reason, workers=len(self.peers))
+        log.warning("transport_reopened", reason=reason, workers=len(self.peers))
         for placed, seat in self._asked.items():
             placed.pending = self._surrender(placed, seat)
         self._asked.clear()

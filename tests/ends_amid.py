@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import signal
 import sys
 from typing import Any
 
@@ -38,26 +39,21 @@ def half_readable(nbytes: int) -> UcxBuffer:
     return UcxBuffer(tensor[start : start + nbytes])
 
 
-def _send_and_end(address: bytes, nbytes: int) -> None:
-    """Say something first: it opens the way."""
+def _send_and_end(address: bytes, nbytes: int, *, amid_a_fragment: bool) -> None:
+    """A message of 64 bytes, which opens the way, and half of another; their tags are 1 and 2."""
     transport = UcxTransport()
     endpoint = transport.connect(address)
-    for buffer in (transport.wrap(torch.zeros(64, dtype=torch.uint8)), half_readable(nbytes)):
-        request = endpoint.send(buffer, 1)
-        while not request.completed:
-            transport.progress()
-    raise AssertionError("it could be read")
-
-
-def _send_to_the_end_of_the_queue(address: bytes, nbytes: int) -> None:
-    """Until the queue is full, if its owner takes nothing; killed then, a message has a part."""
-    transport = UcxTransport()
-    endpoint = transport.connect(address)
-    request = endpoint.send(transport.wrap(torch.zeros(nbytes, dtype=torch.uint8)), 1)
+    opening = endpoint.send(transport.wrap(torch.zeros(64, dtype=torch.uint8)), 1)
+    while not opening.completed:
+        transport.progress()
+    if amid_a_fragment:
+        endpoint.send(half_readable(nbytes), 2)
+    else:
+        # As far as there is room in the queue, whose owner takes nothing out of it meanwhile.
+        endpoint.send(transport.wrap(torch.zeros(nbytes, dtype=torch.uint8)), 2)
     for _ in range(10_000):
         transport.progress()
-    assert not request.completed
-    os.kill(os.getpid(), 9)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _serve_until(num_replies: int, flags: list[str]) -> None:
@@ -80,9 +76,8 @@ def _serve_until(num_replies: int, flags: list[str]) -> None:
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["amid-a-fragment", to, size]:
-            _send_and_end(bytes.fromhex(to), int(size))
-        case ["between-fragments", to, size]:
-            _send_to_the_end_of_the_queue(bytes.fromhex(to), int(size))
+        case ["amid-a-fragment" | "between-fragments" as where, to, size]:
+            amid_a_fragment = where == "amid-a-fragment"
+            _send_and_end(bytes.fromhex(to), int(size), amid_a_fragment=amid_a_fragment)
         case ["worker", count, *rest]:
             _serve_until(int(count), rest)

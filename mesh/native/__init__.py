@@ -41,6 +41,7 @@ class Postbox(Structure):
         ("event_fd", c_int32),
         ("attention", c_int32),
         ("busy_since_us", c_int64),
+        ("calm_us", c_int64),
         ("doubted_us", c_int64),
         ("num_operations", c_int32),
         ("num_free", c_int32),

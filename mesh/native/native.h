@@ -85,6 +85,7 @@ struct postbox {
     int32_t event_fd;  /* UCX's */
     int32_t attention; /* set by whoever wants a wait to end: an endpoint died */
     int64_t busy_since_us; /* UCX has not let us sleep since then; 0: it did when last asked */
+    int64_t calm_us;       /* when it last did */
     int64_t doubted_us;    /* when a wait last ended for that */
     int32_t num_operations;
     int32_t num_free; /* of those, in the list that starts with first_free */

@@ -203,6 +203,7 @@ int64_t now_us(void) {
 int32_t postbox_arm(postbox *box) {
     if (ucp_worker_arm(box->worker) == UCS_OK) {
         box->busy_since_us = 0;
+        box->calm_us = now_us();
         return 1;
     }
     if (!box->busy_since_us) box->busy_since_us = now_us();
@@ -229,11 +230,13 @@ int32_t postbox_idle(postbox *box, int64_t idle_since_us, int32_t spin_us, int64
                      int32_t wake_fd) {
     int64_t now = now_us();
     if (now >= until_us) return 0;
-    if (now - idle_since_us < spin_us) {
+    int spinning = now - idle_since_us < spin_us;
+    if (!spinning || now - box->calm_us > DOUBT_EVERY_US)
+        if (!postbox_arm(box)) return give_way_to_work(box, now, idle_since_us, wake_fd);
+    if (spinning) {
         sched_yield();
         return 1;
     }
-    if (!postbox_arm(box)) return give_way_to_work(box, now, idle_since_us, wake_fd);
     struct pollfd fds[] = {{box->event_fd, POLLIN, 0}, {wake_fd, POLLIN, 0}};
     struct timespec left = {(until_us - now) / 1000000, (until_us - now) % 1000000 * 1000};
     int ready = ppoll(fds, 2, until_us == INT64_MAX ? NULL : &left, NULL);

@@ -39,6 +39,8 @@ _END_S = 40.0
 _RPC_S = 10.0
 _POLL_S = 0.1
 _HOME = "home"
+BLOCKED = "nothing has come in over shared memory"
+"""A worker that says so ends by itself."""
 """The host of placement and the gateways."""
 
 
@@ -79,6 +81,7 @@ class Fleet:
         self._kills: list[tuple[str, float]] = []
         """Who was killed, and when."""
         self._stopped: set[int] = set()
+        self._restarts: list[asyncio.Task[None]] = []
 
     @property
     def log_dir(self) -> Path:
@@ -270,9 +273,14 @@ class Fleet:
 
     def ended(self, process: Process) -> str | None:
         """What is wrong with the end of a process; None when it was expected."""
-        if process in self.members.values():
-            return f"nobody ended it: {process.describe_end()}"
-        return None
+        name = next((n for n, member in self.members.items() if member is process), None)
+        if name is None:
+            return None
+        if name in self.shape.worker_names and BLOCKED in process.describe_end():
+            # By one that was killed amid a message to it: whoever runs a worker starts it again.
+            self._restarts.append(asyncio.create_task(self.start_worker(name)))
+            return None
+        return f"nobody ended it: {process.describe_end()}"
 
     # Looking.
 

@@ -20,7 +20,7 @@ import psutil
 
 from mesh.errors import MeshError, Unavailable
 from tests.chaos.events import Event, Shape
-from tests.chaos.fleet import Fleet, Violation, ids_of, running_fleet
+from tests.chaos.fleet import BLOCKED, Fleet, Violation, ids_of, running_fleet
 from tests.chaos.load import Asked, Load, learn
 from tests.chaos.memory import Memory
 
@@ -286,6 +286,7 @@ def _look_into_logs(log_dir: Path, violate: Callable[[str], None]) -> None:
         for line in path.read_text(errors="replace").splitlines():
             with suppress(json.JSONDecodeError):
                 event = json.loads(line)
-                if event["level"] == "error" and event["event"] not in _EXPECTED_ERRORS:
+                expected = event["event"] in _EXPECTED_ERRORS or BLOCKED in line
+                if event["level"] == "error" and not expected:
                     violate(f"{path.name}: {line[:2000]}")
                     break

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from expert_mesh import AsyncClient
-from mesh.errors import TransportError
+from mesh.errors import PeerLost, TransportError
 from mesh.transport.base import Endpoint, why_stuck
 from mesh.transport.ucx import UcxTransport
 from tests.multiprocess.test_elastic import until
@@ -29,6 +29,7 @@ from tests.scripted_placement import ScriptedPlacement
 from tests.token_is_expert import make_token_is_expert
 
 DYING = "dying"
+_kept: list[torch.Tensor] = []
 
 
 def end_amid_a_message_to(address: bytes, transport: UcxTransport | None = None) -> None:
@@ -52,7 +53,9 @@ def turn_until(transport: UcxTransport, done: Callable[[], bool], within_s: floa
 
 
 def bytes_of(transport: UcxTransport, nbytes: int) -> object:
-    return transport.wrap(torch.zeros(nbytes, dtype=torch.uint8))
+    """For good: what is begun may be written to for as long as the transport is turned."""
+    _kept.append(torch.zeros(nbytes, dtype=torch.uint8))
+    return transport.wrap(_kept[-1])
 
 
 def test_who_ends_amid_a_message_is_told_from_who_takes_none() -> None:
@@ -113,6 +116,34 @@ def test_a_transport_that_was_opened_anew_hears_and_owes_nothing() -> None:
     assert transport.stuck_s() == 0
     transport.close()
     other.close()
+
+
+def test_the_rest_of_a_message_whose_sender_died_is_waited_for_until_the_transport_is_another() -> (
+    None
+):
+    transport = UcxTransport()
+    nbytes = 32 << 20
+    command = ["tests.ends_amid", "between-fragments", transport.address.hex(), str(nbytes)]
+    process = subprocess.Popen([sys.executable, "-m", *command])
+    assert turn_until(transport, lambda: transport.probe() is not None)
+    assert process.wait() == -signal.SIGKILL
+    found = []
+
+    def begun() -> bool:
+        message = transport.probe()
+        if message is not None:
+            found.append(message.receive(bytes_of(transport, nbytes)))
+        return bool(found)
+
+    assert turn_until(transport, begun)
+    (never,) = found
+    transport.cancel(never)
+    # What others send comes: nothing is blocked.
+    assert not turn_until(transport, lambda: never.completed or transport.stuck_s() > 0, within_s=3)
+    transport.reopen()
+    assert never.completed
+    assert isinstance(transport.failure(never), PeerLost)
+    transport.close()
 
 
 def test_a_data_plane_that_is_blocked_ends_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,8 @@ def after_some_chunks(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) 
 async def test_a_giver_that_stops_amid_a_transfer_is_left_for_the_next_source(
     directory: Path, monkeypatch: pytest.MonkeyPatch, how: signal.Signals
 ) -> None:
+    # Where it stops amid a fragment, the taker is blocked, and would end.
+    monkeypatch.setattr("expert_worker.data_plane.STUCK_PATIENCE_S", 60.0)
     model = ModelConfig.from_hf(directory)
     held = [ExpertId(model.moe_layers[0], index) for index in range(2)]
     async with ScriptedPlacement() as placement:
