@@ -10,7 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mesh.launch import Launcher
+
 _ROWS = 64
+_EXPERTS = 32
 _SORT_ROWS = 2048
 """Up to here, comparing every pair of rows is quicker than a sort."""
 
@@ -127,6 +130,9 @@ def _combine_kernel(
     tl.store(out + token * width + column, total, mask=inside)
 
 
+_launch_combine = Launcher(_combine_kernel)
+
+
 def combine(
     reply_RD: Tensor, rows_TK: Tensor, weights_TK: Tensor, residual_TD: Tensor | None = None
 ) -> Tensor:
@@ -135,16 +141,12 @@ def combine(
     (num_tokens, num_choices), width = rows_TK.shape, reply_RD.shape[1]
     out_TD = reply_RD.new_empty(num_tokens, width)
     block = min(2048, triton.next_power_of_2(width))
-    _combine_kernel[(num_tokens, triton.cdiv(width, block))](
-        reply_RD,
-        rows_TK,
-        weights_TK,
-        reply_RD if residual_TD is None else residual_TD,
-        out_TD,
-        num_choices,
-        width,
-        BLOCK=block,
-        RESIDUAL=residual_TD is not None,
+    more_TD = reply_RD if residual_TD is None else residual_TD
+    _launch_combine(
+        (num_tokens, triton.cdiv(width, block)),
+        (reply_RD, rows_TK, weights_TK, more_TD, out_TD),
+        fixed=(num_choices, width),
+        constants=(block, residual_TD is not None),
     )
     return out_TD
 
@@ -170,7 +172,7 @@ def write_headers(headers_ME: Tensor, send_ND: Tensor) -> None:
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _place_kernel(
     x,
     ids,
@@ -234,6 +236,9 @@ def _place_kernel(
             tl.store(words + header * words_per_row + expert, word, mask=is_one)
 
 
+_launch_place = Launcher(_place_kernel)
+
+
 def place(
     x_TD: Tensor,
     ids_TK: Tensor,
@@ -252,20 +257,11 @@ def place(
     words = send_ND.view(-1).view(torch.int32)
     # Each part of a row compares all over again: few parts where there is much to compare.
     block = min(1024 if num_rows <= 512 else 4096, triton.next_power_of_2(width))
-    _place_kernel[(num_rows + triton.cdiv(num_experts, 32), triton.cdiv(width, block))](
-        x_TD,
-        ids_TK,
-        tables,
-        send_ND,
-        words,
-        rows_TK,
-        counts_E,
-        num_rows,
-        ids_TK.shape[1],
-        num_experts,
-        width,
-        len(words) // len(send_ND),
-        ROWS=min(256, max(16, triton.next_power_of_2(num_rows))),
-        EXPERTS=32,
-        BLOCK=block,
+    compared = min(256, max(16, triton.next_power_of_2(num_rows)))
+    _launch_place(
+        (num_rows + triton.cdiv(num_experts, _EXPERTS), triton.cdiv(width, block)),
+        (x_TD, ids_TK, tables, send_ND, words, rows_TK, counts_E),
+        varying=(num_rows,),
+        fixed=(ids_TK.shape[1], num_experts, width, len(words) // len(send_ND)),
+        constants=(compared, _EXPERTS, block),
     )

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mesh.launch import Launcher
+
 _BLOCK = 1024
 
 
@@ -31,6 +33,7 @@ def _gated_kernel(gate_up, out, hidden, BLOCK: tl.constexpr, GELU: tl.constexpr)
     tl.store(out + row * hidden + column, acted * up.to(tl.float32), mask=inside)
 
 
+_launch_gated = Launcher(_gated_kernel)
 _GELU = {"silu": False, "swish": False, "gelu_new": True, "gelu_pytorch_tanh": True}
 
 
@@ -44,7 +47,8 @@ def gated(gate_up_RH: Tensor, activation: str) -> Tensor:
     rows, width = gate_up_RH.shape
     out_RH = torch.empty(rows, width // 2, dtype=gate_up_RH.dtype, device=gate_up_RH.device)
     grid = (rows, triton.cdiv(width // 2, _BLOCK))
-    _gated_kernel[grid](gate_up_RH, out_RH, width // 2, BLOCK=_BLOCK, GELU=_GELU[activation])
+    constants = (_BLOCK, _GELU[activation])
+    _launch_gated(grid, (gate_up_RH, out_RH), fixed=(width // 2,), constants=constants)
     return out_RH
 
 
