@@ -10,9 +10,9 @@ went through, must equal the quiet one token for token. The same thing happens `
   end of the window after it is over;
 * *failed*: requests that ended with an error, of all;
 * *throughput*: tokens a second in the window before the event, until it is over (what was ended
-  is back, and every expert is served), in the window after that, and in the one that begins a second
-  later, when the start of a process is over (*steady*): the medians over the events; the ratios are
-  those two by the first, over all events together.
+  is back, and every expert is served), in the window after that, and in the one that begins a
+  second later, when the start of a process is over (*steady*): the medians over the events; the
+  ratios are those two by the first, over all events together.
 
 ``--row NAME`` (repeatable) runs some of the rows; ``--json FILE`` adds their results to a file, and
 ``--plot`` draws every result that is in it.
@@ -322,7 +322,7 @@ def print_table(results: Sequence[Result]) -> None:
             f"{result.requests}",
             *(f"{median(r):.0f} tok/s" for r in (result.before, result.during, result.after)),
             f"{result.ratio:.1%}",
-            f"{result.steady_ratio:.1%}",
+            f"{result.steady_ratio:.1%}" if result.steady else "-",
             result.may_fail or "nothing",
         )
     console = Console()
