@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from mesh.errors import CheckpointError
+from mesh.upload import fill
 
 if TYPE_CHECKING:
     import torch
@@ -182,7 +183,9 @@ class Checkpoint:
         """A tensor in memory of its own; CheckpointError if absent or not of ``shape``."""
         self._check(name, shape)
         stored: torch.Tensor = self._handles[self._file_by_name[name]].get_tensor(name)
-        return stored.to(device=device, dtype=dtype, copy=True)
+        own = torch.empty(stored.shape, device=device, dtype=dtype or stored.dtype)
+        fill(own, stored)
+        return own
 
     def slice(self, name: str, shape: tuple[int, ...] | None = None) -> Any:
         """What reads only the part that it is indexed with, e.g. ``[3]`` or ``[:, 8:16]``.
