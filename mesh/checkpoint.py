@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from mesh.errors import CheckpointError
-from mesh.upload import fill
 
 if TYPE_CHECKING:
     import torch
@@ -181,6 +180,10 @@ class Checkpoint:
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """A tensor in memory of its own; CheckpointError if absent or not of ``shape``."""
+        import torch
+
+        from mesh.upload import fill
+
         self._check(name, shape)
         stored: torch.Tensor = self._handles[self._file_by_name[name]].get_tensor(name)
         own = torch.empty(stored.shape, device=device, dtype=dtype or stored.dtype)

@@ -23,7 +23,7 @@ def fill(target: Tensor, source: Tensor) -> None:
     if not target.is_cuda:
         target.copy_(source)
         return
-    turns = [(buffer, torch.cuda.Event()) for buffer in _buffers()]
+    turns = [(buffer, _event()) for buffer in _buffers()]
     for number, (of_target, of_source) in enumerate(pieces(target, source, PIECE_BYTES)):
         buffer, read = turns[number % len(turns)]
         read.synchronize()
@@ -46,8 +46,12 @@ def pieces(target: Tensor, source: Tensor, max_bytes: int) -> Iterator[tuple[Ten
         yield from pieces(target[0], source[0], max_bytes)
     else:
         step = max(1, len(target) * max_bytes // nbytes)
-        for part in zip(target.split(step), source.split(step), strict=True):
-            yield from pieces(*part, max_bytes)
+        for at in range(0, len(target), step):
+            yield from pieces(target[at : at + step], source[at : at + step], max_bytes)
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
 def _buffers() -> tuple[Tensor, Tensor]:
