@@ -12,8 +12,9 @@ over the bandwidth that a copy reaches in the same run.
 
 On one GPU the papers' "experts per layer = number of GPUs" is one expert: a dense model. ``many``
 is their 16 x 16 with as many workers, which share the GPU under MPS. The baseline is *monolith*
-there; on n GPUs it is every TP x PP = n (``--baseline tp2pp2`` for one), a rank a GPU. With
-``--device cpu`` everything runs small and in float32, ranks over gloo:
+there; on n GPUs it is every TP x PP = n (``--baseline tp2pp2`` for one), a rank a GPU, and ours
+has n gateways (``--gateways``), each with its share of the sequences. With ``--device cpu``
+everything runs small and in float32, ranks over gloo:
 ``--model tiny --quick --device cpu --baseline tp2pp2``.
 """
 
@@ -21,40 +22,30 @@ from __future__ import annotations
 
 import gc
 import json
-import logging
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
-from array import array
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
-import structlog
 import torch
 import typer
 
 from benchmarks.baselines.shards import Split
-from benchmarks.random_model import checkpoint_on, config_of, mesh_of, save_random
-from benchmarks.work import Work, prompt
+from benchmarks.gateways import gateways_of, quiet
+from benchmarks.random_model import checkpoint_on, config_of, save_random, workers_of
+from benchmarks.sides import Side, decoder_of, dtype_on, measure, meshed, shares
+from benchmarks.work import Work
 from cli import mps
 from cli.ranks import run_ranks
-from gateway.engine import Engine, MeshExperts
-from gateway.kv_blocks import BlockAllocator
-from gateway.model.decoder import Decoder
-from gateway.model.kv_cache import KvCache
-from gateway.request import Request, Sampling
-from gateway.sampler import Sampler
-from gateway.scheduler import Limits, Scheduler
 from mesh.device import open_device
-from mesh.model_config import ModelConfig
 
-_BLOCK = 16
 _PAPERS = {
     "model_type": "mixtral",
     "architectures": ["MixtralForCausalLM"],
@@ -129,108 +120,26 @@ def model_of(name: str, device: str) -> tuple[dict[str, Any], int]:
     return settings, max(workers, gpus)
 
 
-def dtype_on(device: torch.device) -> torch.dtype:
-    """A CPU is for seeing that it runs, and that tokens are the same."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-class Side:
-    """An engine over some experts."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        decoder: Decoder,
-        kv: KvCache,
-        experts: MeshExperts,
-        work: Work,
-        micro_batches: int,
-    ) -> None:
-        self._config, self._work = config, work
-        self._engine = Engine(
-            Scheduler(
-                BlockAllocator(kv.num_blocks, _BLOCK, prefix_cache=False),
-                Limits(work.max_batch_tokens, max(work.batches), 4096, 1.0, 1.0),
-            ),
-            lambda batches, rows: decoder.forward(batches, kv, rows),
-            experts,
-            Sampler(),
-            overlap_tokens=1 if micro_batches == 2 else None,
-        )
-
-    def run(self, count: int, length: int, num_new: int) -> tuple[list[float], list[list[int]]]:
-        """Seconds of each step until all are through, and the tokens of each."""
-        requests = [
-            Request(
-                str(n),
-                array("q", prompt(length, self._config.vocab_size, n)),
-                Sampling(num_new, temperature=0.0),
-            )
-            for n in range(count)
-        ]
-        for request in requests:
-            self._engine.submit(request)
-        times = []
-        while self._engine.num_requests:
-            began_s = time.perf_counter()
-            self._engine.step()
-            times.append(time.perf_counter() - began_s)
-        ends = [output for output in self._engine.take_outputs() if output.finish_reason]
-        wrong = [output.finish_reason for output in ends if output.finish_reason != "length"]
-        if wrong:
-            raise SystemExit(f"requests ended with {wrong}")
-        return times, [list(request.token_ids[length:]) for request in requests]
-
-    def measure(self) -> dict[str, Any]:
-        """Every cell."""
-        work = self._work
-        self.run(2, work.prefill_len, 1)
-        times, _ = self.run(work.prefill_prompts, work.prefill_len, 1)
-        found: dict[str, Any] = {
-            "prefill_tokens_per_s": work.prefill_prompts * work.prefill_len / sum(times),
-            "tpot_ms": {},
-        }
-        for batch in work.batches:
-            self.run(batch, 32, 6)
-            times, tokens = self.run(batch, work.decode_len, work.num_new)
-            # Behind the steps with prompts, each gives every sequence a token.
-            decoding = times[-(work.num_new - 2) :]
-            found["tpot_ms"][batch] = median(decoding) * 1e3
-            found["tokens"] = found.get("tokens", tokens[0])
-        return found
-
-
-@contextmanager
-def decoder_of(
-    config: ModelConfig, device: torch.device, work: Work
-) -> Iterator[tuple[Decoder, KvCache]]:
-    """The gateway's part of the model and room for all sequences."""
-    decoder = Decoder.load(config, checkpoint_on(device), device, dtype_on(device))
-    blocks = max(
-        max(work.batches) * -(-(work.decode_len + work.num_new) // _BLOCK),
-        2 * -(-(work.prefill_len + 1) // _BLOCK) + 2,
-    )
-    yield decoder, KvCache(config, blocks, _BLOCK, device, dtype_on(device))
-    del decoder
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
 def ours(
-    settings: dict[str, Any], workers: int, work: Work, micro_batches: int, where: str
+    settings: dict[str, Any],
+    workers: int,
+    work: Work,
+    micro_batches: int,
+    where: str,
+    gateways: int = 1,
 ) -> dict[str, Any]:
-    """The mesh."""
-    device, config = open_device(where), config_of(settings)
+    """The mesh, its gateways data-parallel; one alone is in this process."""
+    device = open_device(where)
     dtype_name = str(dtype_on(device)).removeprefix("torch.")
-    with (
-        decoder_of(config, device, work) as (decoder, kv),
-        mesh_of(settings, workers, device, dtype_name, work.max_batch_tokens) as dispatcher,
-    ):
-        if device.type == "cuda":
-            from gateway.model.decode_graphs import DecodeGraphs
-
-            decoder.use_graphs(DecodeGraphs(decoder, kv, dispatcher, work.max_len))
-        return Side(config, decoder, kv, dispatcher, work, micro_batches).measure()
+    with workers_of(settings, workers, device, dtype_name, work.max_batch_tokens) as mesh:
+        if gateways == 1:
+            admit = partial(mesh.admit, "bench")
+            with meshed(admit, config_of(settings), device, work, micro_batches) as side:
+                return measure(side.run, work, 1)
+        with gateways_of(mesh, settings, work, micro_batches, device.type, gateways) as run:
+            found = measure(run, work, gateways)
+    busy = {batch: len(shares(batch, gateways)) for batch in work.batches}
+    return found | {"gateways": gateways, "gateways_of_batch": busy}
 
 
 def monolith(settings: dict[str, Any], work: Work, where: str) -> dict[str, Any]:
@@ -243,7 +152,8 @@ def monolith(settings: dict[str, Any], work: Work, where: str) -> dict[str, Any]
         if device.type == "cuda":
             graphs: Any = WholeStep(decoder, kv, experts, work.max_len)
             decoder.use_graphs(graphs)
-        return Side(config, decoder, kv, experts, work, 1).measure()
+        side = Side(config, decoder, kv, experts, work, 1)
+        return measure(side.run, work, 1)
 
 
 def parallel(settings: dict[str, Any], work: Work, split: Split, where: str) -> dict[str, Any]:
@@ -370,14 +280,18 @@ def main(
     layers: Annotated[
         int, typer.Option(min=0, help="Fewer than the model has, where memory forces it; 0: all.")
     ] = 0,
+    gateways: Annotated[
+        int, typer.Option(min=0, help="Of our own side; 0: one a GPU, on a CPU one.")
+    ] = 0,
     only: Annotated[bool, typer.Option(help="One side of one model, in this process.")] = False,
 ) -> None:
     """Compare, and print a line for each side."""
     work = Work(8, 10_000, 1_000, 34, (1, 32, 128), 20_480)
     if quick:
         work = Work(2, 200, 50, 10, (1, 4), 512)
-    quiet = structlog.make_filtering_bound_logger(logging.WARNING)
-    structlog.configure(wrapper_class=quiet)
+    quiet()
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    gateways = gateways or max(1, gpus)
     if only:
         # Before this process has a context: it must be a client of the service like its workers.
         alone = side[0] in ("ours", "two")
@@ -385,52 +299,61 @@ def main(
         if layers:
             settings = {**settings, "num_hidden_layers": layers}
         with mps.sharing() if alone else nullcontext(), torch.inference_mode():
-            found = _measured(side[0], settings, workers, work, device)
+            found = _measured(side[0], settings, workers, work, device, gateways)
             found["device"] = device if device == "cpu" else torch.cuda.get_device_name()
         print(json.dumps(found), flush=True)
         return
-    gpus = torch.cuda.device_count() if device != "cpu" else 0
     splits = baseline or [split.name for split in Split.all_of(gpus) if gpus > 1]
     peers = [f"transformers-tp{gpus}"] if gpus > 1 else []
     side = [*side, *peers, *(Split.parse(split).name for split in splits)]
     results: dict[str, Any] = {}
     for name in model:
         results[name] = {}
+        first_whole: list[list[int]] | None = None
         for one in (*(["floor"] if device != "cpu" else []), *side):
             # A process for each: what one leaves on the GPU, or in its queue, is not the next's.
             command = [sys.executable, "-m", "benchmarks.papers", "--only", "--model", name]
             command += ["--side", one, "--device", device, "--layers", str(layers)]
+            command += ["--gateways", str(gateways)]
             command += ["--quick"] if quick else []
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
             found = results[name][one] = json.loads(lines[-1]) if lines else {"failed": "no word"}
             if layers:
                 found["layers"] = layers
+            # Of the largest batch a side's are many: they are compared, not kept.
+            whole = found.pop("batch_tokens", None)
             if "tokens" in found:
                 first = next(
                     other["tokens"] for other in results[name].values() if "tokens" in other
                 )
-                found["tokens_agree"] = agreeing(first, found["tokens"])
+                found["tokens_agree"] = agreeing([first], [found["tokens"]])
+            if whole is not None:
+                first_whole = first_whole or whole
+                found["batch_tokens_agree"] = agreeing(first_whole, whole)
             print(f"{name:10} {one:13}", json.dumps(found)[:700], flush=True)
             if out is not None:
                 out.write_text(json.dumps(results, indent=1))
 
 
-def agreeing(one: list[int], other: list[int]) -> str:
-    """How many of the first tokens of both are equal, of how many there are of both."""
-    pairs = list(zip(one, other, strict=False))
-    equal = next((n for n, (a, b) in enumerate(pairs) if a != b), len(pairs))
-    return f"{equal} of {len(pairs)}"
+def agreeing(some: Sequence[Sequence[int]], others: Sequence[Sequence[int]]) -> str:
+    """How many tokens are equal from the start of each sequence on, of how many both have."""
+    equal = total = 0
+    for one, other in zip(some, others, strict=True):
+        pairs = list(zip(one, other, strict=False))
+        equal += next((n for n, (a, b) in enumerate(pairs) if a != b), len(pairs))
+        total += len(pairs)
+    return f"{equal} of {total}"
 
 
 def _measured(
-    side: str, settings: dict[str, Any], workers: int, work: Work, device: str
+    side: str, settings: dict[str, Any], workers: int, work: Work, device: str, gateways: int
 ) -> dict[str, Any]:
     try:
         if side == "floor":
             return floors(settings, work)
         if side in ("ours", "two"):
-            return ours(settings, workers, work, 1 if side == "ours" else 2, device)
+            return ours(settings, workers, work, 1 if side == "ours" else 2, device, gateways)
         if side in ("monolith", "transformers"):
             return (monolith if side == "monolith" else transformers)(settings, work, device)
         if side.startswith("transformers-tp"):

@@ -17,11 +17,10 @@ from typing import Any, cast
 import torch
 from safetensors.torch import save_file
 
-from cli.bench_mesh import bench_mesh
+from cli.bench_mesh import BenchWorkers, bench_workers
 from cli.layer_worker import answer_asked
 from expert_worker.expert_mlp import load_expert
 from expert_worker.expert_store import ExpertStore
-from gateway.dispatch import Dispatcher
 from mesh.checkpoint import INDEX_FILE, Checkpoint
 from mesh.device import open_device
 from mesh.model_config import ModelConfig
@@ -121,14 +120,10 @@ def config_of(settings: dict[str, Any]) -> ModelConfig:
 
 
 @contextmanager
-def mesh_of(
-    settings: dict[str, Any],
-    num_workers: int,
-    device: torch.device,
-    dtype: str,
-    max_tokens: int,
-) -> Iterator[Dispatcher]:
-    """Workers that hold every expert between them, and a dispatcher connected to them."""
+def workers_of(
+    settings: dict[str, Any], num_workers: int, device: torch.device, dtype: str, max_tokens: int
+) -> Iterator[BenchWorkers]:
+    """Workers that hold every expert between them; on GPUs they take them in turn."""
     config = config_of(settings)
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     orders = [
@@ -141,18 +136,10 @@ def mesh_of(
         }
         for number in range(num_workers)
     ]
-    with bench_mesh(
-        "benchmarks.random_model",
-        orders,
-        [_held(config, number, num_workers) for number in range(num_workers)],
-        config,
-        device=device,
-        dtype=getattr(torch, dtype),
-        max_tokens=max_tokens,
-        max_rows=min(65535, max_tokens * config.experts_per_token),
-        reply_timeout_s=60.0,
-    ) as mesh:
-        yield mesh.dispatcher
+    held = [_held(config, number, num_workers) for number in range(num_workers)]
+    max_rows = min(65535, max_tokens * config.experts_per_token)
+    with bench_workers("benchmarks.random_model", orders, held, max_rows) as workers:
+        yield workers
 
 
 def _held(config: ModelConfig, number: int, of: int) -> list[ExpertId]:

@@ -1,8 +1,9 @@
 """A worker of ``expert-mesh bench layer``: a data plane with random experts of one layer.
 
-It says where it is, is told who asks, and serves until its standard input ends. One JSON object
-a line: ``{"address": hex}`` out, ``{"address": hex, "session": n}`` in, ``{"session": n}`` out;
-``{"served": true}`` in, ``{"served": [stages of each dispatch since]}`` out.
+It says where it is, is told of each gateway that asks, and serves until its standard input ends.
+One JSON object a line: ``{"address": hex}`` out; ``{"gateway": name, "address": hex, "session":
+n}`` in, ``{"session": n}`` out; ``{"served": true}`` in, ``{"served": [stages of each dispatch
+since]}`` out.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ def answer_asked(
             taken, served[:] = served[:], []
             print(json.dumps({"served": [one._asdict() for one in taken]}), flush=True)
             continue
-        session = plane.connect("bench", bytes.fromhex(asked["address"]), asked["session"])
+        address = bytes.fromhex(asked["address"])
+        session = plane.connect(asked["gateway"], address, asked["session"])
         print(json.dumps({"session": session}), flush=True)
     plane.stop()
 

@@ -364,4 +364,5 @@ def measure(rank: int, device: torch.device, order: dict[str, Any]) -> dict[str,
         found["tpot_ms"][batch] = median(steps[1:]) * 1e3
         if tokens:
             found.setdefault("tokens", tokens[0])
+            found["batch_tokens"] = tokens
     return found

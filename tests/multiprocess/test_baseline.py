@@ -1,4 +1,4 @@
-"""The papers' baseline on CPUs: ranks over gloo write what one process writes."""
+"""The papers' sides of several processes on CPUs: they write what one process writes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.baselines.shards import Split
-from benchmarks.papers import MODELS, monolith, parallel, transformers, transformers_tp
+from benchmarks.papers import MODELS, monolith, ours, parallel, transformers, transformers_tp
 from benchmarks.work import Work
 from mesh.errors import ConfigError
 
@@ -32,8 +32,20 @@ def test_tokens_are_those_of_one_process_and_of_transformers(
     found = parallel(settings, WORK, Split.parse(split), "cpu")
     assert len(alone["tokens"]) == WORK.num_new
     assert found["tokens"] == alone["tokens"] == peer["tokens"]
+    assert found["batch_tokens"] == alone["batch_tokens"]
     assert found["prefill_tokens_per_s"] > 0
     assert all(found["tpot_ms"][str(batch)] > 0 for batch in WORK.batches)
+
+
+@pytest.mark.slow
+def test_two_gateways_on_four_workers_write_what_one_process_writes() -> None:
+    with torch.inference_mode():
+        alone = monolith(SETTINGS, WORK, "cpu")
+    found = ours(SETTINGS, 4, WORK, 1, "cpu", gateways=2)
+    assert len(found["batch_tokens"]) == 3
+    assert found["batch_tokens"] == alone["batch_tokens"]
+    assert found["tokens"] == alone["tokens"]
+    assert found["gateways_of_batch"] == {1: 1, 3: 2}
 
 
 @pytest.mark.slow

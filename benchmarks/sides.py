@@ -1,0 +1,190 @@
+"""Sides of the papers' comparison that an engine drives: scheduler, sampler and all."""
+
+from __future__ import annotations
+
+import gc
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.random_model import checkpoint_on
+from benchmarks.work import Work, prompt
+from cli.bench_mesh import dispatcher_to
+from gateway.engine import Engine, MeshExperts
+from gateway.kv_blocks import BlockAllocator
+from gateway.model.decoder import Decoder
+from gateway.model.kv_cache import KvCache
+from gateway.request import Request, Sampling
+from gateway.sampler import Sampler
+from gateway.scheduler import Limits, Scheduler
+from mesh.model_config import ModelConfig
+from protos import engine_pb2 as pb
+
+_BLOCK = 16
+_REPLY_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What one engine did with its share of the sequences."""
+
+    sequences: Sequence[int]
+    began_s: float
+    """``time.perf_counter()``, which is the same for all processes of a machine."""
+    steps_s: Sequence[float]
+    tokens: Sequence[Sequence[int]]
+    """What each sequence was given."""
+
+    @property
+    def ended_s(self) -> float:
+        return self.began_s + sum(self.steps_s)
+
+
+Run = Callable[[int, int, int], list[Ran]]
+"""``count`` sequences behind prompts of ``length`` tokens are given ``num_new`` each; what every
+engine did that had any."""
+
+
+def shares(count: int, engines: int) -> list[range]:
+    """Which sequences each engine has, of those that have any: as equally many as can be."""
+    return [range(n, count, engines) for n in range(min(count, engines))]
+
+
+def measure(run: Run, work: Work, engines: int) -> dict[str, Any]:
+    """Every cell. Prefill lasts from the first engine's start to the last one's end; a token's
+    time is the median over the steps of all engines, each of which is its own."""
+    run(2 * engines, work.prefill_len, 1)
+    ran = run(work.prefill_prompts, work.prefill_len, 1)
+    prefill_s = max(one.ended_s for one in ran) - min(one.began_s for one in ran)
+    found: dict[str, Any] = {
+        "prefill_tokens_per_s": work.prefill_prompts * work.prefill_len / prefill_s,
+        "tpot_ms": {},
+        "decode_tokens_per_s": {},
+    }
+    for batch in work.batches:
+        run(batch, 32, 6)
+        ran = run(batch, work.decode_len, work.num_new)
+        # Behind the steps with prompts, each gives every sequence a token.
+        decoding = [one.steps_s[-(work.num_new - 2) :] for one in ran]
+        found["tpot_ms"][batch] = median([step_s for steps in decoding for step_s in steps]) * 1e3
+        found["decode_tokens_per_s"][batch] = sum(
+            len(one.sequences) / median(steps) for one, steps in zip(ran, decoding, strict=True)
+        )
+        of = {n: t for one in ran for n, t in zip(one.sequences, one.tokens, strict=True)}
+        found.setdefault("tokens", of[0])
+        found["batch_tokens"] = [of[n] for n in range(batch)]
+    return found
+
+
+class Side:
+    """An engine over some experts."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        decoder: Decoder,
+        kv: KvCache,
+        experts: MeshExperts,
+        work: Work,
+        micro_batches: int,
+    ) -> None:
+        self._config, self._work = config, work
+        self._requests: dict[int, Request] = {}
+        self._engine = Engine(
+            Scheduler(
+                BlockAllocator(kv.num_blocks, _BLOCK, prefix_cache=False),
+                Limits(work.max_batch_tokens, max(work.batches), 4096, 1.0, 1.0),
+            ),
+            lambda batches, rows: decoder.forward(batches, kv, rows),
+            experts,
+            Sampler(),
+            overlap_tokens=1 if micro_batches == 2 else None,
+        )
+
+    def run(self, count: int, length: int, num_new: int) -> list[Ran]:
+        """See :data:`Run`."""
+        self.submit(range(count), length, num_new)
+        return [self.go()]
+
+    def submit(self, sequences: Sequence[int], length: int, num_new: int) -> None:
+        """What the next :meth:`go` is to do."""
+        self._requests = {
+            n: Request(
+                str(n),
+                array("q", prompt(length, self._config.vocab_size, n)),
+                Sampling(num_new, temperature=0.0),
+            )
+            for n in sequences
+        }
+        for request in self._requests.values():
+            self._engine.submit(request)
+
+    def go(self) -> Ran:
+        """Step until all are through."""
+        times = []
+        first_s = time.perf_counter()
+        while self._engine.num_requests:
+            began_s = time.perf_counter()
+            self._engine.step()
+            times.append(time.perf_counter() - began_s)
+        ends = [output for output in self._engine.take_outputs() if output.finish_reason]
+        wrong = [output.finish_reason for output in ends if output.finish_reason != "length"]
+        if wrong:
+            raise SystemExit(f"requests ended with {wrong}")
+        tokens = [list(one.token_ids[one.num_prompt_tokens :]) for one in self._requests.values()]
+        return Ran(list(self._requests), first_s, times, tokens)
+
+
+def dtype_on(device: torch.device) -> torch.dtype:
+    """A CPU is for seeing that it runs, and that tokens are the same."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+@contextmanager
+def decoder_of(
+    config: ModelConfig, device: torch.device, work: Work, engines: int = 1
+) -> Iterator[tuple[Decoder, KvCache]]:
+    """The gateway's part of the model and room for its share of the sequences."""
+    decoder = Decoder.load(config, checkpoint_on(device), device, dtype_on(device))
+    blocks = max(
+        len(shares(max(work.batches), engines)[0]) * -(-(work.decode_len + work.num_new) // _BLOCK),
+        2 * -(-(work.prefill_len + 1) // _BLOCK) + 2,
+    )
+    yield decoder, KvCache(config, blocks, _BLOCK, device, dtype_on(device))
+    del decoder
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@contextmanager
+def meshed(
+    admit: Callable[[bytes], pb.Routing],
+    config: ModelConfig,
+    device: torch.device,
+    work: Work,
+    micro_batches: int,
+    engines: int = 1,
+) -> Iterator[Side]:
+    """One of so many gateways, over the workers that ``admit`` knows."""
+    with (
+        decoder_of(config, device, work, engines) as (decoder, kv),
+        dispatcher_to(
+            admit,
+            config,
+            device=device,
+            dtype=dtype_on(device),
+            max_tokens=work.max_batch_tokens,
+            reply_timeout_s=_REPLY_TIMEOUT_S,
+        ) as dispatcher,
+    ):
+        if device.type == "cuda":
+            from gateway.model.decode_graphs import DecodeGraphs
+
+            decoder.use_graphs(DecodeGraphs(decoder, kv, dispatcher, work.max_len))
+        yield Side(config, decoder, kv, dispatcher, work, micro_batches)
