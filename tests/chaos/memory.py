@@ -14,7 +14,7 @@ _WARM_UP_S = 60.0
 _LEAST_SPAN_S = 45.0
 _MB = 1 << 20
 _NOISE_MB = 8.0
-"""Growth over the whole span, beside what may fill, that means nothing ..."""
+"""A rise over the whole span, beside what may fill, that means nothing ..."""
 _STEEP_MB_PER_MIN = 0.25
 """... and a slope that an allocator still has after an hour."""
 
@@ -51,8 +51,8 @@ class Memory:
         """Those that do, each with its slope in MB a minute."""
         return [
             (f"{name} (pid {pid})", slope)
-            for (name, pid), (slope, span_s) in self._lines().items()
-            if slope > _STEEP_MB_PER_MIN and slope * span_s / 60 > self._steep_mb
+            for (name, pid), (slope, rise_mb) in self._lines().items()
+            if slope > _STEEP_MB_PER_MIN and rise_mb > self._steep_mb
         ]
 
     def as_json(self) -> str:
@@ -62,12 +62,16 @@ class Memory:
         )
 
     def _lines(self) -> dict[tuple[str, int], tuple[float, float]]:
+        """The slope of each, and by how much the least of its last third is above that of its
+        first: what comes and goes by turns has a slope at any moment, and rises by nothing."""
         lines = {}
         for key, samples in self._samples.items():
             warm = [(t, mb) for t, mb in samples if t - samples[0][0] >= _WARM_UP_S]
             if warm and warm[-1][0] - warm[0][0] >= _LEAST_SPAN_S:
                 fit = linear_regression(*zip(*warm, strict=True))
-                lines[key] = fit.slope * 60, warm[-1][0] - warm[0][0]
+                third = len(warm) // 3
+                first, last = (min(mb for _, mb in part) for part in (warm[:third], warm[-third:]))
+                lines[key] = fit.slope * 60, last - first
         return lines
 
 
