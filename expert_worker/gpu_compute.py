@@ -32,6 +32,8 @@ log = structlog.get_logger()
 
 _GRAPH_ROWS = 256
 """Larger batches keep the GPU busy for longer than their launches take."""
+_GRAPH_ROWS_OF_SEVERAL = 1024
+"""Of many experts, so many rows take the GPU little longer than the weights themselves."""
 _CAPTURE_AT_USE = 3
 """A buffer that an expert meets this often will come again."""
 
@@ -175,12 +177,12 @@ class GpuCompute:
             graphs = self._replays.get(expert, lambda: None)()
             if self.replays is not None and graphs is not None:
 
-                def compute(slot: int, rows_RD: torch.Tensor) -> None:
+                def of_slot(slot: int, rows_RD: torch.Tensor) -> None:
                     run(expert, [Part(rows_RD, 0, len(rows_RD))])
 
                 # With the weights themselves: those that the expert has move when it is stacked.
                 kept = expert.tensors()
-                self._hand_over(expert, graphs, first, self.replays, compute, kept)
+                self._hand_over(expert, graphs, first, self.replays, of_slot, kept)
         else:
             run(expert, parts)
         return ticket.ends_here()
@@ -199,22 +201,18 @@ class GpuCompute:
             on_host_E = torch.zeros(num_experts, dtype=torch.int32, pin_memory=True)
             self._counts[buffer_RD.data_ptr()] = on_host_E
         ticket = GpuTicket(self._stream, self._events)
-        if len(buffer_RD) > _GRAPH_ROWS:
+        if len(buffer_RD) > _GRAPH_ROWS_OF_SEVERAL:
             whole_RD = buffer_RD[: header_rows + part.num_rows]
             _run_several(stack, whole_RD, header_rows, on_host_E)
             return ticket.ends_here(on_host_E)
-        self._replay(
-            stack,
-            buffer_RD,
-            lambda: _run_several(stack, buffer_RD, header_rows, on_host_E),
-        )
-        if self.replays is not None:
-            counts, kept = self.replays.counts, stack
+        compute = functools.partial(_run_several, stack)
+        self._replay(stack, buffer_RD, lambda: compute(buffer_RD, header_rows, on_host_E))
+        if (replays := self.replays) is not None:
 
-            def compute(slot: int, rows_RD: torch.Tensor) -> None:
-                _run_several(kept, rows_RD, header_rows, counts[slot][:num_experts])
+            def of_slot(slot: int, rows_RD: torch.Tensor) -> None:
+                compute(rows_RD, header_rows, replays.counts[slot][:num_experts])
 
-            self._hand_over(stack, here.replays, part, self.replays, compute, stack)
+            self._hand_over(stack, here.replays, part, replays, of_slot, stack)
         return ticket.ends_here(on_host_E)
 
     def _replay(self, owner: object, buffer_RD: torch.Tensor, compute: Callable[[], None]) -> None:

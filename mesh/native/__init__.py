@@ -30,7 +30,7 @@ IN_PROGRESS = 1
 SHORT = -1000
 """Of an operation, beside UCX's own negative ones: a message of another length came."""
 RING = 4
-SIZES = 9
+SIZES = 11
 """See ``device.c`` of native.h."""
 
 

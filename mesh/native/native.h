@@ -140,7 +140,7 @@ EXPORT const char *status_text(int32_t status);
 /* ---- device.c: see mesh/replay.py ---- */
 
 /* A slot is a buffer that graphs are captured for: RING of each size, of 1 << slot / RING rows. */
-enum { RING = 4, SIZES = 9, SLOTS = RING * SIZES };
+enum { RING = 4, SIZES = 11, SLOTS = RING * SIZES };
 
 typedef struct device device;
 
