@@ -352,6 +352,7 @@ class DataPlane(threading.Thread):
                 device=self._compute_on.replays,
             )
             self._tell_counts()
+            self._store.on_change = self._doubt
             self._bound.set_result(transport.address)
             with torch.inference_mode():
                 while not self._stopping:
@@ -427,12 +428,18 @@ class DataPlane(threading.Thread):
 
     def _answer(self, answering: Answering) -> None:
         """Let what is regular be answered without us, until we are needed."""
+        answering.doubt(False)  # first: what changes from here on is doubted again
         experts, version = self._store.experts, self._compute_on.version
         if self._served[0] is not experts or self._served[1] != version:
             self._served = experts, version
             answering.serve(self._compute_on.serve(experts))
         answering.run(spin_s=self._spin_s, wake_fd=self._waiter.descriptor)
         self._waiter.settle()
+
+    def _doubt(self) -> None:
+        """On whatever thread changes the store: the next message of several experts is ours."""
+        if self._answering is not None:
+            self._answering.doubt(True)
 
     def _must_turn(self) -> bool:
         return self._draining or self._in_hand() or self._weights.any or bool(self._lending)

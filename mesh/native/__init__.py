@@ -132,6 +132,7 @@ class Answering(Structure):
         ("max_rows", c_int32),
         ("num_experts", c_int32),
         ("header_rows", c_int32),
+        ("doubted", c_int32),
         ("in_hand", c_int32),
         ("computing", c_int32),
         ("failed", c_int32),

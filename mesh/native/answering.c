@@ -131,7 +131,8 @@ static uint64_t length(const answering *all, uint64_t tag) {
 static int regular(const answering *all, const arrival *found) {
     int64_t rows = ROWS(found->tag);
     return all->sessions[SESSION(found->tag)].endpoint &&
-           all->answerers[EXPERT(found->tag)].mlp && rows > 0 && rows <= all->max_rows &&
+           all->answerers[EXPERT(found->tag)].mlp &&
+           !(all->doubted && IS_SEVERAL(found->tag)) && rows > 0 && rows <= all->max_rows &&
            found->bytes == length(all, found->tag) &&
            (!all->device ||
             device_knows(all->device, all->answerers[EXPERT(found->tag)].replays->graphs,

@@ -239,6 +239,7 @@ typedef struct {
     int64_t scratch_floats;
     int32_t row_bytes, max_rows;
     int32_t num_experts, header_rows; /* counts of a layer, and the rows that they take */
+    int32_t doubted; /* set by any thread: several experts may be others by now */
     int32_t in_hand;
     int32_t computing; /* of those, on the device: only asking tells when one ends */
     int32_t failed;    /* of those, for answering_next_failed */

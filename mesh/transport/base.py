@@ -136,6 +136,11 @@ class Answering(Protocol):
         all of them together."""
         ...
 
+    def doubt(self, doubted: bool) -> None:
+        """Whether those together may be others by now than :meth:`serve` was told: their messages
+        are left to be probed then. From any thread."""
+        ...
+
     def counts(self) -> Iterable[tuple[ExpertId, int, float]]:
         """Rows and seconds of each expert that had any, since the start. From any thread."""
         ...

@@ -351,6 +351,10 @@ class UcxAnswering:
         self._record.num_experts = min(num_experts, wire.MAX_EXPERTS)  # more have no tags
         self._record.header_rows = header_rows
 
+    def doubt(self, doubted: bool) -> None:
+        """See :class:`mesh.transport.base.Answering`."""
+        self._record.doubted = doubted
+
     def serve(self, experts: Mapping[ExpertId, NativeMlp | Replays]) -> None:
         """See :class:`mesh.transport.base.Answering`."""
         self._past.append(self._experts)

@@ -645,78 +645,147 @@ class Computes(CpuCompute):
         return super().mark()
 
 
-def test_a_data_plane_serves_references_that_nothing_was_captured_for(driver: str) -> None:
-    knobs = ctypes.CDLL(driver)
-    for name in ("launched", "ran", "allowed", "mapped"):
-        ctypes.c_int32.in_dll(knobs, name).value = 0
-    store = ExpertStore(
-        lambda expert: lambda x_RD: (expert.index + 2) * x_RD,
-        expert_bytes=1,
-        memory_bytes=9,
-        worker_id="w",
-    )
-    store.load([ExpertId(0, 0), ExpertId(0, 1)])
-    plane = DataPlane(
-        UcxTransport,
-        store,
-        hidden_size=WIDTH,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        num_experts=NUM_EXPERTS,
-        max_rows=8,
-        merge_rows=8,
-        spin_s=0.0,
-        threads=1,
-    )
-    plane._compute_on = Computes(driver)
-    plane.start()
-    gateway = UcxTransport()
-    endpoint = gateway.connect(plane.wait_started())
-    session = plane.connect("g", gateway.address, REPLY_SESSION)
-    arenas = Arenas(ReplayDevice(0, driver))
+class Served:
+    """A gateway, and a data plane with experts of layer 0 that it has a session with."""
 
-    def heard(reply: Request | None = None) -> wire.Frame | None:
+    def __init__(self, driver: str, compute: CpuCompute, *indices: int) -> None:
+        self.knobs = ctypes.CDLL(driver)
+        for name, value in {"launched": 0, "ran": 0, "allowed": 99, "mapped": 0}.items():
+            ctypes.c_int32.in_dll(self.knobs, name).value = value
+        self.store = ExpertStore(
+            lambda expert: lambda x_RD: (expert.index + 2) * x_RD,
+            expert_bytes=1,
+            memory_bytes=9,
+            worker_id="w",
+        )
+        self.store.load(ExpertId(0, index) for index in indices)
+        self.plane = DataPlane(
+            UcxTransport,
+            self.store,
+            hidden_size=WIDTH,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            num_experts=NUM_EXPERTS,
+            max_rows=8,
+            merge_rows=8,
+            spin_s=0.0,
+            threads=1,
+        )
+        self.plane._compute_on = compute
+        self.plane.start()
+        self.gateway = UcxTransport()
+        self.endpoint = self.gateway.connect(self.plane.wait_started())
+        self.session = self.plane.connect("g", self.gateway.address, REPLY_SESSION)
+        self.arenas = Arenas(ReplayDevice(0, driver))
+
+    def lend(self) -> None:
+        said = torch.frombuffer(bytearray(self.arenas.said), dtype=torch.uint8)
+        tag = wire.encode(wire.Kind.ARENAS, self.session, 5, 0, 0, 0)
+        self.endpoint.send(self.gateway.wrap(said), tag)
+        assert self.heard() == (wire.Kind.ARENAS, REPLY_SESSION, 5, 0, 0, 1)
+
+    def heard(self, reply: Request | None = None) -> wire.Frame | None:
+        """What came that nobody waited for; None: the reply did first."""
         until = time.monotonic() + 20
         while time.monotonic() < until:
-            gateway.progress()
-            if (message := gateway.probe()) is not None:
-                message.receive(gateway.wrap(torch.zeros(64, dtype=torch.uint8)))
+            self.gateway.progress()
+            if (message := self.gateway.probe()) is not None:
+                message.receive(self.gateway.wrap(torch.zeros(64, dtype=torch.uint8)))
                 return wire.decode(message.tag)
             if reply is not None and reply.completed:
                 return None
         raise AssertionError("nothing came")
 
-    def refer(slot: int, first: int, count: int, expert: int = 0) -> Request:
+    def refer(self, slot: int, first: int, count: int, expert: int = 0) -> wire.Frame | None:
+        """What came of it; None: its reply."""
         key = (slot, 0, expert, count)
-        reply = endpoint.post_receive(
-            gateway.wrap(torch.zeros(0)), wire.encode(wire.Kind.REPLY, REPLY_SESSION, *key)
-        )
-        where = gateway.wrap(torch.tensor([first]))
-        endpoint.send(where, wire.encode(wire.Kind.REFERENCE, session, *key))
-        return reply
+        tag = wire.encode(wire.Kind.REPLY, REPLY_SESSION, *key)
+        reply = self.endpoint.post_receive(self.gateway.wrap(torch.zeros(0)), tag)
+        where = self.gateway.wrap(torch.tensor([first]))
+        self.endpoint.send(where, wire.encode(wire.Kind.REFERENCE, self.session, *key))
+        return self.heard(reply)
 
-    refer(1, 0, 2)
-    assert heard() == (wire.Kind.REFUSE, REPLY_SESSION, 1, 0, 0, wire.Refusal.MALFORMED)
-    said = gateway.wrap(torch.frombuffer(bytearray(arenas.said), dtype=torch.uint8))
-    endpoint.send(said, wire.encode(wire.Kind.ARENAS, session, 5, 0, 0, 0))
-    assert heard() == (wire.Kind.ARENAS, REPLY_SESSION, 5, 0, 0, 1)
-    reply = refer(2, 3, 2)
-    assert heard(reply) is None
+    def close(self) -> None:
+        self.plane.drain(5)
+        self.plane.stop()
+        assert self.plane.failure is None
+        assert ctypes.c_int32.in_dll(self.knobs, "mapped").value == 0
+        self.endpoint.close()
+        self.gateway.close()
+
+
+def refused(slot: int, expert: int, reason: wire.Refusal) -> tuple[int, ...]:
+    return (wire.Kind.REFUSE, REPLY_SESSION, slot, 0, expert, reason)
+
+
+def test_a_data_plane_serves_references_that_nothing_was_captured_for(driver: str) -> None:
+    served = Served(driver, Computes(driver), 0, 1)
+    arenas, malformed = served.arenas, wire.Refusal.MALFORMED
+    assert served.refer(1, 0, 2) == refused(1, 0, malformed)
+    served.lend()
+    assert served.refer(2, 3, 2) is None
     assert torch.equal(arenas.reply_RD[3:5], 2 * arenas.send_RD[3:5])
-    refer(3, ARENA_ROWS - 1, 2)
-    assert heard() == (wire.Kind.REFUSE, REPLY_SESSION, 3, 0, 0, wire.Refusal.MALFORMED)
+    assert served.refer(3, ARENA_ROWS - 1, 2) == refused(3, 0, malformed)
     x_RD = arenas.head((2, 1), 8)
-    reply = refer(4, 8, 3, wire.SEVERAL)
-    assert heard(reply) is None
-    assert torch.equal(arenas.reply_RD[8:11], torch.tensor([[2.0], [2.0], [3.0]]) * x_RD)
-    malformed, bad_counts = wire.Refusal.MALFORMED, wire.Refusal.BAD_COUNTS
-    for slot, first, reason in ((5, 1, malformed), (6, 4, bad_counts)):
-        refer(slot, first, 3, wire.SEVERAL)
-        assert heard() == (wire.Kind.REFUSE, REPLY_SESSION, slot, 0, wire.SEVERAL, reason)
-    assert plane.stats().rows == {ExpertId(0, 0): 4, ExpertId(0, 1): 1}
-    plane.drain(5)
-    plane.stop()
-    assert plane.failure is None
-    assert ctypes.c_int32.in_dll(knobs, "mapped").value == 0
-    endpoint.close()
-    gateway.close()
+    assert served.refer(4, 8, 3, wire.SEVERAL) is None
+    assert torch.equal(arenas.reply_RD[8:11], by_expert((2, 1), x_RD))
+    for slot, first, reason in ((5, 1, malformed), (6, 4, wire.Refusal.BAD_COUNTS)):
+        answer = served.refer(slot, first, 3, wire.SEVERAL)
+        assert answer == refused(slot, wire.SEVERAL, reason)
+    assert served.plane.stats().rows == {ExpertId(0, 0): 4, ExpertId(0, 1): 1}
+    served.close()
+
+
+class Stacks(Computes):
+    """As the GPU's: a layer's experts have graphs once several were asked for."""
+
+    def __init__(self, driver: str) -> None:
+        super().__init__(driver)
+        self._graphs: list[Graph] = []
+        self.num_asked = 0
+
+    def serve(self, experts: Mapping[ExpertId, Expert]) -> dict[ExpertId, Replays]:
+        here = Replays(here=[expert.index for expert in experts])
+        for slot in slots_of(HEADER_ROWS + 3) if self.version else ():
+            if slot not in self.replays.buffers:
+                self.replays.lend(slot, torch.zeros(slot_rows(slot), WIDTH))
+            buffer_RD, counts_E = self.replays.buffers[slot], self.replays.counts[slot]
+            self._graphs.append(together(buffer_RD, counts_E))
+            here.add(slot, ctypes.addressof(self._graphs[-1]))
+        return {expert: Replays() for expert in experts} | {ExpertId(0, wire.SEVERAL): here}
+
+    def start_several(self, *several: object) -> None:
+        super().start_several(*several)
+        self.num_asked += 1
+        self.version += 1
+
+
+def test_a_data_plane_has_several_experts_answered_by_what_holds_of_them_now(driver: str) -> None:
+    stacks = Stacks(driver)
+    served = Served(driver, stacks, 0, 1)
+    served.lend()
+    arenas, unknown = served.arenas, wire.Refusal.UNKNOWN_EXPERT
+    x_RD = arenas.head((2, 1), 4)
+    for slot in range(4):
+        arenas.reply_RD.zero_()
+        assert served.refer(slot, 4, 3, wire.SEVERAL) is None
+        assert torch.equal(arenas.reply_RD[4:7], by_expert((2, 1), x_RD))
+    assert stacks.num_asked == 1
+    assert served.plane.stats().rows == {ExpertId(0, 0): 8, ExpertId(0, 1): 4}
+
+    arenas.head((1, 0, 2), 4)
+    assert served.refer(5, 4, 3, wire.SEVERAL) == refused(5, wire.SEVERAL, unknown)
+    served.store.load([ExpertId(0, 2)])
+    served.store.unload([ExpertId(0, 1)])
+    for slot in (6, 7):  # what is here now is known to the first that comes
+        arenas.reply_RD.zero_()
+        assert served.refer(slot, 4, 3, wire.SEVERAL) is None
+        assert torch.equal(arenas.reply_RD[4:7], by_expert((1, 0, 2), x_RD))
+    for counts, reason in (((2, 1), unknown), ((2, 0, 2), wire.Refusal.BAD_COUNTS)):
+        arenas.head(counts, 4)
+        assert served.refer(8, 4, 3, wire.SEVERAL) == refused(8, wire.SEVERAL, reason)
+    assert stacks.num_asked == 2
+    stats = served.plane.stats()
+    assert stats.rows == {ExpertId(0, 0): 10, ExpertId(0, 1): 4, ExpertId(0, 2): 4}
+    assert stats.refused == {"unknown_expert": 2, "bad_counts": 1}
+    served.close()
