@@ -10,8 +10,9 @@ went through, must equal the quiet one token for token. The same thing happens `
   end of the window after it is over;
 * *failed*: requests that ended with an error, of all;
 * *throughput*: tokens a second in the window before the event, until it is over (what was ended
-  is back, and every expert is served), and in the window after that: the medians over the events;
-  the ratio is the last by the first, over all events together.
+  is back, and every expert is served), in the window after that, and in the one that begins a
+  second later, when the start of a process is over (*steady*): the medians over the events; the
+  ratios are those two by the first, over all events together.
 
 ``--row NAME`` (repeatable) runs some of the rows; ``--json FILE`` adds their results to a file, and
 ``--plot`` draws every result that is in it.
@@ -57,6 +58,7 @@ from tests.chaos.load import Asked, Load, learn
 from tests.running import DEMO_MODEL
 
 WINDOW_S = 3.0
+STEADY_AFTER_S = 1.0
 BIN_S = 0.25
 SETTLE_S = 2.0
 EXPERTS_PER_WORKER = 4
@@ -182,6 +184,7 @@ class Result:
     """Tokens a second, one for each event; as are the others."""
     during: list[float] = field(default_factory=list)
     after: list[float] = field(default_factory=list)
+    steady: list[float] = field(default_factory=list)
     timeline: list[float] = field(default_factory=list)
     """Tokens a second in each BIN_S from WINDOW_S before the event on; the median over events."""
     skipped: str = ""
@@ -190,6 +193,11 @@ class Result:
     def ratio(self) -> float:
         """Throughput after by before, over all events."""
         return sum(self.after) / sum(self.before)
+
+    @property
+    def steady_ratio(self) -> float:
+        """Steady throughput by that before."""
+        return sum(self.steady) / sum(self.before)
 
 
 async def measure(row: Row, events: int, concurrency: int, seed: int) -> Result:
@@ -219,7 +227,8 @@ async def measure(row: Row, events: int, concurrency: int, seed: int) -> Result:
             await row.kind(0.0, victim, row.for_s).act(fleet)
             await fleet.expect_complete()
             over.append(max(time.monotonic(), at[-1] + WINDOW_S))
-            await asyncio.sleep(max(over[-1] + WINDOW_S - time.monotonic(), 0.0))
+            until_s = over[-1] + STEADY_AFTER_S + WINDOW_S
+            await asyncio.sleep(max(until_s - time.monotonic(), 0.0))
         asking.cancel()
         await load.finish()
         _check(row, load.asked, fleet, unexpected)
@@ -259,6 +268,8 @@ def _fill(
         result.before.append(rate(event_s - WINDOW_S, event_s))
         result.during.append(rate(event_s, over_s))
         result.after.append(rate(over_s, over_s + WINDOW_S))
+        steady_s = over_s + STEADY_AFTER_S
+        result.steady.append(rate(steady_s, steady_s + WINDOW_S))
     num_bins = int(4 * WINDOW_S / BIN_S)
     offsets = [i * BIN_S - WINDOW_S for i in range(num_bins)]
     result.timeline = [
@@ -297,11 +308,11 @@ def print_table(results: Sequence[Result]) -> None:
     table = Table(title="failover", title_justify="left")
     for name in ("what fails", "pause p50", "pause max", "failed", "of"):
         table.add_column(name, justify="left" if name == "what fails" else "right")
-    for name in ("before", "during", "after", "after / before", "may fail"):
+    for name in ("before", "during", "after", "after / before", "steady / before", "may fail"):
         table.add_column(name, justify="right")
     for result in results:
         if not result.pauses_s:
-            table.add_row(result.name, *["-"] * 8, result.skipped)
+            table.add_row(result.name, *["-"] * 9, result.skipped)
             continue
         table.add_row(
             result.name,
@@ -311,6 +322,7 @@ def print_table(results: Sequence[Result]) -> None:
             f"{result.requests}",
             *(f"{median(r):.0f} tok/s" for r in (result.before, result.during, result.after)),
             f"{result.ratio:.1%}",
+            f"{result.steady_ratio:.1%}" if result.steady else "-",
             result.may_fail or "nothing",
         )
     console = Console()

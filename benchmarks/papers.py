@@ -367,6 +367,9 @@ def main(
         str, typer.Option(help="cpu: small and in float32, to see that it runs.")
     ] = "cuda",
     quick: Annotated[bool, typer.Option(help="Small, to see that it runs.")] = False,
+    layers: Annotated[
+        int, typer.Option(min=0, help="Fewer than the model has, where memory forces it; 0: all.")
+    ] = 0,
     only: Annotated[bool, typer.Option(help="One side of one model, in this process.")] = False,
 ) -> None:
     """Compare, and print a line for each side."""
@@ -378,8 +381,11 @@ def main(
     if only:
         # Before this process has a context: it must be a client of the service like its workers.
         alone = side[0] in ("ours", "two")
+        settings, workers = model_of(model[0], device)
+        if layers:
+            settings = {**settings, "num_hidden_layers": layers}
         with mps.sharing() if alone else nullcontext(), torch.inference_mode():
-            found = _measured(side[0], *model_of(model[0], device), work, device)
+            found = _measured(side[0], settings, workers, work, device)
             found["device"] = device if device == "cpu" else torch.cuda.get_device_name()
         print(json.dumps(found), flush=True)
         return
@@ -393,10 +399,13 @@ def main(
         for one in (*(["floor"] if device != "cpu" else []), *side):
             # A process for each: what one leaves on the GPU, or in its queue, is not the next's.
             command = [sys.executable, "-m", "benchmarks.papers", "--only", "--model", name]
-            command += ["--side", one, "--device", device, *(["--quick"] if quick else [])]
+            command += ["--side", one, "--device", device, "--layers", str(layers)]
+            command += ["--quick"] if quick else []
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
             found = results[name][one] = json.loads(lines[-1]) if lines else {"failed": "no word"}
+            if layers:
+                found["layers"] = layers
             if "tokens" in found:
                 first = next(
                     other["tokens"] for other in results[name].values() if "tokens" in other

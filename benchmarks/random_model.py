@@ -164,7 +164,7 @@ def _held(config: ModelConfig, number: int, of: int) -> list[ExpertId]:
 def main() -> None:
     """One worker, until its standard input ends."""
     order = json.loads(sys.argv[1])
-    config, device = config_of(order["settings"]), open_device(order["device"])
+    config, device = config_of(order["settings"]), open_device(order["device"], behind=True)
     dtype: torch.dtype = getattr(torch, order["dtype"])
     checkpoint = checkpoint_on(device)
     store = ExpertStore(

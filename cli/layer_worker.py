@@ -41,7 +41,7 @@ def random_expert(
 
 def main() -> None:
     order = json.loads(sys.argv[1])
-    device, dtype = open_device(order["device"]), getattr(torch, order["dtype"])
+    device, dtype = open_device(order["device"], behind=True), getattr(torch, order["dtype"])
     torch.set_num_threads(order["threads"])
     sizes = (order["hidden"], order["mlp_hidden"], order["kind"])
     store = ExpertStore(

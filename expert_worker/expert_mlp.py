@@ -18,6 +18,7 @@ from torch import Tensor
 from mesh.checkpoint import Checkpoint
 from mesh.mlp import ClampedMlp, GatedMlp, Mlp, PlainMlp
 from mesh.model_config import ModelConfig
+from mesh.upload import fill
 
 Part = tuple[Tensor, str, tuple[int, ...], tuple[Any, ...]]
 """Where it goes, the stored tensor's name and shape, and the part of that to read."""
@@ -44,7 +45,7 @@ def load_expert(
     for target, name, shape, where in _parts(
         checkpoint, config, layer, expert, _hidden(config, part, shards), tensors
     ):
-        target.copy_(checkpoint.slice(name, shape)[where].view(target.shape))
+        fill(target, checkpoint.slice(name, shape)[where].view(target.shape))
     if part and "down_bias" in tensors:
         tensors["down_bias"].zero_()  # of the sum of all slices, it is to be there once
     return make_expert(config, tensors)

@@ -54,7 +54,7 @@ async def run(config: WorkerConfig, worker_id: str, stop: asyncio.Event) -> None
     Raises MeshError when the worker cannot start, is refused, or loses its data plane.
     """
     model = ModelConfig.from_hf(config.model)
-    device = open_device(config.device)
+    device = open_device(config.device, behind=True)
     dtype = resolve_dtype(config.dtype, config.device, model.dtype)
     torch_dtype: torch.dtype = getattr(torch, dtype)
     info = placement_pb2.WorkerInfo(

@@ -180,9 +180,15 @@ class Checkpoint:
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """A tensor in memory of its own; CheckpointError if absent or not of ``shape``."""
+        import torch
+
+        from mesh.upload import fill
+
         self._check(name, shape)
         stored: torch.Tensor = self._handles[self._file_by_name[name]].get_tensor(name)
-        return stored.to(device=device, dtype=dtype, copy=True)
+        own = torch.empty(stored.shape, device=device, dtype=dtype or stored.dtype)
+        fill(own, stored)
+        return own
 
     def slice(self, name: str, shape: tuple[int, ...] | None = None) -> Any:
         """What reads only the part that it is indexed with, e.g. ``[3]`` or ``[:, 8:16]``.

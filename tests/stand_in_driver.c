@@ -148,8 +148,13 @@ int32_t cuStreamSynchronize(void *stream) {
 }
 
 /* There is one queue for all. */
-int32_t cuStreamCreate(void **stream, uint32_t flags) {
-    (void)flags;
+int32_t cuCtxGetStreamPriorityRange(int32_t *least, int32_t *greatest) {
+    *least = *greatest = 0;
+    return READY;
+}
+
+int32_t cuStreamCreateWithPriority(void **stream, uint32_t flags, int32_t priority) {
+    (void)flags, (void)priority;
     *stream = &queue;
     return READY;
 }

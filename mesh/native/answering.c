@@ -1,5 +1,6 @@
 /* Answer regular dispatches: a known session, an expert of ours or several of them that a device
- * computes together, rows that fit, of the right length. Whatever is not regular stays in the queue for Python, which says why and refuses.
+ * computes together, rows that fit, of the right length. Whatever is not regular stays in the queue
+ * for Python, which says why and refuses.
  *
  * This is the whole of a small expert's turn: on a core shared with other workers the caches hold
  * none of it when a message comes, and each line of Python costs several times what it does when hot.

@@ -39,7 +39,8 @@ struct device {
     int32_t (*elapsed)(float *milliseconds, void *began, void *ended);
     int32_t (*launch)(void *graph, void *stream);
     int32_t (*synchronize)(void *stream);
-    int32_t (*open_stream)(void **stream, uint32_t flags);
+    int32_t (*priorities)(int32_t *least, int32_t *greatest);
+    int32_t (*open_stream)(void **stream, uint32_t flags, int32_t priority);
     int32_t (*close_stream)(void *stream);
     int32_t (*follow)(void *stream, void *event, uint32_t flags);
     int32_t (*range)(uint64_t *base, size_t *bytes, uint64_t address);
@@ -62,7 +63,8 @@ static int find(device *gpu, void *library) {
     *(void **)&gpu->elapsed = dlsym(library, "cuEventElapsedTime");
     *(void **)&gpu->launch = dlsym(library, "cuGraphLaunch");
     *(void **)&gpu->synchronize = dlsym(library, "cuStreamSynchronize");
-    *(void **)&gpu->open_stream = dlsym(library, "cuStreamCreate");
+    *(void **)&gpu->open_stream = dlsym(library, "cuStreamCreateWithPriority");
+    *(void **)&gpu->priorities = dlsym(library, "cuCtxGetStreamPriorityRange");
     *(void **)&gpu->close_stream = dlsym(library, "cuStreamDestroy_v2");
     *(void **)&gpu->follow = dlsym(library, "cuStreamWaitEvent");
     *(void **)&gpu->range = dlsym(library, "cuMemGetAddressRange_v2");
@@ -73,7 +75,7 @@ static int find(device *gpu, void *library) {
     *(void **)&gpu->function = dlsym(library, "cuModuleGetFunction");
     *(void **)&gpu->run = dlsym(library, "cuLaunchKernel");
     return gpu->create && gpu->destroy && gpu->record && gpu->query && gpu->elapsed &&
-           gpu->launch && gpu->synchronize && gpu->open_stream && gpu->close_stream &&
+           gpu->launch && gpu->synchronize && gpu->priorities && gpu->open_stream && gpu->close_stream &&
            gpu->follow && gpu->range && gpu->handle && gpu->open && gpu->close && gpu->load &&
            gpu->function && gpu->run;
 }
@@ -87,7 +89,10 @@ device *device_new(const char *path, uint64_t stream) {
         return NULL;
     }
     gpu->stream = (void *)stream;
-    if (gpu->open_stream(&gpu->in, NON_BLOCKING) || gpu->open_stream(&gpu->out, NON_BLOCKING) ||
+    /* Ahead of what is computed: else a copy waits until a matrix product has ended. */
+    int32_t least, first;
+    if (gpu->priorities(&least, &first) || gpu->open_stream(&gpu->in, NON_BLOCKING, first) ||
+        gpu->open_stream(&gpu->out, NON_BLOCKING, first) ||
         gpu->create(&gpu->arrived, DISABLE_TIMING) || gpu->create(&gpu->computed, DISABLE_TIMING)) {
         device_free(gpu);
         return NULL;
