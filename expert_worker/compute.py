@@ -14,6 +14,7 @@ import torch
 
 from expert_worker.expert_store import Expert
 from mesh.mlp import NativeMlp
+from mesh.plan import ExpertId
 from mesh.replay import ReplayDevice, Replays
 
 
@@ -62,8 +63,12 @@ class Compute(Protocol):
         """Called once on the owning thread, before anything else."""
         ...
 
-    def native(self, expert: Expert) -> NativeMlp | Replays | None:
-        """What the transport computes this expert by without us; kept by the caller."""
+    version: int
+    """Changes when what :meth:`serve` has said does not hold any more."""
+
+    def serve(self, experts: Mapping[ExpertId, Expert]) -> Mapping[ExpertId, NativeMlp | Replays]:
+        """What the transport computes without us while these are here: by itself each, and by
+        ``wire.SEVERAL`` those of a layer together. Kept by the caller."""
         ...
 
     def mark(self) -> Ticket:
@@ -75,10 +80,11 @@ class Compute(Protocol):
         ...
 
     def start_several(
-        self, experts: Mapping[int, Expert], part: Part, num_experts: int
+        self, experts: Mapping[ExpertId, Expert], layer: int, part: Part, num_experts: int
     ) -> Ticket | None:
-        """The same for a message of several experts, whose ``num_experts`` counts (int32) lie at
-        the start of the part's buffer, without bringing them to the host. None: not here."""
+        """The same for a message of several experts of a layer, whose ``num_experts`` counts
+        (int32) lie at the start of the part's buffer, without waiting for them on the host. None:
+        not here."""
         ...
 
 
@@ -96,13 +102,15 @@ class CpuCompute:
 
     depth = 1
     replays: ReplayDevice | None = None
+    version = 0
 
     def open(self) -> None:
         """Nothing to do."""
 
-    def native(self, expert: Expert) -> NativeMlp | None:
-        """See :class:`Compute`: that of small experts."""
-        return getattr(expert, "native", None)
+    def serve(self, experts: Mapping[ExpertId, Expert]) -> Mapping[ExpertId, NativeMlp | Replays]:
+        """See :class:`Compute`: small experts."""
+        small = ((expert, getattr(mlp, "native", None)) for expert, mlp in experts.items())
+        return {expert: native for expert, native in small if native is not None}
 
     def mark(self) -> Done:
         """See :class:`Compute`."""
@@ -115,7 +123,7 @@ class CpuCompute:
         return Done(time.perf_counter() - started)
 
     def start_several(
-        self, experts: Mapping[int, Expert], part: Part, num_experts: int
+        self, experts: Mapping[ExpertId, Expert], layer: int, part: Part, num_experts: int
     ) -> Done | None:
         """Counts are on the host already."""
         return None

@@ -140,6 +140,8 @@ class _Batch(NamedTuple):
     expert: ExpertId | None
     segments: list[_Segment]
     ticket: Ticket
+    experts: Mapping[ExpertId, Expert]
+    """Those that were here."""
 
 
 class _Lending(NamedTuple):
@@ -230,7 +232,8 @@ class DataPlane(threading.Thread):
         self._draining = False
         self._stopping = False
         self._answering: Answering | None = None
-        self._served: Mapping[ExpertId, Expert] = {}
+        self._served: tuple[Mapping[ExpertId, Expert], int] = ({}, 0)
+        """The experts that the transport answers for, and the version of how."""
         self._bound: Future[bytes] = Future()
         self.failure: BaseException | None = None
         self.on_served: Callable[[Served], None] | None = None
@@ -348,6 +351,8 @@ class DataPlane(threading.Thread):
                 max_rows=self._max_rows,
                 device=self._compute_on.replays,
             )
+            self._tell_counts()
+            self._store.on_change = self._doubt
             self._bound.set_result(transport.address)
             with torch.inference_mode():
                 while not self._stopping:
@@ -371,8 +376,8 @@ class DataPlane(threading.Thread):
         self._transport.progress()
         if self._answering is not None and self._answering.in_hand:
             self._answering.look()
-            for tag in self._answering.failed():
-                self._refuse(wire.decode(tag), wire.Refusal.FAILED)
+            for tag, reason in self._answering.failed():
+                self._refuse(wire.decode(tag), reason)
         moved = self._accept()
         if self._receiving:
             moved |= self._received()
@@ -423,12 +428,18 @@ class DataPlane(threading.Thread):
 
     def _answer(self, answering: Answering) -> None:
         """Let what is regular be answered without us, until we are needed."""
-        if self._served is not self._store.experts:
-            self._served = self._store.experts
-            native = ((e, self._compute_on.native(mlp)) for e, mlp in self._served.items())
-            answering.serve({expert: mlp for expert, mlp in native if mlp is not None})
+        answering.doubt(False)  # first: what changes from here on is doubted again
+        experts, version = self._store.experts, self._compute_on.version
+        if self._served[0] is not experts or self._served[1] != version:
+            self._served = experts, version
+            answering.serve(self._compute_on.serve(experts))
         answering.run(spin_s=self._spin_s, wake_fd=self._waiter.descriptor)
         self._waiter.settle()
+
+    def _doubt(self) -> None:
+        """On whatever thread changes the store: the next message of several experts is ours."""
+        if self._answering is not None:
+            self._answering.doubt(True)
 
     def _must_turn(self) -> bool:
         return self._draining or self._in_hand() or self._weights.any or bool(self._lending)
@@ -478,6 +489,10 @@ class DataPlane(threading.Thread):
         self._num_experts = num_experts
         self._header_rows = -(-num_experts * 4 // self._row_bytes)
 
+    def _tell_counts(self) -> None:
+        if self._answering is not None:
+            self._answering.cut(self._num_experts, self._header_rows)
+
     def _cut(self, num_experts: int) -> None:
         while self._batcher.queued_rows or self._computing:
             if self._batcher.queued_rows:
@@ -489,6 +504,7 @@ class DataPlane(threading.Thread):
         if self._answering is not None:
             for session in self._sessions:
                 self._answering.close(session)
+        self._tell_counts()
 
     def _close(self, gateway_id: str, number: int) -> None:
         session = self._sessions.get(number)
@@ -545,8 +561,6 @@ class DataPlane(threading.Thread):
         if not 0 < frame.rows <= self._max_rows:
             raise _Refused(wire.Refusal.TOO_MANY_ROWS)
         several = frame.expert == wire.SEVERAL
-        if several and frame.kind == _REFERENCE:
-            raise _Refused(wire.Refusal.MALFORMED)
         if not several and ExpertId(frame.layer, frame.expert) not in self._store.experts:
             raise _Refused(wire.Refusal.UNKNOWN_EXPERT)
         num_header_rows = self._header_rows if several else 0
@@ -646,9 +660,10 @@ class DataPlane(threading.Thread):
 
     def _fetch(self, work: _Work, reference: torch.Tensor) -> bool:
         """Have the device bring rows here that lie in an arena; False: they don't."""
-        rows = self._range(work.buffer, 0, work.frame.rows)
+        ahead = work.num_header_rows
+        rows = self._range(work.buffer, 0, ahead + work.frame.rows)
         return self._answering is not None and self._answering.fetch(
-            work.session.number, int(reference), rows
+            work.session.number, int(reference) - ahead, rows
         )
 
     def _start_several(self, work: _Work) -> bool:
@@ -656,10 +671,10 @@ class DataPlane(threading.Thread):
         if work.session.num_experts != self._num_experts:
             return False
         layer, rows = work.frame.layer, work.frame.rows
-        here = {e.index: x for e, x in self._store.experts.items() if e.layer == layer}
+        experts = self._store.experts
         part = Part(work.buffer.rows_RD, work.num_header_rows, rows)
         try:
-            ticket = self._compute_on.start_several(here, part, self._num_experts)
+            ticket = self._compute_on.start_several(experts, layer, part, self._num_experts)
         except RuntimeError:
             log.exception("experts_failed", layer=layer)
             return False
@@ -667,7 +682,7 @@ class DataPlane(threading.Thread):
             return False
         work.waiting_segments = 1
         work.started_s = time.perf_counter()
-        self._computing.append(_Batch(None, [_Segment(work, part)], ticket))
+        self._computing.append(_Batch(None, [_Segment(work, part)], ticket, experts))
         return True
 
     def _segments(self, work: _Work) -> list[tuple[ExpertId, _Segment]]:
@@ -682,24 +697,27 @@ class DataPlane(threading.Thread):
         counts = header[: self._num_experts].tolist()
         segments = []
         start = work.num_header_rows
-        for expert, count in self._counted(frame, counts):
+        for expert, count in self._counted(frame, counts, self._store.experts):
             segments.append((expert, _Segment(work, Part(rows_RD, start, count))))
             start += count
         return segments
 
-    def _counted(self, frame: wire.Frame, counts: list[int]) -> list[tuple[ExpertId, int]]:
+    def _counted(
+        self, frame: wire.Frame, counts: list[int], here: Mapping[ExpertId, Expert]
+    ) -> list[tuple[ExpertId, int]]:
         """The experts that a message's counts name, and the rows of each."""
         if min(counts) < 0 or sum(counts) != frame.rows:
             raise _Refused(wire.Refusal.BAD_COUNTS)
         named = [(ExpertId(frame.layer, index), n) for index, n in enumerate(counts) if n]
-        if any(expert not in self._store.experts for expert, _ in named):
+        if any(expert not in here for expert, _ in named):
             raise _Refused(wire.Refusal.UNKNOWN_EXPERT)
         return named
 
     def _compute(self) -> None:
         """Start to run one expert over its rows."""
         expert, segments = self._batcher.take()
-        mlp = self._store.experts.get(expert)
+        experts = self._store.experts
+        mlp = experts.get(expert)
         if mlp is None:
             for segment in segments:
                 self._finish(segment.work, wire.Refusal.UNKNOWN_EXPERT)
@@ -718,14 +736,14 @@ class DataPlane(threading.Thread):
         now = time.perf_counter()
         for segment in segments:
             segment.work.started_s = now
-        self._computing.append(_Batch(expert, segments, ticket))
+        self._computing.append(_Batch(expert, segments, ticket, experts))
 
     def _computed(self) -> bool:
         """Reply to every message that is complete."""
         moved = False
         while self._computing and self._computing[0].ticket.done:
             moved = True
-            expert, segments, ticket = self._computing.popleft()
+            expert, segments, ticket, experts = self._computing.popleft()
             seconds, refusal = ticket.seconds, None
             self._longest_batch_s = max(self._longest_batch_s, seconds)
             named: list[tuple[ExpertId, int]] = []
@@ -733,7 +751,7 @@ class DataPlane(threading.Thread):
                 named = [(expert, sum(segment.part.num_rows for segment in segments))]
             else:
                 try:
-                    named = self._counted(segments[0].work.frame, ticket.counts)
+                    named = self._counted(segments[0].work.frame, ticket.counts, experts)
                 except _Refused as refused:
                     refusal = refused.reason
             for expert, num_rows in named:

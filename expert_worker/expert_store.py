@@ -35,6 +35,8 @@ class ExpertStore:
         self._worker_id = worker_id
         self._writing = threading.Lock()
         self._experts: Mapping[ExpertId, Expert] = MappingProxyType({})
+        self.on_change: Callable[[], None] = lambda: None
+        """Called by whoever writes, when :attr:`experts` is another."""
 
     @property
     def experts(self) -> Mapping[ExpertId, Expert]:
@@ -67,18 +69,20 @@ class ExpertStore:
                 )
             for expert in missing:
                 loaded = self._load_expert(expert)
-                self._experts = MappingProxyType({**self._experts, expert: loaded})
+                self._become({**self._experts, expert: loaded})
 
     def cut(self, expert_bytes: int) -> None:
         """Forget every expert: ids name other slices from here on, of so many bytes each."""
         with self._writing:
-            self._experts = MappingProxyType({})
+            self._become({})
             self._expert_bytes = expert_bytes
 
     def unload(self, experts: Iterable[ExpertId]) -> None:
         """Forget experts; batches that hold them finish."""
         gone = set(experts)
         with self._writing:
-            self._experts = MappingProxyType(
-                {e: x for e, x in self._experts.items() if e not in gone}
-            )
+            self._become({e: x for e, x in self._experts.items() if e not in gone})
+
+    def _become(self, experts: dict[ExpertId, Expert]) -> None:
+        self._experts = MappingProxyType(experts)
+        self.on_change()

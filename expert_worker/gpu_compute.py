@@ -2,7 +2,8 @@
 
 UCX moves rows on its own streams meanwhile, so receiving, computing and sending overlap. What a
 GPU does in microseconds, Python takes longer to launch: small batches run from CUDA graphs, one
-for each expert and buffer (a buffer's size is a power of two of rows, so that these are few).
+for each expert, or layer of experts, and buffer (a buffer's size is a power of two of rows, so that
+these are few).
 
 Legend: R rows of a buffer, D hidden size.
 """
@@ -10,7 +11,7 @@ Legend: R rows of a buffer, D hidden size.
 from __future__ import annotations
 
 import functools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,16 +22,32 @@ import torch
 
 from expert_worker.compute import Part, run
 from expert_worker.expert_store import Expert
+from mesh import wire
 from mesh.errors import Unavailable
 from mesh.mlp import StackedMlps
+from mesh.plan import ExpertId
 from mesh.replay import ReplayDevice, Replays, slot_rows, slots_of
 
 log = structlog.get_logger()
 
 _GRAPH_ROWS = 256
 """Larger batches keep the GPU busy for longer than their launches take."""
+_GRAPH_ROWS_OF_SEVERAL = 1024
+"""Of many experts, so many rows take the GPU little longer than the weights themselves."""
 _CAPTURE_AT_USE = 3
 """A buffer that an expert meets this often will come again."""
+
+
+class _Layer:
+    """The experts of one layer that are here at once."""
+
+    def __init__(self, experts: Mapping[int, Expert]) -> None:
+        self.experts = experts
+        self.stack: StackedMlps | None = None
+        """All of them as one, once several were asked for; None also where that cannot be."""
+        self.stacked = False
+        self.replays = Replays(here=experts)
+        """Of the stack."""
 
 
 @dataclass
@@ -96,7 +113,10 @@ class GpuCompute:
         self._uses: WeakKeyDictionary[Any, Counter[int]] = WeakKeyDictionary()
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._graphs: WeakKeyDictionary[Any, dict[int, _Graph]] = WeakKeyDictionary()
-        self._stacks: dict[tuple[int, ...], StackedMlps | None] = {}
+        self._experts: Mapping[ExpertId, Expert] = {}
+        self._layers: dict[int, _Layer] = {}
+        """Of those experts."""
+        self.version = 0
         self._counts: dict[int, torch.Tensor] = {}
 
     def open(self) -> None:
@@ -113,10 +133,29 @@ class GpuCompute:
         else:
             self._out = torch.cuda.ExternalStream(self.replays.out, self._device)
 
-    def native(self, expert: Expert) -> Replays | None:
-        """See :class:`expert_worker.compute.Compute`; :meth:`start` captures into it."""
+    def serve(self, experts: Mapping[ExpertId, Expert]) -> Mapping[ExpertId, Replays]:
+        """See :class:`expert_worker.compute.Compute`; :meth:`start` and :meth:`start_several`
+        capture into it."""
         if self.replays is None:
-            return None
+            return {}
+        layers = self._layers_of(experts).items()
+        return {expert: self._replays_of(mlp) for expert, mlp in experts.items()} | {
+            ExpertId(index, wire.SEVERAL): layer.replays for index, layer in layers
+        }
+
+    def _layers_of(self, experts: Mapping[ExpertId, Expert]) -> Mapping[int, _Layer]:
+        if experts is not self._experts:
+            by_layer: defaultdict[int, dict[int, Expert]] = defaultdict(dict)
+            for expert in sorted(experts):
+                by_layer[expert.layer][expert.index] = experts[expert]
+            known = self._layers
+            self._experts, self._layers = experts, {}
+            for index, here in by_layer.items():
+                same = index in known and known[index].experts == here
+                self._layers[index] = known[index] if same else _Layer(here)
+        return self._layers
+
+    def _replays_of(self, expert: Expert) -> Replays:
         known = self._replays.get(expert, lambda: None)()
         if known is None:
             known = Replays(expert)
@@ -135,37 +174,45 @@ class GpuCompute:
             # Rows past the message's own are computed too, and read by nobody.
             whole = [Part(first.buffer_RD, 0, len(first.buffer_RD))]
             self._replay(expert, first.buffer_RD, lambda: run(expert, whole))
-            if self.replays is not None:
-                self._hand_over(expert, first, self.replays)
+            graphs = self._replays.get(expert, lambda: None)()
+            if self.replays is not None and graphs is not None:
+
+                def of_slot(slot: int, rows_RD: torch.Tensor) -> None:
+                    run(expert, [Part(rows_RD, 0, len(rows_RD))])
+
+                # With the weights themselves: those that the expert has move when it is stacked.
+                kept = expert.tensors()
+                self._hand_over(expert, graphs, first, self.replays, of_slot, kept)
         else:
             run(expert, parts)
         return ticket.ends_here()
 
     def start_several(
-        self, experts: Mapping[int, Expert], part: Part, num_experts: int
+        self, experts: Mapping[ExpertId, Expert], layer: int, part: Part, num_experts: int
     ) -> GpuTicket | None:
         """One grouped GEMM a matrix over all experts of the layer that are here."""
-        stack = self._stack(experts)
-        if stack is None:
+        here = self._layers_of(experts).get(layer)
+        stack = None if here is None else self._stack(here)
+        if here is None or stack is None:
             return None
-        buffer_RD = part.buffer_RD
-        counts_E = buffer_RD[: part.start].reshape(-1).view(torch.int32)[:num_experts]
+        buffer_RD, header_rows = part.buffer_RD, part.start
         on_host_E = self._counts.get(buffer_RD.data_ptr())
         if on_host_E is None or len(on_host_E) != num_experts:
             on_host_E = torch.zeros(num_experts, dtype=torch.int32, pin_memory=True)
             self._counts[buffer_RD.data_ptr()] = on_host_E
-        small = len(buffer_RD) <= _GRAPH_ROWS
-        rows_RD = buffer_RD[part.start :] if small else part.x_RD
-
-        def compute() -> None:
-            on_host_E.copy_(counts_E, non_blocking=True)
-            rows_RD.copy_(stack(rows_RD, counts_E))
-
         ticket = GpuTicket(self._stream, self._events)
-        if small:
-            self._replay(stack, buffer_RD, compute)
-        else:
-            compute()
+        if len(buffer_RD) > _GRAPH_ROWS_OF_SEVERAL:
+            whole_RD = buffer_RD[: header_rows + part.num_rows]
+            _run_several(stack, whole_RD, header_rows, on_host_E)
+            return ticket.ends_here(on_host_E)
+        compute = functools.partial(_run_several, stack)
+        self._replay(stack, buffer_RD, lambda: compute(buffer_RD, header_rows, on_host_E))
+        if (replays := self.replays) is not None:
+
+            def of_slot(slot: int, rows_RD: torch.Tensor) -> None:
+                compute(rows_RD, header_rows, replays.counts[slot][:num_experts])
+
+            self._hand_over(stack, here.replays, part, replays, of_slot, stack)
         return ticket.ends_here(on_host_E)
 
     def _replay(self, owner: object, buffer_RD: torch.Tensor, compute: Callable[[], None]) -> None:
@@ -183,22 +230,29 @@ class GpuCompute:
                 known.refused = True
                 log.warning("graph_not_captured", rows=len(buffer_RD), error=str(error))
 
-    def _hand_over(self, expert: Expert, part: Part, replays: ReplayDevice) -> None:
-        """Have the transport compute batches of this size, once they come often."""
-        uses = self._uses.setdefault(expert, Counter())
-        slots = slots_of(part.num_rows)
+    def _hand_over(
+        self,
+        owner: object,
+        graphs: Replays,
+        part: Part,
+        replays: ReplayDevice,
+        compute: Callable[[int, torch.Tensor], None],
+        kept: object,
+    ) -> None:
+        """Have the transport compute batches of this size, once they come often; the graphs need
+        what is ``kept``."""
+        uses = self._uses.setdefault(owner, Counter())
+        slots = slots_of(part.start + part.num_rows)
         uses[slots.start] += 1
-        graphs = self._replays.get(expert, lambda: None)()
-        if uses[slots.start] != _CAPTURE_AT_USE or graphs is None:
+        if uses[slots.start] != _CAPTURE_AT_USE:
             return
         try:
             for slot in slots:
                 buffer_RD = self._slot(slot, part.buffer_RD, replays)
-                whole = [Part(buffer_RD, 0, len(buffer_RD))]
-                graph = capture(functools.partial(run, expert, whole), self._pool)
-                graphs.add(slot, graph.raw_cuda_graph_exec(), graph)
+                graph = capture(functools.partial(compute, slot, buffer_RD), self._pool)
+                graphs.add(slot, graph.raw_cuda_graph_exec(), (graph, kept))
         except (RuntimeError, AttributeError) as error:
-            # An older torch has no handles to give; these batches stay with `start`.
+            # An older torch has no handles to give; these batches stay with our own turns.
             log.warning("graph_not_handed_over", rows=part.num_rows, error=str(error))
 
     def _slot(self, slot: int, like_RD: torch.Tensor, replays: ReplayDevice) -> torch.Tensor:
@@ -208,14 +262,33 @@ class GpuCompute:
             replays.lend(slot, buffer_RD)
         return replays.buffers[slot]
 
-    def _stack(self, experts: Mapping[int, Expert]) -> StackedMlps | None:
-        key = tuple(id(expert) for expert in experts.values())
-        if key not in self._stacks:
-            # A layer whose experts have changed has another key; the old stack goes with it.
-            gone = set(key)
-            self._stacks = {k: s for k, s in self._stacks.items() if not gone.intersection(k)}
-            self._stacks[key] = StackedMlps.of(experts)
-        return self._stacks[key]
+    def _stack(self, layer: _Layer) -> StackedMlps | None:
+        if layer.stacked:
+            return layer.stack
+        layer.stacked = True
+        before = [(expert, expert.tensors()) for expert in layer.experts.values()]
+        try:
+            layer.stack = StackedMlps.of(layer.experts)
+        finally:
+            # Weights have moved, all or, where memory ran out, some: what was captured reads where
+            # they were, and so does what is queued.
+            self._stream.synchronize()
+            for expert, weights in before:
+                if any(after is not weights[name] for name, after in expert.tensors().items()):
+                    self.version += 1
+                    for known in (self._graphs, self._uses, self._replays):
+                        known.pop(expert, None)
+        return layer.stack
+
+
+def _run_several(
+    stack: StackedMlps, buffer_RD: torch.Tensor, header_rows: int, on_host_E: torch.Tensor
+) -> None:
+    """By the counts ahead of the rows, which go to the host too."""
+    counts_E = buffer_RD[:header_rows].reshape(-1).view(torch.int32)[: len(on_host_E)]
+    on_host_E.copy_(counts_E, non_blocking=True)
+    rows_RD = buffer_RD[header_rows:]
+    rows_RD.copy_(stack(rows_RD, counts_E))
 
 
 def capture(compute: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:

@@ -6,10 +6,11 @@ Legend: R rows of a buffer, D hidden size.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 
 import torch
 
-from mesh import native
+from mesh import native, wire
 from mesh.errors import Unavailable
 
 SLOTS = native.RING * native.SIZES
@@ -38,6 +39,8 @@ class ReplayDevice:
             raise Unavailable(f"{driver} is missing, too old or refuses events")
         self.buffers: dict[int, torch.Tensor] = {}
         """By slot, those that were lent."""
+        self.counts: dict[int, torch.Tensor] = {}
+        """Of the same, int32 on the host: where graphs of several experts leave their counts."""
 
     def __del__(self) -> None:
         if self.handle:
@@ -46,7 +49,12 @@ class ReplayDevice:
     def lend(self, slot: int, rows_RD: torch.Tensor) -> None:
         """This slot's memory from here on, :func:`slot_rows` rows of it."""
         self.buffers[slot] = rows_RD
-        native.short.device_lend(self.handle, slot, rows_RD.data_ptr())
+        self.counts[slot] = torch.zeros(
+            wire.MAX_EXPERTS, dtype=torch.int32, pin_memory=rows_RD.is_cuda
+        )
+        native.short.device_lend(
+            self.handle, slot, rows_RD.data_ptr(), self.counts[slot].data_ptr()
+        )
 
     @property
     def out(self) -> int:
@@ -62,17 +70,20 @@ class ReplayDevice:
 
 
 class Replays:
-    """One expert's graphs (``CUgraphExec``), by slot; ``owner`` and they live as long as this."""
+    """The graphs (``CUgraphExec``) of one expert, or of several of a layer (``here``) together, by
+    slot; ``owner`` and they live as long as this."""
 
-    def __init__(self, owner: object = None) -> None:
-        self._graphs = (ctypes.c_void_p * SLOTS)()
+    def __init__(self, owner: object = None, here: Iterable[int] = ()) -> None:
+        self._record = native.Replays()
+        for index in here:
+            self._record.here[index] = 1
         self._kept: list[object] = [owner]
-        self.handle: int | None = ctypes.addressof(self._graphs)
+        self.handle: int | None = ctypes.addressof(self._record)
 
     def add(self, slot: int, graph: int, keep: object = None) -> None:
         """Launch this graph for the slot."""
         self._kept.append(keep)
-        self._graphs[slot] = graph
+        self._record.graphs[slot] = graph
 
     def __contains__(self, slot: int) -> bool:
-        return bool(self._graphs[slot])
+        return bool(self._record.graphs[slot])

@@ -16,10 +16,11 @@ ascending order of index and padded to whole rows. All of them, not only those t
 holds: the two sides need not agree on residency to agree on whose row is whose. Where experts
 are cut into slices, all of this counts slices.
 
-A REFERENCE is a dispatch of one expert whose rows stay where they are: its payload is an int64, the
-first of them in the arena that the gateway lent (ARENAS, whose payload is what
-:class:`mesh.native.LentArenas` says; the worker's answer has 1 in rows if it can reach that). Its
-REPLY has no payload: the answers lie in the same rows of the gateway's other arena.
+A REFERENCE is a dispatch whose rows stay where they are, the counts of SEVERAL right ahead of
+them: its payload is an int64, the first of the rows in the arena that the gateway lent (ARENAS,
+whose payload is what :class:`mesh.native.LentArenas` says; the worker's answer has 1 in rows if it
+can reach that). Its REPLY has no payload: the answers lie in the same rows of the gateway's other
+arena.
 
 Weights that go from worker to worker are asked for and sent in chunks. Their header has the
 length in bytes (28 bits) and the number (16 bits) of the chunk in place of slot to rows.

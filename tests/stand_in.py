@@ -30,6 +30,18 @@ class Placing(Structure):
     ]
 
 
+class Sharing(Structure):
+    """As ``sharing`` there."""
+
+    _fields_ = [
+        ("counts", c_void_p),
+        ("on_host", c_void_p),
+        ("times", c_void_p),
+        ("num_experts", c_int64),
+        ("width", c_int64),
+    ]
+
+
 class Graph(Structure):
     """As ``graph`` there."""
 
@@ -39,6 +51,7 @@ class Graph(Structure):
         ("times", c_float),
         ("fails", c_int32),
         ("places", POINTER(Placing)),
+        ("shares", POINTER(Sharing)),
     ]
 
 

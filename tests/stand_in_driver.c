@@ -1,5 +1,5 @@
 /* The few calls of libcuda.so.1 that mesh/native/device.c makes, over the host's memory: a graph
- * multiplies a buffer or places rows, the one kernel copies. Each runs when the test has allowed so many, in the order
+ * multiplies a buffer, as one or by expert, or places rows; the one kernel copies. Each runs when the test has allowed so many, in the order
  * of the launches. A memory handle is an address of this process. */
 #include <stdint.h>
 #include <stdlib.h>
@@ -19,12 +19,21 @@ typedef struct {
     int64_t num_rows, num_choices, num_experts, width;
 } placing;
 
+/* Rows of several experts, and the counts ahead of them, which go to the host too. */
+typedef struct {
+    const int32_t *counts;
+    int32_t *on_host;
+    const float *times; /* by expert */
+    int64_t num_experts, width;
+} sharing;
+
 typedef struct {
     float *rows;
     int64_t count;
     float times;
     int32_t fails;
     const placing *places; /* instead */
+    const sharing *shares; /* instead of times */
 } graph;
 
 typedef struct {
@@ -97,10 +106,19 @@ static void place(const placing *p) {
     }
 }
 
+static void multiply_by_expert(const sharing *s, float *rows, int64_t count) {
+    float *end = rows + count;
+    memcpy(s->on_host, s->counts, sizeof *s->counts * (size_t)s->num_experts);
+    for (int64_t e = 0; e < s->num_experts; e++)
+        for (int64_t i = 0; i < s->counts[e] * s->width && rows < end; i++) *rows++ *= s->times[e];
+}
+
 static void run(const launch *one) {
     const copying *copied = &one->copied;
     if (one->replayed && one->replayed->places)
         place(one->replayed->places);
+    else if (one->replayed && one->replayed->shares)
+        multiply_by_expert(one->replayed->shares, one->replayed->rows, one->replayed->count);
     else if (one->replayed)
         for (int64_t i = 0; i < one->replayed->count; i++)
             one->replayed->rows[i] *= one->replayed->times;

@@ -16,6 +16,7 @@ from ctypes import (
     c_float,
     c_int32,
     c_int64,
+    c_uint8,
     c_uint64,
     c_void_p,
 )
@@ -29,7 +30,7 @@ IN_PROGRESS = 1
 SHORT = -1000
 """Of an operation, beside UCX's own negative ones: a message of another length came."""
 RING = 4
-SIZES = 9
+SIZES = 11
 """See ``device.c`` of native.h."""
 
 
@@ -105,6 +106,12 @@ class LentArenas(Structure):
     ]
 
 
+class Replays(Structure):
+    """See ``replays`` of native.h."""
+
+    _fields_ = [("graphs", c_void_p * (RING * SIZES)), ("here", c_uint8 * (1 << 10))]
+
+
 class Answerer(Structure):
     """See ``answerer`` of native.h."""
 
@@ -123,6 +130,9 @@ class Answering(Structure):
         ("scratch_floats", c_int64),
         ("row_bytes", c_int32),
         ("max_rows", c_int32),
+        ("num_experts", c_int32),
+        ("header_rows", c_int32),
+        ("doubted", c_int32),
         ("in_hand", c_int32),
         ("computing", c_int32),
         ("failed", c_int32),
@@ -202,10 +212,10 @@ _SHORT: dict[str, tuple[Any, list[Any]]] = {
     "device_new": (c_void_p, [c_char_p, c_uint64]),
     "device_free": (None, [c_void_p]),
     "device_out": (c_uint64, [c_void_p]),
-    "device_lend": (None, [c_void_p, c_int32, c_uint64]),
+    "device_lend": (None, [c_void_p, c_int32, c_uint64, c_uint64]),
     "device_share": (c_int32, [c_void_p, c_uint64, c_uint64, POINTER(Lent)]),
     "answering_new": (POINTER(Answering), [POINTER(Postbox), c_int32, c_int32, c_void_p]),
-    "answering_next_failed": (c_uint64, [POINTER(Answering)]),
+    "answering_next_failed": (c_uint64, [POINTER(Answering), POINTER(c_int32)]),
     "answering_free": (None, [POINTER(Answering)]),
     "answering_open": (None, [POINTER(Answering), c_int32, c_uint64, c_uint64]),
     "answering_close": (None, [POINTER(Answering), c_int32]),

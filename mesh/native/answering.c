@@ -1,5 +1,6 @@
-/* Answer regular dispatches: a known session, an expert of ours, rows that fit, of the right
- * length. Whatever is not regular stays in the queue for Python, which says why and refuses.
+/* Answer regular dispatches: a known session, an expert of ours or several of them that a device
+ * computes together, rows that fit, of the right length. Whatever is not regular stays in the queue
+ * for Python, which says why and refuses.
  *
  * This is the whole of a small expert's turn: on a core shared with other workers the caches hold
  * none of it when a message comes, and each line of Python costs several times what it does when hot.
@@ -13,12 +14,15 @@
 #include <stdlib.h>
 
 /* As mesh/wire.py has them. */
-enum { DISPATCH = 1, REPLY = 2, REFERENCE = 6, EXPERT_BITS = 10, EXPERTS = 1 << EXPERT_BITS, LAYERS = 1 << 10 };
+enum { DISPATCH = 1, REPLY = 2, REFERENCE = 6 };
+enum { EXPERT_BITS = 10, EXPERTS = 1 << EXPERT_BITS, SEVERAL = EXPERTS - 1, LAYERS = 1 << 10 };
+enum { UNKNOWN_EXPERT = 2, BAD_COUNTS = 5, DEVICE_FAILED = 7, MALFORMED = 8 };
 enum { SESSIONS = 1 << 16, MAX_IN_HAND = 256, LOOK_US = 1000 };
 
 #define KIND(tag) ((tag) >> 60)
 #define SESSION(tag) ((tag) >> 44 & 0xFFFF)
 #define EXPERT(tag) ((tag) >> 16 & 0xFFFFF)
+#define IS_SEVERAL(tag) (((tag) >> 16 & SEVERAL) == SEVERAL)
 #define ROWS(tag) ((int64_t)((tag) & 0xFFFF))
 #define REPLY_TAG(tag, reply_session) \
     ((uint64_t)REPLY << 60 | (reply_session) << 44 | ((tag) & 0xFFFFFFFFFFFULL))
@@ -31,12 +35,14 @@ struct work {
     uint64_t tag;
     union {
         const gated_mlp *mlp;
-        void **graphs;
+        replays *replays;
     };
     float *rows;
     int64_t capacity_rows;
-    int64_t first; /* of a reference: the row that it says */
+    int64_t header_rows; /* ahead of the rows of several experts */
+    int64_t first;       /* of a reference: the row that it says */
     int32_t slot;
+    int32_t refusal; /* why it has failed */
     work *next; /* to have been launched */
 };
 
@@ -79,16 +85,16 @@ int32_t answering_borrow(answering *all, int32_t number, const lent_arenas *aren
     return device_borrow(all->device, arenas, (uint64_t)all->row_bytes, &of->arenas);
 }
 
-/* Whether a session lends these rows. */
-static int lends(const borrowed *arenas, int64_t first, int64_t count) {
-    return first >= 0 && count <= arenas->rows && first <= arenas->rows - count;
+/* Whether a session lends these rows, and so many ahead of them. */
+static int lends(const borrowed *arenas, int64_t first, int64_t ahead, int64_t count) {
+    return first >= ahead && count <= arenas->rows && first <= arenas->rows - count;
 }
 
 int32_t answering_fetch(answering *all, int32_t number, int64_t first, int64_t count,
                         uint64_t rows) {
     const borrowed *arenas = &all->sessions[number].arenas;
     uint64_t row = (uint64_t)all->row_bytes;
-    return lends(arenas, first, count) &&
+    return lends(arenas, first, 0, count) &&
            device_fetch(all->device, arenas, (uint64_t)first * row, (uint64_t)count * row, rows);
 }
 
@@ -96,7 +102,7 @@ int32_t answering_deliver(answering *all, int32_t number, int64_t first, int64_t
                           uint64_t rows) {
     const borrowed *arenas = &all->sessions[number].arenas;
     uint64_t row = (uint64_t)all->row_bytes;
-    return lends(arenas, first, count) &&
+    return lends(arenas, first, 0, count) &&
            device_deliver(all->device, arenas, (uint64_t)first * row, (uint64_t)count * row, rows);
 }
 
@@ -112,19 +118,26 @@ void answering_free(answering *all) {
     free(all);
 }
 
+static int64_t header_rows(const answering *all, uint64_t tag) {
+    return IS_SEVERAL(tag) ? all->header_rows : 0;
+}
+
 /* How long a message with this header is; 0: that kind is not ours. */
 static uint64_t length(const answering *all, uint64_t tag) {
-    if (KIND(tag) == DISPATCH) return (uint64_t)(ROWS(tag) * all->row_bytes);
+    if (KIND(tag) == DISPATCH)
+        return (uint64_t)((header_rows(all, tag) + ROWS(tag)) * all->row_bytes);
     return KIND(tag) == REFERENCE && all->sessions[SESSION(tag)].arenas.sends ? sizeof(int64_t) : 0;
 }
 
 static int regular(const answering *all, const arrival *found) {
     int64_t rows = ROWS(found->tag);
     return all->sessions[SESSION(found->tag)].endpoint &&
-           all->answerers[EXPERT(found->tag)].mlp && rows > 0 && rows <= all->max_rows &&
+           all->answerers[EXPERT(found->tag)].mlp &&
+           !(all->doubted && IS_SEVERAL(found->tag)) && rows > 0 && rows <= all->max_rows &&
            found->bytes == length(all, found->tag) &&
            (!all->device ||
-            device_knows(all->device, all->answerers[EXPERT(found->tag)].graphs, rows));
+            device_knows(all->device, all->answerers[EXPERT(found->tag)].replays->graphs,
+                         header_rows(all, found->tag) + rows));
 }
 
 /* Room for the rows and for their answers; keeps what it has. */
@@ -168,6 +181,34 @@ static void count(answering *all, uint64_t tag, uint64_t microseconds) {
     expert->microseconds += microseconds;
 }
 
+/* Of the experts that a slot's counts name, evenly. */
+static void count_several(answering *all, uint64_t tag, const int32_t *counts_E,
+                          uint64_t microseconds) {
+    uint64_t named = 0;
+    for (int32_t e = 0; e < all->num_experts; e++) named += counts_E[e] > 0;
+    answerer *experts = &all->answerers[EXPERT(tag) - SEVERAL];
+    for (int32_t e = 0; e < all->num_experts; e++)
+        if (counts_E[e] > 0) {
+            uint64_t share = microseconds / named--;
+            microseconds -= share;
+            experts[e].rows += (uint64_t)counts_E[e];
+            experts[e].microseconds += share;
+        }
+}
+
+/* Why the counts that several were computed by are refused; 0: they are not. */
+static int32_t judge(const answering *all, const work *one) {
+    const int32_t *counts_E = device_counts(all->device, one->slot);
+    int64_t rows = 0;
+    int unknown = 0;
+    for (int32_t e = 0; e < all->num_experts; e++) {
+        if (counts_E[e] < 0) return BAD_COUNTS;
+        rows += counts_E[e];
+        unknown |= counts_E[e] && !one->replays->here[e];
+    }
+    return rows != ROWS(one->tag) ? BAD_COUNTS : unknown ? UNKNOWN_EXPERT : 0;
+}
+
 static void reply(answering *all, work *one, uint64_t answers) {
     session *to = &all->sessions[SESSION(one->tag)];
     if (!to->endpoint) {
@@ -184,29 +225,32 @@ static void reply(answering *all, work *one, uint64_t answers) {
         finish(all, one);
 }
 
-static void refuse(answering *all, work *one) {
+static void refuse(answering *all, work *one, int32_t refusal) {
     one->state = FAILED;
+    one->refusal = refusal;
     all->failed++;
 }
 
 /* What failed once is not launched again: without graphs, its dispatches are not regular. */
 static void fail(answering *all, work *one) {
-    one->graphs[one->slot] = NULL;
-    refuse(all, one);
+    one->replays->graphs[one->slot] = NULL;
+    refuse(all, one, DEVICE_FAILED);
 }
 
 static void launch(answering *all, work *one) {
     const borrowed *arenas = NULL;
     uint64_t offset = 0, bytes = (uint64_t)(ROWS(one->tag) * all->row_bytes);
+    uint64_t header_bytes = (uint64_t)(one->header_rows * all->row_bytes);
     if (KIND(one->tag) == REFERENCE) {
         arenas = &all->sessions[SESSION(one->tag)].arenas;
-        if (!lends(arenas, one->first, ROWS(one->tag))) {
-            refuse(all, one);
+        if (!lends(arenas, one->first, one->header_rows, ROWS(one->tag))) {
+            refuse(all, one, MALFORMED);
             return;
         }
         offset = (uint64_t)(one->first * all->row_bytes);
     }
-    if (!device_launch(all->device, one->slot, one->graphs[one->slot], arenas, offset, bytes)) {
+    if (!device_launch(all->device, one->slot, one->replays->graphs[one->slot], arenas, offset,
+                       header_bytes, bytes)) {
         fail(all, one);
         return;
     }
@@ -233,9 +277,19 @@ static void look_at_device(answering *all) {
             continue;
         }
         uint64_t tag = one->tag;
-        int32_t slot = one->slot;
-        reply(all, one, device_rows(all->device, slot));
-        count(all, tag, device_microseconds(all->device, slot)); /* last: nobody waits for it */
+        int32_t slot = one->slot, refusal = IS_SEVERAL(tag) ? judge(all, one) : 0;
+        if (refusal) {
+            refuse(all, one, refusal);
+            continue;
+        }
+        reply(all, one,
+              device_rows(all->device, slot) + (uint64_t)(one->header_rows * all->row_bytes));
+        /* Last: nobody waits for it. */
+        uint64_t microseconds = device_microseconds(all->device, slot);
+        if (IS_SEVERAL(tag))
+            count_several(all, tag, device_counts(all->device, slot), microseconds);
+        else
+            count(all, tag, microseconds);
     }
 }
 
@@ -262,12 +316,14 @@ static void answer(answering *all, work *one) {
 /* The slot or memory that the message at the head of the queue needs; 0 when there is none. */
 static int prepare(answering *all, work *one, const arrival *found) {
     one->tag = found->tag;
+    one->header_rows = header_rows(all, found->tag);
     if (!all->device) {
         one->mlp = all->answerers[EXPERT(found->tag)].mlp;
         return make_room(all, one, ROWS(found->tag));
     }
-    one->graphs = all->answerers[EXPERT(found->tag)].graphs;
-    one->slot = device_take(all->device, one->graphs, ROWS(found->tag));
+    one->replays = all->answerers[EXPERT(found->tag)].replays;
+    one->slot = device_take(all->device, one->replays->graphs,
+                            one->header_rows + ROWS(found->tag));
     return one->slot >= 0;
 }
 
@@ -306,11 +362,12 @@ static work *look_at_works(answering *all) {
 
 void answering_look(answering *all) { look_at_works(all); }
 
-uint64_t answering_next_failed(answering *all) {
+uint64_t answering_next_failed(answering *all, int32_t *refusal) {
     if (!all->failed) return 0;
     work *one = all->works;
     while (one->state != FAILED) one++;
     all->failed--;
+    *refusal = one->refusal;
     drop(all, one);
     return one->tag;
 }

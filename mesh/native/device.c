@@ -22,6 +22,7 @@ typedef struct {
 typedef struct {
     void *began, *ended; /* events */
     uint64_t rows;       /* 0: not lent, or lost */
+    const int32_t *counts;
     int32_t taken;
 } slot;
 
@@ -123,9 +124,14 @@ void device_free(device *gpu) {
 
 uint64_t device_out(const device *gpu) { return (uint64_t)gpu->out; }
 
-void device_lend(device *gpu, int32_t index, uint64_t rows) { gpu->slots[index].rows = rows; }
+void device_lend(device *gpu, int32_t index, uint64_t rows, uint64_t counts) {
+    gpu->slots[index].rows = rows;
+    gpu->slots[index].counts = (const int32_t *)counts;
+}
 
 uint64_t device_rows(const device *gpu, int32_t index) { return gpu->slots[index].rows; }
+
+const int32_t *device_counts(const device *gpu, int32_t index) { return gpu->slots[index].counts; }
 
 /* The first slot of the smallest buffers that hold the rows; SLOTS when none does. */
 static int32_t first_slot(int64_t rows) {
@@ -178,14 +184,16 @@ int32_t device_deliver(device *gpu, const borrowed *arenas, uint64_t offset, uin
 }
 
 int32_t device_launch(device *gpu, int32_t index, void *graph, const borrowed *arenas,
-                      uint64_t offset, uint64_t bytes) {
+                      uint64_t offset, uint64_t header_bytes, uint64_t bytes) {
     slot *one = &gpu->slots[index];
     if (gpu->record(one->began, gpu->stream)) return 0;
     /* Few rows: a change of streams would take longer than their copies. */
-    if (arenas && !copy(gpu, gpu->stream, one->rows, arenas->sends + offset, bytes, 0, 0)) return 0;
+    if (arenas && !copy(gpu, gpu->stream, one->rows, arenas->sends + offset - header_bytes,
+                        header_bytes + bytes, 0, 0))
+        return 0;
     if (gpu->launch(graph, gpu->stream)) return 0;
-    if ((arenas && !copy(gpu, gpu->stream, arenas->replies + offset, one->rows, bytes,
-                         arenas->permit, arenas->wanted)) ||
+    if ((arenas && !copy(gpu, gpu->stream, arenas->replies + offset, one->rows + header_bytes,
+                         bytes, arenas->permit, arenas->wanted)) ||
         gpu->record(one->ended, gpu->stream)) {
         device_lose(gpu, index); /* nobody can tell when it will have stopped writing */
         return 0;

@@ -140,7 +140,7 @@ EXPORT const char *status_text(int32_t status);
 /* ---- device.c: see mesh/replay.py ---- */
 
 /* A slot is a buffer that graphs are captured for: RING of each size, of 1 << slot / RING rows. */
-enum { RING = 4, SIZES = 9, SLOTS = RING * SIZES };
+enum { RING = 4, SIZES = 11, SLOTS = RING * SIZES };
 
 typedef struct device device;
 
@@ -171,8 +171,10 @@ EXPORT device *device_new(const char *path, uint64_t stream);
 EXPORT void device_free(device *gpu);
 /* The stream (CUstream) that what is delivered leaves on. */
 EXPORT uint64_t device_out(const device *gpu);
-EXPORT void device_lend(device *gpu, int32_t slot, uint64_t rows);
+/* A slot's rows, and where on the host its graphs put the counts of several experts. */
+EXPORT void device_lend(device *gpu, int32_t slot, uint64_t rows, uint64_t counts);
 uint64_t device_rows(const device *gpu, int32_t slot);
+const int32_t *device_counts(const device *gpu, int32_t slot);
 /* Whether any of these graphs (CUgraphExec, by slot) fits so many rows, now or when one is free. */
 int32_t device_knows(const device *gpu, void *const *graphs, int64_t rows);
 /* A free slot with a graph, or -1. */
@@ -180,10 +182,10 @@ int32_t device_take(device *gpu, void *const *graphs, int64_t rows);
 void device_give_back(device *gpu, int32_t slot);
 /* Never use this slot again. */
 void device_lose(device *gpu, int32_t slot);
-/* On the slot's own rows; or on the bytes that lie at this offset of what is lent, and back to the
- * same offset of its replies. 0 when it failed. */
+/* On what is in the slot; or on the bytes that lie at this offset of what is lent, behind their
+ * header, and back without it to the same offset of its replies. 0 when it failed. */
 int32_t device_launch(device *gpu, int32_t slot, void *graph, const borrowed *arenas,
-                      uint64_t offset, uint64_t bytes);
+                      uint64_t offset, uint64_t header_bytes, uint64_t bytes);
 /* The two ways alone, between what is lent and memory of our own: each on a stream of its own, the
  * device's stream behind the one and the other behind it. 0 when it failed. */
 int32_t device_fetch(device *gpu, const borrowed *arenas, uint64_t offset, uint64_t bytes,
@@ -206,6 +208,12 @@ void device_return(device *gpu, borrowed *arenas);
 
 /* ---- answering.c: see mesh/transport/base.py's Answering ---- */
 
+/* What a device computes an expert by, or several of a layer together. */
+typedef struct {
+    void *graphs[SLOTS];   /* CUgraphExec; NULL where there is none */
+    uint8_t here[1 << 10]; /* of several: whether an expert of the layer is one of them */
+} replays;
+
 typedef struct {
     uint64_t endpoint; /* 0: no such session */
     uint64_t reply_session;
@@ -215,7 +223,7 @@ typedef struct {
 typedef struct {
     union { /* NULL: not one of ours */
         const gated_mlp *mlp;
-        void **graphs; /* with a device: by slot; NULL where there is none */
+        replays *replays; /* with a device */
     };
     uint64_t rows, microseconds;
 } answerer;
@@ -225,14 +233,16 @@ typedef struct work work;
 typedef struct {
     postbox *box;
     session *sessions;   /* by number */
-    answerer *answerers; /* by layer << EXPERT_BITS | expert */
+    answerer *answerers; /* by layer << EXPERT_BITS | expert; SEVERAL is one more of each layer */
     work *works;
     float *scratch;
     int64_t scratch_floats;
     int32_t row_bytes, max_rows;
+    int32_t num_experts, header_rows; /* counts of a layer, and the rows that they take */
+    int32_t doubted; /* set by any thread: several experts may be others by now */
     int32_t in_hand;
     int32_t computing; /* of those, on the device: only asking tells when one ends */
-    int32_t failed;    /* of those, by the device: for answering_next_failed */
+    int32_t failed;    /* of those, for answering_next_failed */
     int64_t last_progress_us; /* CLOCK_MONOTONIC */
     device *device;           /* NULL: computed here */
     work *oldest, *newest;    /* of those computing */
@@ -253,8 +263,9 @@ EXPORT int32_t answering_deliver(answering *all, int32_t number, int64_t first, 
                                  uint64_t rows);
 /* Bring what is in hand forward; take nothing new. */
 EXPORT void answering_look(answering *all);
-/* The tag of a dispatch that the device failed at, which the caller refuses; 0: no more. */
-EXPORT uint64_t answering_next_failed(answering *all);
+/* The tag of a dispatch that was taken and cannot be answered, which the caller refuses for this
+ * reason; 0: no more. */
+EXPORT uint64_t answering_next_failed(answering *all, int32_t *refusal);
 /* Answer what is regular; returns when something else wants to be looked at, wake_fd included. */
 EXPORT void answering_run(answering *all, int32_t spin_us, int32_t wake_fd);
 
@@ -267,9 +278,9 @@ typedef struct { /* one peer's part of a layer */
     uint64_t send_tag, reply_tag; /* but for kind, expert and rows */
     uint64_t rows, replies;       /* addresses of its first row in either arena */
     int64_t first;                /* the number of that row: all that is sent by reference */
-    uint64_t header_bytes;        /* ahead of the rows of several experts */
+    uint64_t header_bytes;        /* ahead of that, where rows are of several experts */
     int32_t capacity;             /* rows */
-    int32_t by_reference;         /* what is of one expert alone */
+    int32_t by_reference;
     /* Of the last time. */
     int32_t num_rows, num_experts, expert; /* the last of these experts */
     int32_t received, sent;                /* operations, where there are rows */

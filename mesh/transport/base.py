@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from mesh import native
+from mesh import native, wire
 from mesh.errors import TransportError
 from mesh.mlp import NativeMlp
 from mesh.plan import ExpertId
@@ -84,8 +84,9 @@ class RoundTrip(NamedTuple):
 class Answering(Protocol):
     """Answers regular dispatches (see :mod:`mesh.wire`) without a line of Python.
 
-    Regular is what has an open session, an expert of :meth:`serve`, rows within the bound and
-    the right length. All else is left to be probed.
+    Regular is what has an open session, an expert of :meth:`serve` (or several of a layer, where
+    those are served together), rows within the bound and the right length. All else is left to be
+    probed.
     """
 
     @property
@@ -125,8 +126,19 @@ class Answering(Protocol):
         """Answer them, behind what was queued on the device's stream. False: not lent."""
         ...
 
+    def cut(self, num_experts: int, header_rows: int) -> None:
+        """A message of several experts says of so many how many rows are theirs, in the rows ahead
+        of theirs. To be said before what is served by that."""
+        ...
+
     def serve(self, experts: Mapping[ExpertId, NativeMlp | Replays]) -> None:
-        """Answer for these experts in place of those before."""
+        """Answer for these experts in place of those before; a layer's expert ``wire.SEVERAL`` is
+        all of them together."""
+        ...
+
+    def doubt(self, doubted: bool) -> None:
+        """Whether those together may be others by now than :meth:`serve` was told: their messages
+        are left to be probed then. From any thread."""
         ...
 
     def counts(self) -> Iterable[tuple[ExpertId, int, float]]:
@@ -137,8 +149,9 @@ class Answering(Protocol):
         """Bring what is in hand forward after a :meth:`Transport.progress`; take nothing new."""
         ...
 
-    def failed(self) -> Iterable[int]:
-        """Tags of the dispatches that the device has failed at since; theirs are to be refused."""
+    def failed(self) -> Iterable[tuple[int, wire.Refusal]]:
+        """Tags of the dispatches that were taken and got no answer since, which are to be refused,
+        and why."""
         ...
 
     def run(self, *, spin_s: float, wake_fd: int) -> None:

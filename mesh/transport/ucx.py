@@ -346,10 +346,17 @@ class UcxAnswering:
             )
         )
 
+    def cut(self, num_experts: int, header_rows: int) -> None:
+        """See :class:`mesh.transport.base.Answering`."""
+        self._record.num_experts = min(num_experts, wire.MAX_EXPERTS)  # more have no tags
+        self._record.header_rows = header_rows
+
+    def doubt(self, doubted: bool) -> None:
+        """See :class:`mesh.transport.base.Answering`."""
+        self._record.doubted = doubted
+
     def serve(self, experts: Mapping[ExpertId, NativeMlp | Replays]) -> None:
         """See :class:`mesh.transport.base.Answering`."""
-        if not self.in_hand:
-            self._past.clear()  # what was in hand may have used them
         self._past.append(self._experts)
         for expert in self._experts.keys() - experts.keys():
             self._record.answerers[self._keys[expert]].computes = None
@@ -369,13 +376,17 @@ class UcxAnswering:
         """See :class:`mesh.transport.base.Answering`."""
         native.long.answering_look(self._pointer)
 
-    def failed(self) -> Iterator[int]:
+    def failed(self) -> Iterator[tuple[int, wire.Refusal]]:
         """See :class:`mesh.transport.base.Answering`."""
+        reason = ctypes.c_int32()
         while self._record.failed:
-            yield native.short.answering_next_failed(self._pointer)
+            tag = native.short.answering_next_failed(self._pointer, reason)
+            yield tag, wire.Refusal(reason.value)
 
     def run(self, *, spin_s: float, wake_fd: int) -> None:
         """See :class:`mesh.transport.base.Answering`."""
+        if self._past and not self.in_hand:
+            self._past.clear()  # what was in hand may have used them
         native.long.answering_run(self._pointer, int(spin_s * 1e6), wake_fd)
 
 

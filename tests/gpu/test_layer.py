@@ -87,6 +87,24 @@ def test_no_row_of_a_batch_is_in_anothers_reply(workers: int) -> None:
         assert all(peer.by_reference for peer in dispatcher.peers)
 
 
+def test_an_expert_is_asked_alone_before_and_after_it_is_asked_with_others() -> None:
+    """Its weights move in between, and what was captured of it is not used any more."""
+    layer = Layer(_shape("bfloat16", workers=1))
+    with (
+        torch.inference_mode(),
+        bench_layer.layer_mesh(layer.shape, layer.device, layer.dtype, 300) as mesh,
+    ):
+        for alone in (True, False, True, False):
+            for seed in range(20):
+                x_TD, ids_TK, weights_TK = layer.batch(5, seed)
+                if alone:
+                    ids_TK = torch.full_like(ids_TK, seed % layer.shape.num_experts)
+                mesh.dispatcher.begin_step(1)
+                got_TD = mesh.dispatcher.dispatch(0, x_TD, ids_TK, weights_TK).combine()
+                assert layer.error(got_TD, x_TD, ids_TK, weights_TK) < 0.05
+        assert mesh.dispatcher.void_rows() == {}
+
+
 @pytest.mark.parametrize("workers", [1, 4])
 def test_a_graphed_layer_leaves_by_its_seat(workers: int) -> None:
     layer = Layer(_shape("bfloat16", workers=workers))

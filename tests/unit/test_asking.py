@@ -65,6 +65,10 @@ class Rig:
         self.layers.clear()  # as engines do where the arenas are others
         return connect(self.dispatcher, self.transport, self.workers, epoch)
 
+    @property
+    def header_rows(self) -> int:
+        return self.dispatcher._frames.header_rows
+
     def layer(self, num_tokens: int, layer: int = LAYER, micro_batch: int = 0) -> Layer:
         key = (layer, micro_batch, num_tokens)
         if key not in self.layers:
@@ -604,10 +608,16 @@ class Referred:
         self.seen.append((frame, found.nbytes, first))
         arenas = self.rig.dispatcher.arenas
         answer = torch.zeros(0)
-        where = slice(first, first + frame.rows)
         if frame.kind == wire.Kind.REFERENCE:
-            factor = factor_of(ExpertId(frame.layer, frame.expert))
-            arenas[1][where] = factor * arenas[0][where]
+            counts = {frame.expert: frame.rows}
+            if frame.expert == wire.SEVERAL:
+                header = arenas[0][first - self.rig.header_rows : first].reshape(-1)
+                counts = dict(enumerate(header.view(torch.int32)[:NUM_EXPERTS].tolist()))
+            assert sum(counts.values()) == frame.rows
+            for index, count in counts.items():
+                where = slice(first, first := first + count)
+                factor = factor_of(ExpertId(frame.layer, index))
+                arenas[1][where] = factor * arenas[0][where]
         else:
             x_RD = into.view(torch.float32).view(-1, HIDDEN_SIZE)
             answer = x_RD * factor_of(ExpertId(frame.layer, frame.expert))
@@ -628,10 +638,11 @@ def referred(rig: Rig) -> Iterator[list[Referred]]:
             reply_session=worker.reply_session,
             max_rows=512,
         )
-        routing.experts.add(
-            expert=placement_pb2.ExpertId(layer=LAYER, index=worker.index),
-            worker_ids=[f"w{worker.index}"],
-        )
+        for index in {0: (0, 2, 3), 1: (1,)}[worker.index]:
+            routing.experts.add(
+                expert=placement_pb2.ExpertId(layer=LAYER, index=index),
+                worker_ids=[f"w{worker.index}"],
+            )
     rig.dispatcher.set_routing(routing)
     rig.dispatcher.peers["w0"].by_reference = True
     rig.dispatcher.peers.version += 1
@@ -666,6 +677,21 @@ def test_a_reference_is_eight_bytes_and_its_reply_is_empty(
     ((frame, nbytes, _),) = referred[1].seen
     assert (frame.kind, frame.session, *frame[3:]) == (wire.Kind.DISPATCH, 6, LAYER, 1, 3)
     assert nbytes == 3 * 4 * HIDDEN_SIZE
+
+
+def test_several_experts_rows_are_referred_to_behind_their_counts(
+    rig: Rig, referred: list[Referred]
+) -> None:
+    one = rig.layer(3)
+    for choices in ([[0, 1], [3, 0], [3, 1]], [[2, 3], [3, 2], [0, 2]], [[1, 2], [1, 2], [2, 1]]):
+        step = (random_step(3)[0], torch.tensor(choices), torch.ones(3, 2))
+        rig.dispatcher.begin_step(1)
+        assert one.leave(*step)
+        torch.testing.assert_close(one.come_back(), expected(LAYER, *step))
+    seen = [(frame.kind, frame.expert, frame.rows) for frame, _, _ in referred[0].seen]
+    several = (wire.Kind.REFERENCE, wire.SEVERAL)
+    assert seen == [(*several, 4), (*several, 6), (wire.Kind.REFERENCE, 2, 3)]
+    assert {nbytes for _, nbytes, _ in referred[0].seen} == {8}
 
 
 @pytest.mark.usefixtures("impatient")

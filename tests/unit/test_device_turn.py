@@ -1,6 +1,7 @@
 """The compiled turn of a GPU's worker, on a stand-in for the driver that computes on the host.
 
-Rows have four floats. The graphs of expert (0, e) multiply their buffer by e + 2.
+Rows have four floats. The graphs of expert (0, e) multiply their buffer by e + 2, and those of
+several experts each one's rows by that. The counts of five experts take two rows.
 """
 
 from __future__ import annotations
@@ -8,14 +9,14 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from expert_worker.compute import CpuCompute, Done, Part
-from expert_worker.data_plane import DataPlane
+from expert_worker.data_plane import DataPlane, DataPlaneStats
 from expert_worker.expert_store import Expert, ExpertStore
 from mesh import native, wire
 from mesh.errors import Unavailable
@@ -23,9 +24,10 @@ from mesh.plan import ExpertId
 from mesh.replay import ReplayDevice, Replays, slot_rows, slots_of
 from mesh.transport.base import Request
 from mesh.transport.ucx import UcxTransport
-from tests.stand_in import FAILS_AT_LAUNCH, FAILS_LATER, Graph, compiled
+from tests.stand_in import FAILS_AT_LAUNCH, FAILS_LATER, Graph, Sharing, compiled
 
 WIDTH = 4
+NUM_EXPERTS, HEADER_ROWS = 5, 2
 SESSION, REPLY_SESSION = 7, 9
 
 
@@ -53,6 +55,8 @@ class Worker:
         self.answering.open(SESSION, self.to_gateway, REPLY_SESSION)
         self.graphs: dict[tuple[int, int], Graph] = {}
         self.replays = {e: Replays() for e in (0, 1)}
+        self.replays[wire.SEVERAL] = Replays(here=(0, 1))
+        self.answering.cut(NUM_EXPERTS, HEADER_ROWS)
         self.answering.serve({ExpertId(0, e): r for e, r in self.replays.items()})
         self.awake = os.eventfd(1)
 
@@ -62,6 +66,8 @@ class Worker:
                 self.device.lend(slot, torch.zeros(slot_rows(slot), WIDTH))
             rows_RD = self.device.buffers[slot]
             graph = Graph(rows_RD.data_ptr(), rows_RD.numel(), expert + 2, fails)
+            if expert == wire.SEVERAL:
+                graph = together(rows_RD, self.device.counts[slot], fails)
             self.graphs[expert, slot] = graph
             self.replays[expert].add(slot, ctypes.addressof(graph))
 
@@ -83,6 +89,16 @@ class Worker:
     def refer(self, slot: int, expert: int, first: int, count: int) -> Dispatch:
         """A dispatch of rows that stay in the arena."""
         return Dispatch(self, slot, expert, torch.tensor([first]), count)
+
+    @property
+    def counted(self) -> dict[int, tuple[int, float]]:
+        """Rows and milliseconds of each expert of the layer."""
+        return {e.index: (n, 1e3 * s) for e, n, s in self.answering.counts()}
+
+    def refusals(self) -> list[tuple[wire.Refusal, int, int, int, int]]:
+        """The next that come: why, and slot, layer, expert and rows of what is refused."""
+        self.turn_until(lambda: bool(self.answering._record.failed))
+        return [(reason, *wire.decode(tag)[2:]) for tag, reason in self.answering.failed()]
 
     def turn(self, times: int = 1) -> None:
         for _ in range(times):
@@ -111,8 +127,9 @@ class Dispatch:
     def __init__(
         self, worker: Worker, slot: int, expert: int, x_RD: torch.Tensor, count: int = 0
     ) -> None:
-        self.y_RD = x_RD.new_zeros(0) if count else torch.zeros_like(x_RD)
-        key = (slot, 0, expert, count or len(x_RD))
+        ahead = HEADER_ROWS if expert == wire.SEVERAL else 0
+        self.y_RD = x_RD.new_zeros(0) if count else torch.zeros_like(x_RD[ahead:])
+        key = (slot, 0, expert, count or len(self.y_RD))
         tag = wire.encode(wire.Kind.REPLY, REPLY_SESSION, *key)
         self.reply = worker.to_worker.post_receive(worker.gateway.wrap(self.y_RD), tag)
         self.x_RD = x_RD
@@ -136,9 +153,36 @@ def rows(count: int, first: float = 1.0) -> torch.Tensor:
     return torch.arange(count * WIDTH, dtype=torch.float32).reshape(count, WIDTH) + first
 
 
+def together(
+    buffer_RD: torch.Tensor, counts_E: torch.Tensor, fails: int = 0, times: Sequence[float] = ()
+) -> Graph:
+    """A graph of several experts."""
+    factors_E = torch.tensor(times or [e + 2.0 for e in range(NUM_EXPERTS)])
+    shares = Sharing(
+        buffer_RD.data_ptr(), counts_E.data_ptr(), factors_E.data_ptr(), NUM_EXPERTS, WIDTH
+    )
+    rows_RD = buffer_RD[HEADER_ROWS:]
+    graph = Graph(rows_RD.data_ptr(), rows_RD.numel(), 0, fails, shares=ctypes.pointer(shares))
+    graph.kept = factors_E
+    return graph
+
+
+def headed(counts: Sequence[int], x_RD: torch.Tensor) -> torch.Tensor:
+    """Rows with their counts ahead."""
+    header = torch.zeros(HEADER_ROWS * WIDTH, dtype=torch.int32)
+    header[: len(counts)] = torch.tensor(counts, dtype=torch.int32)
+    return torch.cat([header.view(torch.float32).view(HEADER_ROWS, WIDTH), x_RD])
+
+
+def by_expert(counts: Sequence[int], x_RD: torch.Tensor) -> torch.Tensor:
+    """What comes back of rows of several experts."""
+    factors = torch.tensor([float(e + 2) for e, n in enumerate(counts) for _ in range(n)])
+    return factors[:, None] * x_RD
+
+
 def test_slots_have_the_next_power_of_two_of_rows() -> None:
-    assert [slot_rows(slots_of(n).start) for n in (1, 2, 3, 4, 5, 256)] == [1, 2, 4, 4, 8, 256]
-    assert not slots_of(257)
+    assert [slot_rows(slots_of(n).start) for n in (1, 2, 3, 5, 1024)] == [1, 2, 4, 8, 1024]
+    assert not slots_of(1025)
     text = (Path(native.__file__).parent / "native.h").read_text()
     assert f"RING = {native.RING}, SIZES = {native.SIZES}," in text
 
@@ -215,8 +259,7 @@ def test_what_the_device_fails_at_is_named_and_not_launched_again(
     worker.capture(1, 2)
     worker.allow(9)
     one = worker.dispatch(5, 0, rows(1))
-    worker.turn_until(lambda: bool(worker.answering._record.failed))
-    assert [wire.decode(tag)[2:] for tag in worker.answering.failed()] == [(5, 0, 0, 1)]
+    assert worker.refusals() == [(wire.Refusal.FAILED, 5, 0, 0, 1)]
     assert worker.answering.in_hand == 0
     assert not one.answered
     assert not list(worker.answering.counts())
@@ -262,6 +305,14 @@ def test_looking_brings_what_is_in_hand_to_its_end_and_takes_nothing_new(worker:
     worker.turn_until(lambda: late.answered)
 
 
+def stats_of(plane: DataPlane, num_rows: dict[ExpertId, int]) -> DataPlaneStats:
+    """With so many rows, which are counted behind the reply."""
+    until = time.monotonic() + 20
+    while plane.stats().rows != num_rows and time.monotonic() < until:
+        time.sleep(0.001)
+    return plane.stats()
+
+
 class HandsOver(CpuCompute):
     """As the GPU's, with every graph captured before the first dispatch."""
 
@@ -272,13 +323,14 @@ class HandsOver(CpuCompute):
     def open(self) -> None:
         self.replays = ReplayDevice(0, self._driver)
 
-    def native(self, expert: Expert) -> Replays:
-        replays = Replays(expert)
+    def serve(self, experts: Mapping[ExpertId, Expert]) -> dict[ExpertId, Replays]:
+        replays = {expert: Replays(mlp) for expert, mlp in experts.items()}
         for slot in slots_of(1):
             rows_RD = torch.zeros(1, WIDTH)
             self.replays.lend(slot, rows_RD)
             self._graphs.append(Graph(rows_RD.data_ptr(), WIDTH, 2, self._fails))
-            replays.add(slot, ctypes.addressof(self._graphs[-1]))
+            for of_expert in replays.values():
+                of_expert.add(slot, ctypes.addressof(self._graphs[-1]))
         return replays
 
 
@@ -320,7 +372,7 @@ def test_a_data_plane_counts_what_the_device_did_and_refuses_what_it_failed_at(
     while not reply.completed and refused is None and time.monotonic() < until:
         gateway.progress()
         refused = gateway.probe()
-    stats = plane.stats()
+    stats = stats_of(plane, {} if fails else {ExpertId(0, 0): 1})
     if fails:
         frame = wire.decode(refused.tag)
         assert (frame.kind, *frame[2:]) == (wire.Kind.REFUSE, 3, 0, 0, wire.Refusal.FAILED)
@@ -361,6 +413,12 @@ class Arenas:
             )
         )
 
+    def head(self, counts: Sequence[int], first: int) -> torch.Tensor:
+        """Write counts ahead of this row; the rows themselves."""
+        x_RD = self.send_RD[first : first + 3].clone()
+        self.send_RD[first - HEADER_ROWS : first + 3] = headed(counts, x_RD)
+        return x_RD
+
 
 def test_referred_rows_are_read_and_answered_where_they_are(worker: Worker) -> None:
     worker.capture(0, 3)
@@ -396,8 +454,7 @@ def test_rows_outside_what_was_lent_are_refused(worker: Worker, first: int, coun
     arenas = Arenas(worker.device)
     assert worker.answering.borrow(SESSION, arenas.said)
     worker.refer(3, 0, first, count)
-    worker.turn_until(lambda: bool(worker.answering._record.failed))
-    assert [wire.decode(tag)[2:] for tag in worker.answering.failed()] == [(3, 0, 0, count)]
+    assert worker.refusals() == [(wire.Refusal.MALFORMED, 3, 0, 0, count)]
     assert worker.launched == 0
     other = worker.refer(4, 0, first=0, count=count)
     worker.turn_until(lambda: other.answered)
@@ -441,6 +498,140 @@ def test_what_was_lent_is_returned_when_nothing_may_use_it_any_more(worker: Work
     assert worker.mapped == 0
 
 
+@pytest.mark.parametrize("counts", [(3, 2), (0, 1), (1, 0), (4, 0, 0, 0, 0)])
+def test_rows_of_several_experts_come_back_each_from_its_own(
+    worker: Worker, counts: tuple[int, ...]
+) -> None:
+    count = sum(counts)
+    worker.capture(wire.SEVERAL, HEADER_ROWS + count)
+    worker.allow(9)
+    one = worker.dispatch(1, wire.SEVERAL, headed(counts, rows(count)))
+    worker.turn_until(lambda: one.answered)
+    assert worker.gateway.failure(one.reply) is None
+    assert torch.equal(one.y_RD, by_expert(counts, rows(count)))
+    worker.turn_until(lambda: worker.answering.in_hand == 0)
+    named = sum(n > 0 for n in counts)
+    assert worker.counted == {e: (n, 0.5 / named) for e, n in enumerate(counts) if n}
+
+
+@pytest.mark.parametrize("first", [HEADER_ROWS, 5, ARENA_ROWS - 3])
+def test_referred_rows_of_several_experts_have_their_counts_ahead(
+    worker: Worker, first: int
+) -> None:
+    worker.capture(wire.SEVERAL, HEADER_ROWS + 3)
+    worker.allow(9)
+    arenas = Arenas(worker.device)
+    x_RD = arenas.head((1, 2), first)
+    assert worker.answering.borrow(SESSION, arenas.said)
+    one = worker.refer(1, wire.SEVERAL, first, count=3)
+    worker.turn_until(lambda: one.answered)
+    assert worker.gateway.failure(one.reply) is None
+    assert torch.equal(arenas.reply_RD[first : first + 3], by_expert((1, 2), x_RD))
+    assert arenas.reply_RD.isnan().sum() == (ARENA_ROWS - 3) * WIDTH
+    worker.turn_until(lambda: worker.answering.in_hand == 0)
+    assert {e: n for e, (n, _) in worker.counted.items()} == {0: 1, 1: 2}
+
+
+@pytest.mark.parametrize(
+    ("first", "count"),
+    [(HEADER_ROWS - 1, 2), (0, 2), (-1, 2), (-(1 << 63), 2), (ARENA_ROWS - 1, 2)],
+)
+def test_rows_or_counts_outside_what_was_lent_are_refused(
+    worker: Worker, first: int, count: int
+) -> None:
+    worker.capture(wire.SEVERAL, HEADER_ROWS + count)
+    worker.allow(9)
+    assert worker.answering.borrow(SESSION, Arenas(worker.device).said)
+    worker.refer(3, wire.SEVERAL, first, count)
+    assert worker.refusals() == [(wire.Refusal.MALFORMED, 3, 0, wire.SEVERAL, count)]
+    assert worker.launched == 0
+
+
+@pytest.mark.parametrize("by_reference", [False, True])
+@pytest.mark.parametrize(
+    ("counts", "reason"),
+    [
+        ((2, 2), wire.Refusal.BAD_COUNTS),
+        ((1, 1), wire.Refusal.BAD_COUNTS),
+        ((4, -1), wire.Refusal.BAD_COUNTS),
+        ((1, 0, 2), wire.Refusal.UNKNOWN_EXPERT),
+        ((0, 0, 0, 0, 3), wire.Refusal.UNKNOWN_EXPERT),
+    ],
+)
+def test_counts_that_are_wrong_are_refused_by_name_and_nothing_is_counted(
+    worker: Worker, counts: tuple[int, ...], reason: wire.Refusal, by_reference: bool
+) -> None:
+    worker.capture(wire.SEVERAL, HEADER_ROWS + 3)
+    worker.allow(99)
+    arenas = Arenas(worker.device)
+    if by_reference:
+        assert worker.answering.borrow(SESSION, arenas.said)
+        arenas.head(counts, 4)
+        one = worker.refer(2, wire.SEVERAL, first=4, count=3)
+    else:
+        one = worker.dispatch(2, wire.SEVERAL, headed(counts, rows(3)))
+    assert worker.refusals() == [(reason, 2, 0, wire.SEVERAL, 3)]
+    assert not one.answered
+    assert worker.answering.in_hand == 0
+    assert worker.counted == {}
+    others = [
+        worker.dispatch(3 + n, wire.SEVERAL, headed((1, 2), rows(3))) for n in range(native.RING)
+    ]
+    worker.turn_until(lambda: all(other.answered for other in others))
+    assert all(torch.equal(other.y_RD, by_expert((1, 2), rows(3))) for other in others)
+
+
+def test_several_that_no_buffer_holds_with_their_counts_are_left_to_be_probed(
+    worker: Worker,
+) -> None:
+    worker.capture(wire.SEVERAL, 4)
+    worker.dispatch(1, wire.SEVERAL, headed((1, 2), rows(3)))
+    found = []
+
+    def probed() -> bool:
+        worker.transport.progress()
+        found.append(worker.transport.probe())
+        return found[-1] is not None
+
+    worker.turn_until(probed)
+    assert wire.decode(found[-1].tag)[2:] == (1, 0, wire.SEVERAL, 3)
+    assert worker.launched == 0
+
+
+def test_what_is_in_hand_when_the_experts_change_is_answered_by_those_before(
+    worker: Worker,
+) -> None:
+    count = HEADER_ROWS + 2
+    worker.capture(wire.SEVERAL, count)
+    before = worker.dispatch(1, wire.SEVERAL, headed((1, 1), rows(2)))
+    lost = worker.dispatch(2, wire.SEVERAL, headed((0, 0, 2), rows(2)))
+    worker.turn_until(lambda: worker.answering.computing == 2)
+
+    changed, graphs = Replays(here=(1, 2)), []
+    for slot in slots_of(count):
+        buffer_RD, counts_E = worker.device.buffers[slot], worker.device.counts[slot]
+        graphs.append(together(buffer_RD, counts_E, times=(0.0, 30.0, 40.0, 0.0, 0.0)))
+        changed.add(slot, ctypes.addressof(graphs[-1]))
+    experts = {ExpertId(0, 1): worker.replays[1], ExpertId(0, 2): Replays()}
+    worker.answering.serve(experts | {ExpertId(0, wire.SEVERAL): changed})
+
+    late = worker.dispatch(3, wire.SEVERAL, headed((0, 1, 1), rows(2)))
+    gone = worker.dispatch(4, wire.SEVERAL, headed((1, 1), rows(2)))
+    worker.turn_until(lambda: worker.answering.computing == 4)
+    worker.allow(9)
+    unknown = wire.Refusal.UNKNOWN_EXPERT
+    refused = []
+    worker.turn_until(
+        lambda: refused.extend(worker.answering.failed()) or worker.answering.in_hand == 0
+    )
+    assert [(why, wire.decode(tag).slot) for tag, why in refused] == [(unknown, 2), (unknown, 4)]
+    worker.turn_until(lambda: before.answered and late.answered)
+    assert torch.equal(before.y_RD, by_expert((1, 1), rows(2)))
+    assert torch.equal(late.y_RD, torch.tensor([[30.0], [40.0]]) * rows(2))
+    assert not lost.answered
+    assert not gone.answered
+
+
 class Computes(CpuCompute):
     """At once, when all that the device was asked before is done."""
 
@@ -454,72 +645,158 @@ class Computes(CpuCompute):
         ctypes.CDLL(self._driver).cuStreamSynchronize(None)
         return super().start(expert, parts)
 
+    def start_several(self, *several: object) -> None:
+        ctypes.CDLL(self._driver).cuStreamSynchronize(None)
+
     def mark(self) -> Done:
         ctypes.CDLL(self._driver).cuStreamSynchronize(None)
         return super().mark()
 
 
-def test_a_data_plane_serves_references_that_nothing_was_captured_for(driver: str) -> None:
-    knobs = ctypes.CDLL(driver)
-    for name in ("launched", "ran", "allowed", "mapped"):
-        ctypes.c_int32.in_dll(knobs, name).value = 0
-    store = ExpertStore(
-        lambda expert: lambda x_RD: 2 * x_RD, expert_bytes=1, memory_bytes=9, worker_id="w"
-    )
-    store.load([ExpertId(0, 0)])
-    plane = DataPlane(
-        UcxTransport,
-        store,
-        hidden_size=WIDTH,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        num_experts=2,
-        max_rows=8,
-        merge_rows=8,
-        spin_s=0.0,
-        threads=1,
-    )
-    plane._compute_on = Computes(driver)
-    plane.start()
-    gateway = UcxTransport()
-    endpoint = gateway.connect(plane.wait_started())
-    session = plane.connect("g", gateway.address, REPLY_SESSION)
-    arenas = Arenas(ReplayDevice(0, driver))
+class Served:
+    """A gateway, and a data plane with experts of layer 0 that it has a session with."""
 
-    def heard(reply: Request | None = None) -> wire.Frame | None:
+    def __init__(self, driver: str, compute: CpuCompute, *indices: int) -> None:
+        self.knobs = ctypes.CDLL(driver)
+        for name, value in {"launched": 0, "ran": 0, "allowed": 99, "mapped": 0}.items():
+            ctypes.c_int32.in_dll(self.knobs, name).value = value
+        self.store = ExpertStore(
+            lambda expert: lambda x_RD: (expert.index + 2) * x_RD,
+            expert_bytes=1,
+            memory_bytes=9,
+            worker_id="w",
+        )
+        self.store.load(ExpertId(0, index) for index in indices)
+        self.plane = DataPlane(
+            UcxTransport,
+            self.store,
+            hidden_size=WIDTH,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            num_experts=NUM_EXPERTS,
+            max_rows=8,
+            merge_rows=8,
+            spin_s=0.0,
+            threads=1,
+        )
+        self.plane._compute_on = compute
+        self.plane.start()
+        self.gateway = UcxTransport()
+        self.endpoint = self.gateway.connect(self.plane.wait_started())
+        self.session = self.plane.connect("g", self.gateway.address, REPLY_SESSION)
+        self.arenas = Arenas(ReplayDevice(0, driver))
+
+    def lend(self) -> None:
+        said = torch.frombuffer(bytearray(self.arenas.said), dtype=torch.uint8)
+        tag = wire.encode(wire.Kind.ARENAS, self.session, 5, 0, 0, 0)
+        self.endpoint.send(self.gateway.wrap(said), tag)
+        assert self.heard() == (wire.Kind.ARENAS, REPLY_SESSION, 5, 0, 0, 1)
+
+    def heard(self, reply: Request | None = None) -> wire.Frame | None:
+        """What came that nobody waited for; None: the reply did first."""
         until = time.monotonic() + 20
         while time.monotonic() < until:
-            gateway.progress()
-            if (message := gateway.probe()) is not None:
-                message.receive(gateway.wrap(torch.zeros(64, dtype=torch.uint8)))
+            self.gateway.progress()
+            if (message := self.gateway.probe()) is not None:
+                message.receive(self.gateway.wrap(torch.zeros(64, dtype=torch.uint8)))
                 return wire.decode(message.tag)
             if reply is not None and reply.completed:
                 return None
         raise AssertionError("nothing came")
 
-    def refer(slot: int, first: int, count: int) -> Request:
-        key = (slot, 0, 0, count)
-        reply = endpoint.post_receive(
-            gateway.wrap(torch.zeros(0)), wire.encode(wire.Kind.REPLY, REPLY_SESSION, *key)
-        )
-        where = gateway.wrap(torch.tensor([first]))
-        endpoint.send(where, wire.encode(wire.Kind.REFERENCE, session, *key))
-        return reply
+    def refer(self, slot: int, first: int, count: int, expert: int = 0) -> wire.Frame | None:
+        """What came of it; None: its reply."""
+        key = (slot, 0, expert, count)
+        tag = wire.encode(wire.Kind.REPLY, REPLY_SESSION, *key)
+        reply = self.endpoint.post_receive(self.gateway.wrap(torch.zeros(0)), tag)
+        where = self.gateway.wrap(torch.tensor([first]))
+        self.endpoint.send(where, wire.encode(wire.Kind.REFERENCE, self.session, *key))
+        return self.heard(reply)
 
-    refer(1, 0, 2)
-    assert heard() == (wire.Kind.REFUSE, REPLY_SESSION, 1, 0, 0, wire.Refusal.MALFORMED)
-    said = gateway.wrap(torch.frombuffer(bytearray(arenas.said), dtype=torch.uint8))
-    endpoint.send(said, wire.encode(wire.Kind.ARENAS, session, 5, 0, 0, 0))
-    assert heard() == (wire.Kind.ARENAS, REPLY_SESSION, 5, 0, 0, 1)
-    reply = refer(2, 3, 2)
-    assert heard(reply) is None
+    def close(self) -> None:
+        self.plane.drain(5)
+        self.plane.stop()
+        assert self.plane.failure is None
+        assert ctypes.c_int32.in_dll(self.knobs, "mapped").value == 0
+        self.endpoint.close()
+        self.gateway.close()
+
+
+def refused(slot: int, expert: int, reason: wire.Refusal) -> tuple[int, ...]:
+    return (wire.Kind.REFUSE, REPLY_SESSION, slot, 0, expert, reason)
+
+
+def test_a_data_plane_serves_references_that_nothing_was_captured_for(driver: str) -> None:
+    served = Served(driver, Computes(driver), 0, 1)
+    arenas, malformed = served.arenas, wire.Refusal.MALFORMED
+    assert served.refer(1, 0, 2) == refused(1, 0, malformed)
+    served.lend()
+    assert served.refer(2, 3, 2) is None
     assert torch.equal(arenas.reply_RD[3:5], 2 * arenas.send_RD[3:5])
-    refer(3, ARENA_ROWS - 1, 2)
-    assert heard() == (wire.Kind.REFUSE, REPLY_SESSION, 3, 0, 0, wire.Refusal.MALFORMED)
-    assert plane.stats().rows == {ExpertId(0, 0): 2}
-    plane.drain(5)
-    plane.stop()
-    assert plane.failure is None
-    assert ctypes.c_int32.in_dll(knobs, "mapped").value == 0
-    endpoint.close()
-    gateway.close()
+    assert served.refer(3, ARENA_ROWS - 1, 2) == refused(3, 0, malformed)
+    x_RD = arenas.head((2, 1), 8)
+    assert served.refer(4, 8, 3, wire.SEVERAL) is None
+    assert torch.equal(arenas.reply_RD[8:11], by_expert((2, 1), x_RD))
+    for slot, first, reason in ((5, 1, malformed), (6, 4, wire.Refusal.BAD_COUNTS)):
+        answer = served.refer(slot, first, 3, wire.SEVERAL)
+        assert answer == refused(slot, wire.SEVERAL, reason)
+    num_rows = {ExpertId(0, 0): 4, ExpertId(0, 1): 1}
+    assert stats_of(served.plane, num_rows).rows == num_rows
+    served.close()
+
+
+class Stacks(Computes):
+    """As the GPU's: a layer's experts have graphs once several were asked for."""
+
+    def __init__(self, driver: str) -> None:
+        super().__init__(driver)
+        self._graphs: list[Graph] = []
+        self.num_asked = 0
+
+    def serve(self, experts: Mapping[ExpertId, Expert]) -> dict[ExpertId, Replays]:
+        here = Replays(here=[expert.index for expert in experts])
+        for slot in slots_of(HEADER_ROWS + 3) if self.version else ():
+            if slot not in self.replays.buffers:
+                self.replays.lend(slot, torch.zeros(slot_rows(slot), WIDTH))
+            buffer_RD, counts_E = self.replays.buffers[slot], self.replays.counts[slot]
+            self._graphs.append(together(buffer_RD, counts_E))
+            here.add(slot, ctypes.addressof(self._graphs[-1]))
+        return {expert: Replays() for expert in experts} | {ExpertId(0, wire.SEVERAL): here}
+
+    def start_several(self, *several: object) -> None:
+        super().start_several(*several)
+        self.num_asked += 1
+        self.version += 1
+
+
+def test_a_data_plane_has_several_experts_answered_by_what_holds_of_them_now(driver: str) -> None:
+    stacks = Stacks(driver)
+    served = Served(driver, stacks, 0, 1)
+    served.lend()
+    arenas, unknown = served.arenas, wire.Refusal.UNKNOWN_EXPERT
+    x_RD = arenas.head((2, 1), 4)
+    for slot in range(4):
+        arenas.reply_RD.zero_()
+        assert served.refer(slot, 4, 3, wire.SEVERAL) is None
+        assert torch.equal(arenas.reply_RD[4:7], by_expert((2, 1), x_RD))
+    assert stacks.num_asked == 1
+    num_rows = {ExpertId(0, 0): 8, ExpertId(0, 1): 4}
+    assert stats_of(served.plane, num_rows).rows == num_rows
+
+    arenas.head((1, 0, 2), 4)
+    assert served.refer(5, 4, 3, wire.SEVERAL) == refused(5, wire.SEVERAL, unknown)
+    served.store.load([ExpertId(0, 2)])
+    served.store.unload([ExpertId(0, 1)])
+    for slot in (6, 7):  # what is here now is known to the first that comes
+        arenas.reply_RD.zero_()
+        assert served.refer(slot, 4, 3, wire.SEVERAL) is None
+        assert torch.equal(arenas.reply_RD[4:7], by_expert((1, 0, 2), x_RD))
+    for counts, reason in (((2, 1), unknown), ((2, 0, 2), wire.Refusal.BAD_COUNTS)):
+        arenas.head(counts, 4)
+        assert served.refer(8, 4, 3, wire.SEVERAL) == refused(8, wire.SEVERAL, reason)
+    assert stacks.num_asked == 2
+    num_rows = {ExpertId(0, 0): 10, ExpertId(0, 1): 4, ExpertId(0, 2): 4}
+    stats = stats_of(served.plane, num_rows)
+    assert stats.rows == num_rows
+    assert stats.refused == {"unknown_expert": 2, "bad_counts": 1}
+    served.close()
