@@ -363,8 +363,9 @@ class Step:
         if not self._away:
             self._dispatcher.begin_step(len(self._micro_batches))
             self._away = [self._leave(n) for n in range(len(self._micro_batches))]
+        alone = len(self._graphs) == 1
         for n, graphs in enumerate(self._graphs):
-            if graphs is None:
+            if graphs is None or not alone:  # beside another's experts one long graph waits longer
                 self._return(n, self._away[n])
                 self._away[n] = self._leave(n)
             else:

@@ -22,8 +22,6 @@ from mesh.transport.base import Buffer, Request, Transport
 
 log = structlog.get_logger()
 
-MAX_ROWS = 256
-"""Longer messages take so long that a copy more is not seen; see ``SIZES`` of native.h."""
 _MAX_PERMITS = 1 << 12
 _ARENAS = int(wire.Kind.ARENAS)
 

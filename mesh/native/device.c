@@ -29,7 +29,7 @@ typedef struct {
 struct device {
     void *stream;
     void *in, *out;           /* streams of what comes and goes beside it */
-    void *arrived, *computed; /* events of either */
+    void *arrived;            /* an event of the first */
     slot slots[SLOTS];
     void *graph_ended; /* event */
     int32_t (*create)(void **event, uint32_t flags);
@@ -93,7 +93,7 @@ device *device_new(const char *path, uint64_t stream) {
     int32_t least, first;
     if (gpu->priorities(&least, &first) || gpu->open_stream(&gpu->in, NON_BLOCKING, first) ||
         gpu->open_stream(&gpu->out, NON_BLOCKING, first) ||
-        gpu->create(&gpu->arrived, DISABLE_TIMING) || gpu->create(&gpu->computed, DISABLE_TIMING)) {
+        gpu->create(&gpu->arrived, DISABLE_TIMING)) {
         device_free(gpu);
         return NULL;
     }
@@ -113,7 +113,6 @@ void device_free(device *gpu) {
     if (gpu->in) gpu->close_stream(gpu->in);
     if (gpu->out) gpu->close_stream(gpu->out);
     if (gpu->arrived) gpu->destroy(gpu->arrived);
-    if (gpu->computed) gpu->destroy(gpu->computed);
     for (slot *one = gpu->slots; one < gpu->slots + SLOTS; one++) {
         if (one->began) gpu->destroy(one->began);
         if (one->ended) gpu->destroy(one->ended);
@@ -178,8 +177,7 @@ int32_t device_fetch(device *gpu, const borrowed *arenas, uint64_t offset, uint6
 
 int32_t device_deliver(device *gpu, const borrowed *arenas, uint64_t offset, uint64_t bytes,
                        uint64_t rows) {
-    return !gpu->record(gpu->computed, gpu->stream) && !gpu->follow(gpu->out, gpu->computed, 0) &&
-           copy(gpu, gpu->out, arenas->replies + offset, rows, bytes, arenas->permit,
+    return copy(gpu, gpu->out, arenas->replies + offset, rows, bytes, arenas->permit,
                 arenas->wanted);
 }
 

@@ -186,8 +186,9 @@ void device_lose(device *gpu, int32_t slot);
  * header, and back without it to the same offset of its replies. 0 when it failed. */
 int32_t device_launch(device *gpu, int32_t slot, void *graph, const borrowed *arenas,
                       uint64_t offset, uint64_t header_bytes, uint64_t bytes);
-/* The two ways alone, between what is lent and memory of our own: each on a stream of its own, the
- * device's stream behind the one and the other behind it. 0 when it failed. */
+/* The two ways alone, between what is lent and memory of our own, each on a stream of its own. The
+ * device's stream waits for what is fetched; what is delivered was seen to be computed: behind the
+ * device's stream it would wait for whatever is queued there by now. 0 when it failed. */
 int32_t device_fetch(device *gpu, const borrowed *arenas, uint64_t offset, uint64_t bytes,
                      uint64_t rows);
 int32_t device_deliver(device *gpu, const borrowed *arenas, uint64_t offset, uint64_t bytes,

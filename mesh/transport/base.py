@@ -123,7 +123,7 @@ class Answering(Protocol):
         ...
 
     def deliver(self, session: int, first: int, rows: Buffer) -> bool:
-        """Answer them, behind what was queued on the device's stream. False: not lent."""
+        """Answer them, which are computed: the caller has seen it. False: not lent."""
         ...
 
     def cut(self, num_experts: int, header_rows: int) -> None:
