@@ -7,6 +7,7 @@ load torch.
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -25,6 +26,8 @@ from cli.status import plan, status
 from cli.up import up
 from mesh.config import GatewayConfig, PlacementConfig, WorkerConfig
 from mesh.errors import ConfigError, MeshError
+
+_STDERR = 2
 
 app = typer.Typer(
     name="expert-mesh",
@@ -90,6 +93,8 @@ bench.command("layer")(bench_layer)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. What a person did wrong is one line, no traceback."""
+    # A crash in compiled code says where it was; processes that are forked from this one do too.
+    faulthandler.enable(_STDERR)
     try:
         app(args=argv, prog_name="expert-mesh")
     except SystemExit as exit:
