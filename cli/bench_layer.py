@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from statistics import median, quantiles
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from gateway.dispatch import Dispatcher, Placed
 
 _MAX_ERROR = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}
-_WARM_UP = 8
 _GRAPH_ROWS = 256
 
 
@@ -237,6 +235,7 @@ def _measure(
 ) -> Line:
     import torch
 
+    from cli import layer_times
     from cli.layer_rows import error_of, exact_layer, rows_of
     from cli.layer_worker import random_expert
 
@@ -252,13 +251,13 @@ def _measure(
     error = error_of(step.run()[0], exact_layer(shape, x_TD, ids_TK, weights_TK))
     if not error < _MAX_ERROR[shape.dtype]:
         raise SystemExit(f"wrong at {size} rows: relative error {error:.1e} against float32")
-    ours = _times(step.run, device, repeat)
+    ours = layer_times.each(step.run, device, repeat)
     chain = Step(dispatcher, [(x_TD, ids_TK, weights_TK)])
-    chained = _chained(chain.run_on, device, repeat)
+    chained = layer_times.chained(chain.run_on, device, repeat)
     chain.land()
     halves = [slice(0, size // 2), slice(size // 2, size)] if size > 1 else [slice(0, 1)]
     two = Step(dispatcher, [(x_TD[h], ids_TK[h], weights_TK[h]) for h in halves])
-    passing = _times(two.run_on, device, repeat, wait=False)
+    passing = layer_times.each(two.run_on, device, repeat, wait=False)
     two.land()
     return Line(
         rows=size,
@@ -384,7 +383,9 @@ def _alone(expert: Any, rows: int, shape: Shape, device: torch.device, dtype: to
 
     x_RD = torch.randn(rows, shape.hidden, device=device, dtype=dtype)
     if device.type != "cuda":
-        return median(_times(lambda: expert(x_RD), device, 20))
+        from cli import layer_times
+
+        return median(layer_times.each(lambda: expert(x_RD), device, 20))
     from expert_worker.gpu_compute import capture
 
     with torch.cuda.stream(torch.cuda.Stream(device)):
@@ -400,36 +401,6 @@ def _alone(expert: Any, rows: int, shape: Shape, device: torch.device, dtype: to
             end.synchronize()
             times.append(float(start.elapsed_time(end)) * 1e3)
     return median(times[5:])
-
-
-def _times(
-    run: Callable[[], object], device: torch.device, repeat: int, *, wait: bool = True
-) -> list[float]:
-    """Microseconds of each run, its device's work included."""
-    import torch
-
-    times = []
-    for _ in range(_WARM_UP + repeat):
-        began_s = time.perf_counter()
-        run()
-        if device.type == "cuda" and wait:
-            torch.cuda.current_stream(device).synchronize()
-        times.append((time.perf_counter() - began_s) * 1e6)
-    return times[_WARM_UP:]
-
-
-def _chained(run: Callable[[], object], device: torch.device, repeat: int) -> float:
-    """Microseconds of a run among many."""
-    for _ in range(_WARM_UP):
-        run()
-    began_s = time.perf_counter()
-    for _ in range(repeat):
-        run()
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.current_stream(device).synchronize()
-    return (time.perf_counter() - began_s) * 1e6 / repeat
 
 
 def _p99(times: Sequence[float]) -> float:

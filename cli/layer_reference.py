@@ -12,7 +12,6 @@ rank, E = N x L experts, C the most rows that a rank sends another, D hidden siz
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,13 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cli import layer_times
 from cli.layer_rows import exact_layer, rows_of
 from cli.layer_shape import Shape
 from cli.layer_worker import random_expert
 from mesh.mlp import StackedMlps
 
 _GRAPH_ROWS = 256
-_WARM_UP = 8
 
 
 class Reference:
@@ -136,9 +135,11 @@ def measure(rank: int, device: torch.device, order: dict[str, Any]) -> list[dict
         parts = torch.stack([(output().float() - want_TD).norm() ** 2, want_TD.norm() ** 2])
         dist.all_reduce(parts)
         error = float((parts[0] / parts[1]).sqrt())
-        times = torch.tensor(_times(run, device, order["repeat"]), device=device)
+        dist.barrier()  # the exchanges keep the ranks in step from here on
+        times = torch.tensor(layer_times.each(run, device, order["repeat"]), device=device)
         dist.all_reduce(times, op=dist.ReduceOp.MAX)
-        chained = torch.tensor(_chained(run, device, order["repeat"]), device=device)
+        dist.barrier()
+        chained = torch.tensor(layer_times.chained(run, device, order["repeat"]), device=device)
         dist.all_reduce(chained, op=dist.ReduceOp.MAX)
         answer = {"times": times.tolist(), "chained": chained.item()}
         found.append({"rows": size, "error": error, **answer})
@@ -164,28 +165,3 @@ def _repeatable(
         torch.cuda.synchronize(device)
         graph = capture(run)
     return graph.replay, lambda: made["y"]
-
-
-def _chained(run: Callable[[], object], device: torch.device, repeat: int) -> float:
-    dist.barrier()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    began_s = time.perf_counter()
-    for _ in range(repeat):
-        run()
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
-    return (time.perf_counter() - began_s) * 1e6 / repeat
-
-
-def _times(run: Callable[[], object], device: torch.device, repeat: int) -> list[float]:
-    """Microseconds of each run; the exchanges keep the ranks in step."""
-    times = []
-    dist.barrier()
-    for _ in range(_WARM_UP + repeat):
-        began_s = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
-        times.append((time.perf_counter() - began_s) * 1e6)
-    return times[_WARM_UP:]
