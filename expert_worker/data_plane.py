@@ -10,6 +10,7 @@ long as its rows) and sent from there. The buffer returns to the pool when the s
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import queue
 import random
@@ -48,6 +49,8 @@ T = TypeVar("T")
 _SCRATCH_BYTES = 64
 _MAX_IN_HAND = 256
 _CALL_TIMEOUT_S = 10.0
+_LOOK_AROUND_S = 1.0
+_STRAND_AFTER_S = 1.0
 STUCK_PATIENCE_S = 5.0
 """A gateway that was only stopped amid a message to us may be back by then."""
 # Plain integers: an enum's member costs a microsecond to look up, on every message.
@@ -75,7 +78,7 @@ class DataPlaneStats:
     longest_batch_s: float
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Session:
     number: int
     gateway_id: str
@@ -83,6 +86,8 @@ class _Session:
     reply_session: int
     num_experts: int
     """Of a layer, as the gateway counts them."""
+    closed_s: float = math.inf
+    """In ``time.monotonic()``."""
 
 
 @dataclass
@@ -107,7 +112,7 @@ class Served(NamedTuple):
     """What the device took for the batch that it was in."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Work:
     """One dispatch that is being served."""
 
@@ -212,6 +217,8 @@ class DataPlane(threading.Thread):
         self._next_session = random.randrange(1, wire.MAX_SESSIONS)
         self._free: dict[int, list[_RowBuffer]] = defaultdict(list)
         self._receiving: list[_Work] = []
+        self._stranded: list[_Work] = []
+        """What came in part from who is gone: UCX waits for the rest for ever, and may write it."""
         self._sending: list[_Work] = []
         self._dropping: list[Request] = []
         self._lending: list[_Lending] = []
@@ -407,7 +414,7 @@ class DataPlane(threading.Thread):
         ):
             self._waiter.busy()
         elif self._answering is None or self._must_turn():
-            self._waiter.wait()
+            self._waiter.wait(_LOOK_AROUND_S if self._receiving else None)
             self._look_around()
         else:
             self._answer(self._answering)
@@ -510,6 +517,7 @@ class DataPlane(threading.Thread):
         session = self._sessions.get(number)
         if session is not None and session.gateway_id == gateway_id:
             del self._sessions[number]
+            session.closed_s = time.monotonic()
             if self._answering is not None:
                 self._answering.close(number)
             session.endpoint.close()
@@ -521,6 +529,16 @@ class DataPlane(threading.Thread):
             if not session.endpoint.alive:
                 log.info("gateway_gone", gateway_id=session.gateway_id)
                 self._close(session.gateway_id, session.number)
+        self._strand()
+
+    def _strand(self) -> None:
+        """Wait no more for the rest of what somebody sent who has been gone for long enough."""
+        if self._answering is not None and self._answering.in_hand:
+            self._answering.strand(_STRAND_AFTER_S)
+        gone_s = time.monotonic() - _STRAND_AFTER_S
+        if stranded := [work for work in self._receiving if work.session.closed_s < gone_s]:
+            self._stranded += stranded
+            self._receiving = [work for work in self._receiving if work not in stranded]
 
     def _accept(self) -> bool:
         """Take what arrived; bounded, so that what is in hand is served first."""

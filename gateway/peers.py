@@ -167,7 +167,6 @@ class Peers:
         self._transport.reopen()
         self.transport_number += 1
         self.version += 1
-        self.version += 1
 
     # Who gets what.
 

@@ -39,18 +39,18 @@ def half_readable(nbytes: int) -> UcxBuffer:
     return UcxBuffer(tensor[start : start + nbytes])
 
 
-def _send_and_end(address: bytes, nbytes: int, *, amid_a_fragment: bool) -> None:
-    """A message of 64 bytes, which opens the way, and half of another; their tags are 1 and 2."""
+def _send_and_end(address: bytes, nbytes: int, tag: int, *, amid_a_fragment: bool) -> None:
+    """A message of 64 bytes with tag 1, which opens the way, and half of another."""
     transport = UcxTransport()
     endpoint = transport.connect(address)
     opening = endpoint.send(transport.wrap(torch.zeros(64, dtype=torch.uint8)), 1)
     while not opening.completed:
         transport.progress()
     if amid_a_fragment:
-        endpoint.send(half_readable(nbytes), 2)
+        endpoint.send(half_readable(nbytes), tag)
     else:
         # As far as there is room in the queue, whose owner takes nothing out of it meanwhile.
-        endpoint.send(transport.wrap(torch.zeros(nbytes, dtype=torch.uint8)), 2)
+        endpoint.send(transport.wrap(torch.zeros(nbytes, dtype=torch.uint8)), tag)
     for _ in range(10_000):
         transport.progress()
     os.kill(os.getpid(), signal.SIGKILL)
@@ -76,8 +76,8 @@ def _serve_until(num_replies: int, flags: list[str]) -> None:
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["amid-a-fragment" | "between-fragments" as where, to, size]:
+        case ["amid-a-fragment" | "between-fragments" as where, to, size, tag]:
             amid_a_fragment = where == "amid-a-fragment"
-            _send_and_end(bytes.fromhex(to), int(size), amid_a_fragment=amid_a_fragment)
+            _send_and_end(bytes.fromhex(to), int(size), int(tag), amid_a_fragment=amid_a_fragment)
         case ["worker", count, *rest]:
             _serve_until(int(count), rest)

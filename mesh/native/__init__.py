@@ -235,6 +235,7 @@ _LONG: dict[str, tuple[Any, list[Any]]] = {
     ),
     "postbox_wait": (None, [POINTER(Postbox), c_int32, c_void_p, c_int32, c_int32]),
     "answering_look": (None, [POINTER(Answering)]),
+    "answering_strand": (None, [POINTER(Answering), c_int64]),
     "answering_run": (None, [POINTER(Answering), c_int32, c_int32]),
     "asking_leave": (c_int32, [c_void_p, POINTER(Seat), c_uint64]),
     "asking_wait": (

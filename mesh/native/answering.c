@@ -17,7 +17,7 @@
 enum { DISPATCH = 1, REPLY = 2, REFERENCE = 6 };
 enum { EXPERT_BITS = 10, EXPERTS = 1 << EXPERT_BITS, SEVERAL = EXPERTS - 1, LAYERS = 1 << 10 };
 enum { UNKNOWN_EXPERT = 2, BAD_COUNTS = 5, DEVICE_FAILED = 7, MALFORMED = 8 };
-enum { SESSIONS = 1 << 16, MAX_IN_HAND = 256, LOOK_US = 1000 };
+enum { SESSIONS = 1 << 16, MAX_IN_HAND = 256, LOOK_US = 1000, LOOK_AROUND_US = 1000000 };
 
 #define KIND(tag) ((tag) >> 60)
 #define SESSION(tag) ((tag) >> 44 & 0xFFFF)
@@ -75,6 +75,7 @@ void answering_open(answering *all, int32_t number, uint64_t endpoint, uint64_t 
 void answering_close(answering *all, int32_t number) {
     if (!all->sessions[number].endpoint) return;
     all->sessions[number].endpoint = 0;
+    all->sessions[number].closed_us = now_us();
     if (all->sessions[number].arenas.sends) device_return(all->device, &all->sessions[number].arenas);
 }
 
@@ -362,6 +363,23 @@ static work *look_at_works(answering *all) {
 
 void answering_look(answering *all) { look_at_works(all); }
 
+void answering_strand(answering *all, int64_t patience_us) {
+    int64_t now = now_us();
+    for (work *one = all->works; all->in_hand && one < all->works + MAX_IN_HAND; one++) {
+        const session *from = &all->sessions[SESSION(one->tag)];
+        /* A reference comes whole. */
+        if (one->state != RECEIVING || KIND(one->tag) == REFERENCE || from->endpoint ||
+            now - from->closed_us < patience_us)
+            continue;
+        if (all->device) device_lose(all->device, one->slot);
+        one->rows = NULL;
+        one->capacity_rows = 0;
+        postbox_release(all->box, one->operation);
+        one->state = FREE;
+        all->in_hand--;
+    }
+}
+
 uint64_t answering_next_failed(answering *all, int32_t *refusal) {
     if (!all->failed) return 0;
     work *one = all->works;
@@ -372,12 +390,14 @@ uint64_t answering_next_failed(answering *all, int32_t *refusal) {
     return one->tag;
 }
 
-/* Give way once; 0 when somebody else wants to be looked at. Sleep is not certain to come: what a
+/* Give way once; 0 when somebody else wants to be looked at, or something has been in hand since a
+ * second ago and the caller is to see whether that is as it should be. Sleep is not certain to come: what a
  * device computes ends without a sign, and a peer that was stopped amid a message leaves shared memory
  * in a state that UCX calls busy for as long as that lasts. */
-static int give_way(answering *all, int64_t *idle_since_us, int64_t *looked_us, int32_t spin_us,
-                    int32_t wake_fd) {
-    int64_t now = now_us();
+static int give_way(answering *all, int64_t began_us, int64_t *idle_since_us, int64_t *looked_us,
+                    int32_t spin_us, int32_t wake_fd) {
+    int64_t now = now_us(), until_us = all->in_hand ? began_us + LOOK_AROUND_US : INT64_MAX;
+    if (now >= until_us) return 0;
     if (now - *looked_us >= LOOK_US) {
         struct pollfd wake = {wake_fd, POLLIN, 0};
         if (poll(&wake, 1, 0) > 0) return 0;
@@ -388,12 +408,12 @@ static int give_way(answering *all, int64_t *idle_since_us, int64_t *looked_us, 
         sched_yield();
         return 1;
     }
-    return postbox_idle(all->box, *idle_since_us, spin_us, INT64_MAX, wake_fd);
+    return postbox_idle(all->box, *idle_since_us, spin_us, until_us, wake_fd);
 }
 
 void answering_run(answering *all, int32_t spin_us, int32_t wake_fd) {
     postbox *box = all->box;
-    int64_t idle_since_us = now_us(), looked_us = idle_since_us;
+    int64_t began_us = now_us(), idle_since_us = began_us, looked_us = began_us;
     do {
         while (ucp_worker_progress(box->worker)) {}
         work *place;
@@ -409,5 +429,5 @@ void answering_run(answering *all, int32_t spin_us, int32_t wake_fd) {
             ucp_worker_progress(box->worker);
         }
         if (box->attention || all->failed) return;
-    } while (give_way(all, &idle_since_us, &looked_us, spin_us, wake_fd));
+    } while (give_way(all, began_us, &idle_since_us, &looked_us, spin_us, wake_fd));
 }

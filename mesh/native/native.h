@@ -218,6 +218,7 @@ typedef struct {
 typedef struct {
     uint64_t endpoint; /* 0: no such session */
     uint64_t reply_session;
+    int64_t closed_us; /* CLOCK_MONOTONIC */
     borrowed arenas;
 } session;
 
@@ -264,10 +265,14 @@ EXPORT int32_t answering_deliver(answering *all, int32_t number, int64_t first, 
                                  uint64_t rows);
 /* Bring what is in hand forward; take nothing new. */
 EXPORT void answering_look(answering *all);
+/* Give up what a session that was closed so long ago has sent in part: UCX waits for the rest for
+ * ever, and may write it, so that its memory is never used again. */
+EXPORT void answering_strand(answering *all, int64_t patience_us);
 /* The tag of a dispatch that was taken and cannot be answered, which the caller refuses for this
  * reason; 0: no more. */
 EXPORT uint64_t answering_next_failed(answering *all, int32_t *refusal);
-/* Answer what is regular; returns when something else wants to be looked at, wake_fd included. */
+/* Answer what is regular; returns when something else wants to be looked at, wake_fd included, or
+ * something has been in hand for a second. */
 EXPORT void answering_run(answering *all, int32_t spin_us, int32_t wake_fd);
 
 /* ---- asking.c: see mesh/transport/base.py's Asking ---- */

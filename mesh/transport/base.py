@@ -149,6 +149,10 @@ class Answering(Protocol):
         """Bring what is in hand forward after a :meth:`Transport.progress`; take nothing new."""
         ...
 
+    def strand(self, patience_s: float) -> None:
+        """Give up what came in part from a session that was closed so long ago."""
+        ...
+
     def failed(self) -> Iterable[tuple[int, wire.Refusal]]:
         """Tags of the dispatches that were taken and got no answer since, which are to be refused,
         and why."""
@@ -157,8 +161,8 @@ class Answering(Protocol):
     def run(self, *, spin_s: float, wake_fd: int) -> None:
         """Answer, and sleep while there is nothing: ``spin_s`` of idleness are polled first.
 
-        Returns when a message is not regular, an endpoint died, a device failed, or ``wake_fd`` is
-        readable.
+        Returns when a message is not regular, an endpoint died, a device failed, ``wake_fd`` is
+        readable, or something has been in hand for a second.
         """
         ...
 

@@ -13,6 +13,8 @@ import os
 
 # UCXX sets a variable that this build of UCX does not read; the warning would go to stdout.
 os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
+# A crash in compiled code says where it was; Python's own handler tells only of Python.
+os.environ.setdefault("UCX_HANDLE_ERRORS", "bt")
 
 import ctypes
 import struct
@@ -375,6 +377,10 @@ class UcxAnswering:
     def look(self) -> None:
         """See :class:`mesh.transport.base.Answering`."""
         native.long.answering_look(self._pointer)
+
+    def strand(self, patience_s: float) -> None:
+        """See :class:`mesh.transport.base.Answering`."""
+        native.long.answering_strand(self._pointer, int(patience_s * 1e6))
 
     def failed(self) -> Iterator[tuple[int, wire.Refusal]]:
         """See :class:`mesh.transport.base.Answering`."""

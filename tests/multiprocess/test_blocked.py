@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from expert_mesh import AsyncClient
+from mesh import wire
 from mesh.errors import PeerLost, TransportError
 from mesh.transport.base import Endpoint, why_stuck
 from mesh.transport.ucx import UcxTransport
@@ -23,7 +24,7 @@ from tests.multiprocess.test_elastic import until
 from tests.multiprocess.test_faulty_worker import experts_of
 from tests.multiprocess.test_transfer import worker_process
 from tests.multiprocess.test_ucx import ALL, Process
-from tests.rig import Worker
+from tests.rig import HIDDEN_SIZE, Worker
 from tests.running import RunningMesh, running_mesh
 from tests.scripted_placement import ScriptedPlacement
 from tests.token_is_expert import make_token_is_expert
@@ -35,6 +36,7 @@ _kept: list[torch.Tensor] = []
 def end_amid_a_message_to(address: bytes, transport: UcxTransport | None = None) -> None:
     """Have a process do so; ``transport`` has to be turned meanwhile where nobody else does."""
     command = [sys.executable, "-m", "tests.ends_amid", "amid-a-fragment", address.hex(), "65536"]
+    command.append("2")
     process = subprocess.Popen(command)
     while process.poll() is None:
         if transport is not None:
@@ -123,7 +125,7 @@ def test_the_rest_of_a_message_whose_sender_died_is_waited_for_until_the_transpo
 ):
     transport = UcxTransport()
     nbytes = 32 << 20
-    command = ["tests.ends_amid", "between-fragments", transport.address.hex(), str(nbytes)]
+    command = ["tests.ends_amid", "between-fragments", transport.address.hex(), str(nbytes), "2"]
     process = subprocess.Popen([sys.executable, "-m", *command])
     assert turn_until(transport, lambda: transport.probe() is not None)
     assert process.wait() == -signal.SIGKILL
@@ -144,6 +146,37 @@ def test_the_rest_of_a_message_whose_sender_died_is_waited_for_until_the_transpo
     assert never.completed
     assert isinstance(transport.failure(never), PeerLost)
     transport.close()
+
+
+@pytest.mark.parametrize("expert", [2, wire.SEVERAL], ids=["compiled", "python"])
+def test_a_data_plane_waits_no_more_for_the_rest_of_what_a_dead_gateway_sent(
+    expert: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expert_worker.data_plane._CALL_TIMEOUT_S", 60.0)
+    monkeypatch.setenv("UCX_MM_FIFO_SIZE", "32")  # far less than it is to send
+    rows = wire.MAX_ROWS
+    worker = Worker("w", UcxTransport, ALL, max_rows=rows)
+    gateway = UcxTransport()
+    session = worker.plane.connect("g", gateway.address, 7)
+    tag = wire.encode(wire.Kind.DISPATCH, session, 0, 0, expert, rows)
+    nbytes = (rows + (expert == wire.SEVERAL)) * 4 * HIDDEN_SIZE
+    command = ["tests.ends_amid", "between-fragments", worker.address.hex(), str(nbytes), str(tag)]
+
+    def send_a_part() -> None:
+        """While the data plane takes nothing."""
+        assert subprocess.run([sys.executable, "-m", *command]).returncode == -signal.SIGKILL
+
+    worker.plane.weights(lambda transfers: send_a_part())
+    time.sleep(0.5)
+    worker.plane.drain(0.1)  # begun: it is waited for while its gateway may live
+    assert worker.plane._busy()
+    worker.plane.disconnect("g", session)
+    began_s = time.monotonic()
+    worker.plane.drain(30)
+    assert time.monotonic() - began_s < 20
+    assert worker.plane.is_alive()
+    worker.plane.stop()
+    gateway.close()
 
 
 def test_a_data_plane_that_is_blocked_ends_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,6 +231,17 @@ def test_what_finds_no_free_buffer_waits_for_one(worker: Worker) -> None:
     assert worker.launched == len(sent)
 
 
+def test_one_that_computes_for_long_has_its_caller_look_around(worker: Worker) -> None:
+    worker.capture(0, 1)
+    one = worker.dispatch(1, 0, rows(1))
+    worker.turn_until(lambda: worker.answering.computing == 1)
+    sleeps = os.eventfd(0)
+    worker.answering.run(spin_s=0, wake_fd=sleeps)  # else it would not return
+    os.close(sleeps)
+    worker.allow(1)
+    worker.turn_until(lambda: one.answered)
+
+
 @pytest.mark.parametrize(("expert", "count"), [(1, 2), (0, 5), (0, 300)])
 def test_what_has_no_graph_is_left_to_be_probed(worker: Worker, expert: int, count: int) -> None:
     worker.capture(0, 2)
