@@ -7,8 +7,9 @@ Writes a Chrome trace (chrome://tracing, ui.perfetto.dev) and, where matplotlib 
 picture of the workers' three stages; prints the share of transfer time during which the same
 worker computed, and communication that was not hidden as a share of the whole time.
 
-A receive lasts from the moment a message is found to its last byte, a send from the end of the
-batch to the end of the transfer, computing what the GPU's own events say.
+A receive lasts from the moment a message is found to its last byte, and while a GPU fetches rows
+that came by reference; a send from the end of the batch to the end of the transfer. What a GPU
+does is timed by its own events.
 """
 
 from __future__ import annotations
@@ -30,12 +31,17 @@ _LANES = ("receive", "compute", "send")
 _COLORS = {"receive": "tab:blue", "compute": "tab:orange", "send": "tab:green"}
 
 
-def lanes(served: list[dict[str, float]]) -> dict[str, list[Interval]]:
+def lanes(served: list[dict[str, Any]]) -> dict[str, list[Interval]]:
     """The intervals of each stage of one worker, in seconds and in order."""
+    receive = [
+        interval
+        for one in served
+        for interval in ((one["found_s"], one["received_s"]), (*one["fetched_s"],))
+    ]
     return {
-        "receive": [(one["found_s"], one["received_s"]) for one in served],
-        "compute": [(one["computed_s"] - one["device_s"], one["computed_s"]) for one in served],
-        "send": [(one["computed_s"], one["sent_s"]) for one in served],
+        "receive": sorted(receive),
+        "compute": [(*one["computed_s"],) for one in served],
+        "send": [(*one["sent_s"],) for one in served],
     }
 
 
@@ -104,7 +110,7 @@ def picture(workers: list[dict[str, list[Interval]]], title: str, path: Path) ->
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(12, 1 + 1.2 * len(workers)))
-    start_s = min(stages["receive"][-6][0] for stages in workers)
+    start_s = min(stages["receive"][-12][0] for stages in workers)
     labels = []
     for number, stages in enumerate(workers):
         for lane in _LANES:

@@ -179,7 +179,7 @@ class BenchMesh:
         """Of the workers."""
         return [child.process for child in self.workers.children]
 
-    def served(self) -> list[list[dict[str, float]]]:
+    def served(self) -> list[list[dict[str, Any]]]:
         """Of each worker, the stages of each dispatch since the last time it was asked."""
         return [child.ask({"served": True})["served"] for child in self.workers.children]
 

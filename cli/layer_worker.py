@@ -14,11 +14,12 @@ import sys
 
 import torch
 
-from expert_worker.data_plane import DataPlane, Served
+from expert_worker.data_plane import DataPlane
 from expert_worker.expert_store import ExpertStore
 from mesh.device import open_device
 from mesh.mlp import GatedMlp, Mlp, PlainMlp
 from mesh.plan import ExpertId
+from mesh.transport.base import Trail
 from mesh.transport.ucx import UcxTransport
 from mesh.transport.waiting import SPIN_S
 
@@ -88,13 +89,14 @@ def answer_asked(
         spin_s=SPIN_S[device.type],
         threads=threads,
     )
-    served: list[Served] = []
+    served: list[Trail] = []
     plane.on_served = served.append
     plane.start()
     print(json.dumps({"address": plane.wait_started().hex()}), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
         if "served" in asked:
+            plane.weights(lambda transfers: None)  # a turn of its thread: it has told of all
             taken, served[:] = served[:], []
             print(json.dumps({"served": [one._asdict() for one in taken]}), flush=True)
             continue

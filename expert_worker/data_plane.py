@@ -38,6 +38,7 @@ from mesh.transport.base import (
     Endpoint,
     Message,
     Request,
+    Trail,
     Transport,
     why_stuck,
 )
@@ -98,20 +99,6 @@ class _RowBuffer:
     ranges: dict[tuple[int, int], Buffer] = field(default_factory=dict)
 
 
-class Served(NamedTuple):
-    """When one dispatch went through its stages, in ``time.perf_counter()`` seconds."""
-
-    layer: int
-    rows: int
-    found_s: float
-    received_s: float
-    started_s: float
-    computed_s: float
-    sent_s: float
-    device_s: float
-    """What the device took for the batch that it was in."""
-
-
 @dataclass(eq=False)
 class _Work:
     """One dispatch that is being served."""
@@ -126,7 +113,6 @@ class _Work:
     """The row of the session's arena, once that has come in; None: they come themselves."""
     waiting_segments: int = 0
     received_s: float = 0.0
-    started_s: float = 0.0
     computed_s: float = 0.0
     device_s: float = 0.0
 
@@ -243,8 +229,8 @@ class DataPlane(threading.Thread):
         """The experts that the transport answers for, and the version of how."""
         self._bound: Future[bytes] = Future()
         self.failure: BaseException | None = None
-        self.on_served: Callable[[Served], None] | None = None
-        """Told of every dispatch on the thread, if anybody wants to know."""
+        self.on_served: Callable[[Trail], None] | None = None
+        """Told of every dispatch on the thread, if anybody wants to know from before its start."""
 
     # Called from other threads.
 
@@ -359,6 +345,8 @@ class DataPlane(threading.Thread):
                 device=self._compute_on.replays,
             )
             self._tell_counts()
+            if self._answering is not None and self.on_served is not None:
+                self._answering.trace()
             self._store.on_change = self._doubt
             self._bound.set_result(transport.address)
             with torch.inference_mode():
@@ -385,6 +373,9 @@ class DataPlane(threading.Thread):
             self._answering.look()
             for tag, reason in self._answering.failed():
                 self._refuse(wire.decode(tag), reason)
+        if self._answering is not None and self.on_served is not None:
+            for trail in self._answering.trails():
+                self.on_served(trail)
         moved = self._accept()
         if self._receiving:
             moved |= self._received()
@@ -699,7 +690,6 @@ class DataPlane(threading.Thread):
         if ticket is None:
             return False
         work.waiting_segments = 1
-        work.started_s = time.perf_counter()
         self._computing.append(_Batch(None, [_Segment(work, part)], ticket, experts))
         return True
 
@@ -751,9 +741,6 @@ class DataPlane(threading.Thread):
             return
         finally:
             self._starting = False
-        now = time.perf_counter()
-        for segment in segments:
-            segment.work.started_s = now
         self._computing.append(_Batch(expert, segments, ticket, experts))
 
     def _computed(self) -> bool:
@@ -843,17 +830,18 @@ class DataPlane(threading.Thread):
         """A reply is out."""
         self._recycle(work.buffer)
         if self.on_served is not None:
-            frame = work.frame
+            began_s = work.computed_s - work.device_s
+            # Of what a device fetches, the end is not known: not before it computes.
+            referred = work.reference is not None
+            fetched_s = max(work.received_s, began_s) if referred else work.received_s
             self.on_served(
-                Served(
-                    frame.layer,
-                    frame.rows,
+                Trail(
+                    wire.encode(*work.frame),
                     work.found_s,
                     work.received_s,
-                    work.started_s,
-                    work.computed_s,
-                    time.perf_counter(),
-                    work.device_s,
+                    (work.received_s, fetched_s),
+                    (began_s, work.computed_s),
+                    (work.computed_s, time.perf_counter()),
                 )
             )
 

@@ -26,14 +26,16 @@ from mesh import wire
 from mesh.errors import Unavailable
 from mesh.mlp import StackedMlps
 from mesh.plan import ExpertId
-from mesh.replay import ReplayDevice, Replays, slot_rows, slots_of
+from mesh.replay import WHOLE, ReplayDevice, Replays, slot_rows, slots_of, step_of
 
 log = structlog.get_logger()
 
 _GRAPH_ROWS = 256
-"""Larger batches keep the GPU busy for longer than their launches take."""
+"""Up to here the rows that fill a buffer up take the GPU little: the weights take it longer."""
 _GRAPH_ROWS_OF_SEVERAL = 1024
-"""Of many experts, so many rows take the GPU little longer than the weights themselves."""
+"""Of many experts, the same; the transport's graphs, which are few, go further."""
+_MERGED = 4
+"""Times the rows of one message: what is merged of small ones finds a graph, too."""
 _CAPTURE_AT_USE = 3
 """A buffer that an expert meets this often will come again."""
 
@@ -110,7 +112,7 @@ class GpuCompute:
         self._device = device
         self.replays: ReplayDevice | None = None
         self._replays: WeakKeyDictionary[Any, ref[Replays]] = WeakKeyDictionary()
-        self._uses: WeakKeyDictionary[Any, Counter[int]] = WeakKeyDictionary()
+        self._uses: WeakKeyDictionary[Any, Counter[tuple[int, int]]] = WeakKeyDictionary()
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._graphs: WeakKeyDictionary[Any, dict[int, _Graph]] = WeakKeyDictionary()
         self._experts: Mapping[ExpertId, Expert] = {}
@@ -170,22 +172,24 @@ class GpuCompute:
         """See :class:`expert_worker.compute.Compute`."""
         ticket = GpuTicket(self._stream, self._events)
         first = parts[0]
-        if len(parts) == 1 and first.start == 0 and len(first.buffer_RD) <= _GRAPH_ROWS:
+        alone = len(parts) == 1 and first.start == 0
+        if alone and len(first.buffer_RD) <= _GRAPH_ROWS:
             # Rows past the message's own are computed too, and read by nobody.
             whole = [Part(first.buffer_RD, 0, len(first.buffer_RD))]
             self._replay(expert, first.buffer_RD, lambda: run(expert, whole))
-            graphs = self._replays.get(expert, lambda: None)()
-            if self.replays is not None and graphs is not None:
-
-                def of_slot(slot: int, rows_RD: torch.Tensor) -> None:
-                    run(expert, [Part(rows_RD, 0, len(rows_RD))])
-
-                # With the weights themselves: those that the expert has move when it is stacked.
-                kept = expert.tensors()
-                self._hand_over(expert, graphs, first, self.replays, of_slot, kept)
         else:
             run(expert, parts)
-        return ticket.ends_here()
+        ticket.ends_here()
+        graphs = self._replays.get(expert, lambda: None)()
+        if alone and self.replays is not None and graphs is not None:
+
+            def of_slot(slot: int, rows_RD: torch.Tensor) -> None:
+                run(expert, [Part(rows_RD, 0, len(rows_RD))])
+
+            # With the weights themselves: those that the expert has move when it is stacked.
+            kept = expert.tensors()
+            self._hand_over(expert, graphs, first, self.replays, of_slot, kept)
+        return ticket
 
     def start_several(
         self, experts: Mapping[ExpertId, Expert], layer: int, part: Part, num_experts: int
@@ -201,19 +205,19 @@ class GpuCompute:
             on_host_E = torch.zeros(num_experts, dtype=torch.int32, pin_memory=True)
             self._counts[buffer_RD.data_ptr()] = on_host_E
         ticket = GpuTicket(self._stream, self._events)
-        if len(buffer_RD) > _GRAPH_ROWS_OF_SEVERAL:
-            whole_RD = buffer_RD[: header_rows + part.num_rows]
-            _run_several(stack, whole_RD, header_rows, on_host_E)
-            return ticket.ends_here(on_host_E)
         compute = functools.partial(_run_several, stack)
-        self._replay(stack, buffer_RD, lambda: compute(buffer_RD, header_rows, on_host_E))
+        if len(buffer_RD) <= _GRAPH_ROWS_OF_SEVERAL:
+            self._replay(stack, buffer_RD, lambda: compute(buffer_RD, header_rows, on_host_E))
+        else:
+            compute(buffer_RD[: header_rows + part.num_rows], header_rows, on_host_E)
+        ticket.ends_here(on_host_E)
         if (replays := self.replays) is not None:
 
             def of_slot(slot: int, rows_RD: torch.Tensor) -> None:
                 compute(rows_RD, header_rows, replays.counts[slot][:num_experts])
 
             self._hand_over(stack, here.replays, part, replays, of_slot, stack)
-        return ticket.ends_here(on_host_E)
+        return ticket
 
     def _replay(self, owner: object, buffer_RD: torch.Tensor, compute: Callable[[], None]) -> None:
         graphs = self._graphs.setdefault(owner, {})
@@ -241,16 +245,28 @@ class GpuCompute:
     ) -> None:
         """Have the transport compute batches of this size, once they come often; the graphs need
         what is ``kept``."""
-        uses = self._uses.setdefault(owner, Counter())
-        slots = slots_of(part.start + part.num_rows)
-        uses[slots.start] += 1
-        if uses[slots.start] != _CAPTURE_AT_USE:
+        num_rows = part.start + part.num_rows
+        # Whose counts say how many rows are computed needs no graph for fewer.
+        step = WHOLE if part.start else step_of(num_rows)
+        slots = slots_of(num_rows)
+        if not slots:
             return
+        uses = self._uses.setdefault(owner, Counter())
+        uses[slots.start, step] += 1
+        if uses[slots.start, step] != _CAPTURE_AT_USE:
+            return
+        sizes = [slots]
+        if not part.start:
+            merged = (slots_of(num_rows * n) for n in (2, _MERGED) if num_rows * n <= _GRAPH_ROWS)
+            sizes += [more for more in merged if more.start not in graphs]
         try:
-            for slot in slots:
+            for slot in (slot for slots in sizes for slot in slots):
                 buffer_RD = self._slot(slot, part.buffer_RD, replays)
-                graph = capture(functools.partial(compute, slot, buffer_RD), self._pool)
-                graphs.add(slot, graph.raw_cuda_graph_exec(), (graph, kept))
+                rows_RD = buffer_RD[: slot_rows(slot, step)]
+                if not part.start:
+                    compute(slot, torch.zeros_like(rows_RD))  # so many rows may be new to it
+                graph = capture(functools.partial(compute, slot, rows_RD), self._pool)
+                graphs.add(slot, graph.raw_cuda_graph_exec(), (graph, kept), step)
         except (RuntimeError, AttributeError) as error:
             # An older torch has no handles to give; these batches stay with our own turns.
             log.warning("graph_not_handed_over", rows=part.num_rows, error=str(error))

@@ -14,6 +14,8 @@ from mesh import native, wire
 from mesh.errors import Unavailable
 
 SLOTS = native.RING * native.SIZES
+WHOLE = native.STEPS - 1
+"""The step of a slot whose graph computes all of its rows."""
 
 
 def slots_of(num_rows: int) -> range:
@@ -22,9 +24,19 @@ def slots_of(num_rows: int) -> range:
     return range(first, first + native.RING) if first < SLOTS else range(0)
 
 
-def slot_rows(slot: int) -> int:
-    """How many rows a slot's buffer has."""
-    return 1 << slot // native.RING
+def step_of(num_rows: int) -> int:
+    """The first step of those slots whose graph computes so many rows."""
+    size = (num_rows - 1).bit_length()
+    if size < native.STEPPED:
+        return WHOLE
+    half = 1 << (size - 1)
+    return (num_rows - half - 1) * native.STEPS // half
+
+
+def slot_rows(slot: int, step: int = WHOLE) -> int:
+    """How many rows a slot's buffer has, or the graph of one of its steps computes."""
+    rows = 1 << slot // native.RING
+    return rows - (WHOLE - step) * rows // (2 * native.STEPS)
 
 
 class ReplayDevice:
@@ -71,7 +83,7 @@ class ReplayDevice:
 
 class Replays:
     """The graphs (``CUgraphExec``) of one expert, or of several of a layer (``here``) together, by
-    slot; ``owner`` and they live as long as this."""
+    slot and step; ``owner`` and they live as long as this."""
 
     def __init__(self, owner: object = None, here: Iterable[int] = ()) -> None:
         self._record = native.Replays()
@@ -80,10 +92,10 @@ class Replays:
         self._kept: list[object] = [owner]
         self.handle: int | None = ctypes.addressof(self._record)
 
-    def add(self, slot: int, graph: int, keep: object = None) -> None:
-        """Launch this graph for the slot."""
+    def add(self, slot: int, graph: int, keep: object = None, step: int = WHOLE) -> None:
+        """Launch this graph for the slot's first rows, as many as the step has."""
         self._kept.append(keep)
-        self._record.graphs[slot] = graph
+        self._record.graphs[slot * native.STEPS + step] = graph
 
     def __contains__(self, slot: int) -> bool:
-        return bool(self._record.graphs[slot])
+        return any(self._record.graphs[slot * native.STEPS + step] for step in range(native.STEPS))

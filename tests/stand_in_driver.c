@@ -134,9 +134,11 @@ int32_t cuEventQuery(void *event) {
     return last && last->fails == FAILS_LATER ? LAUNCH_FAILED : READY;
 }
 
-/* Half a millisecond each. */
-int32_t cuEventElapsedTime(float *milliseconds, void *began, void *ended) {
-    *milliseconds = 0.5f * (float)(*(int32_t *)ended - *(int32_t *)began);
+/* Of each launch. */
+float milliseconds = 0.5f;
+
+int32_t cuEventElapsedTime(float *passed, void *began, void *ended) {
+    *passed = milliseconds * (float)(*(int32_t *)ended - *(int32_t *)began);
     return READY;
 }
 

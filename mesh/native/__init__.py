@@ -17,6 +17,7 @@ from ctypes import (
     c_int32,
     c_int64,
     c_uint8,
+    c_uint32,
     c_uint64,
     c_void_p,
 )
@@ -30,7 +31,10 @@ IN_PROGRESS = 1
 SHORT = -1000
 """Of an operation, beside UCX's own negative ones: a message of another length came."""
 RING = 4
-SIZES = 11
+SIZES = 13
+STEPS = 8
+STEPPED = 9
+GRAPHS = RING * SIZES * STEPS
 """See ``device.c`` of native.h."""
 
 
@@ -109,13 +113,34 @@ class LentArenas(Structure):
 class Replays(Structure):
     """See ``replays`` of native.h."""
 
-    _fields_ = [("graphs", c_void_p * (RING * SIZES)), ("here", c_uint8 * (1 << 10))]
+    _fields_ = [
+        ("graphs", c_void_p * GRAPHS),
+        ("expected_us", c_uint32 * (SIZES * STEPS)),
+        ("here", c_uint8 * (1 << 10)),
+    ]
 
 
 class Answerer(Structure):
     """See ``answerer`` of native.h."""
 
     _fields_ = [("computes", c_void_p), ("rows", c_uint64), ("microseconds", c_uint64)]
+
+
+class Trail(Structure):
+    """See ``trail`` of native.h."""
+
+    _fields_ = [
+        ("tag", c_uint64),
+        ("found_us", c_int64),
+        ("received_us", c_int64),
+        ("launched_us", c_int64),
+        ("done_us", c_int64),
+        ("sent_us", c_int64),
+        ("fetch_us", c_uint32),
+        ("queued_us", c_uint32),
+        ("compute_us", c_uint32),
+        ("deliver_us", c_uint32),
+    ]
 
 
 class Answering(Structure):
@@ -138,8 +163,9 @@ class Answering(Structure):
         ("failed", c_int32),
         ("last_progress_us", c_int64),
         ("device", c_void_p),
-        ("oldest", c_void_p),
-        ("newest", c_void_p),
+        ("trails", POINTER(Trail)),
+        ("max_trails", c_int32),
+        ("num_trails", c_int32),
     ]
 
 
@@ -234,6 +260,7 @@ _LONG: dict[str, tuple[Any, list[Any]]] = {
         [POINTER(Paged), *_POINTER_AND_SIZE * 2, *[c_void_p] * 3, *[c_int64] * 2, *[c_void_p] * 2],
     ),
     "postbox_wait": (None, [POINTER(Postbox), c_int32, c_void_p, c_int32, c_int32]),
+    "answering_trace": (c_int32, [POINTER(Answering), c_int32]),
     "answering_look": (None, [POINTER(Answering)]),
     "answering_strand": (None, [POINTER(Answering), c_int64]),
     "answering_run": (None, [POINTER(Answering), c_int32, c_int32]),

@@ -18,6 +18,7 @@ enum { DISPATCH = 1, REPLY = 2, REFERENCE = 6 };
 enum { EXPERT_BITS = 10, EXPERTS = 1 << EXPERT_BITS, SEVERAL = EXPERTS - 1, LAYERS = 1 << 10 };
 enum { UNKNOWN_EXPERT = 2, BAD_COUNTS = 5, DEVICE_FAILED = 7, MALFORMED = 8 };
 enum { SESSIONS = 1 << 16, MAX_IN_HAND = 256, LOOK_US = 1000, LOOK_AROUND_US = 1000000 };
+enum { MAX_MERGED = 32, AHEAD_US = 30, BESIDE_ROWS = 256 };
 
 #define KIND(tag) ((tag) >> 60)
 #define SESSION(tag) ((tag) >> 44 & 0xFFFF)
@@ -27,8 +28,9 @@ enum { SESSIONS = 1 << 16, MAX_IN_HAND = 256, LOOK_US = 1000, LOOK_AROUND_US = 1
 #define REPLY_TAG(tag, reply_session) \
     ((uint64_t)REPLY << 60 | (reply_session) << 44 | ((tag) & 0xFFFFFFFFFFFULL))
 
-/* One dispatch in hand: its rows come in behind each other, and go out from the second half; with
- * a device, from where they came. */
+/* One dispatch in hand. On the host its rows come in behind each other, and go out from the second
+ * half; with a device they come into a slot of their own, or by reference stay where they are, and the
+ * batch that it is in may have another one. */
 struct work {
     enum { FREE, RECEIVING, COMPUTING, FAILED, SENDING } state;
     int32_t operation;
@@ -41,9 +43,10 @@ struct work {
     int64_t capacity_rows;
     int64_t header_rows; /* ahead of the rows of several experts */
     int64_t first;       /* of a reference: the row that it says */
-    int32_t slot;
-    int32_t refusal; /* why it has failed */
-    work *next; /* to have been launched */
+    int32_t slot;        /* its own; -1: none */
+    int32_t refusal;     /* why it has failed */
+    work *next;          /* to wait for its turn, or of the same batch */
+    trail trail;
 };
 
 answering *answering_new(postbox *box, int32_t row_bytes, int32_t max_rows, device *device) {
@@ -53,6 +56,7 @@ answering *answering_new(postbox *box, int32_t row_bytes, int32_t max_rows, devi
     all->device = device;
     all->row_bytes = row_bytes;
     all->max_rows = max_rows;
+    all->waiting_end = &all->waiting;
     /* Large and touched in few places: the kernel gives memory to those alone. */
     all->sessions = calloc(SESSIONS, sizeof *all->sessions);
     all->answerers = calloc((size_t)LAYERS * EXPERTS, sizeof *all->answerers);
@@ -64,17 +68,30 @@ answering *answering_new(postbox *box, int32_t row_bytes, int32_t max_rows, devi
     return all;
 }
 
+static void refuse(answering *all, work *one, int32_t refusal) {
+    one->state = FAILED;
+    one->refusal = refusal;
+    all->failed++;
+}
+
+static void find_end(answering *all) {
+    all->waiting_end = &all->waiting;
+    while (*all->waiting_end) all->waiting_end = &(*all->waiting_end)->next;
+}
+
 /* ---- Sessions. */
 
 void answering_open(answering *all, int32_t number, uint64_t endpoint, uint64_t reply_session) {
     answering_close(all, number);
     all->sessions[number].endpoint = endpoint;
     all->sessions[number].reply_session = reply_session;
+    all->num_sessions++;
 }
 
 void answering_close(answering *all, int32_t number) {
     if (!all->sessions[number].endpoint) return;
     all->sessions[number].endpoint = 0;
+    all->num_sessions--;
     all->sessions[number].closed_us = now_us();
     if (all->sessions[number].arenas.sends) device_return(all->device, &all->sessions[number].arenas);
 }
@@ -82,6 +99,18 @@ void answering_close(answering *all, int32_t number) {
 int32_t answering_borrow(answering *all, int32_t number, const lent_arenas *arenas) {
     session *of = &all->sessions[number];
     if (!all->device || !of->endpoint) return 0;
+    /* What waits was said of the arenas before. */
+    for (work **link = &all->waiting; *link;) {
+        work *one = *link;
+        if (SESSION(one->tag) != (uint64_t)number || KIND(one->tag) != REFERENCE) {
+            link = &one->next;
+            continue;
+        }
+        *link = one->next;
+        all->computing--;
+        refuse(all, one, MALFORMED);
+    }
+    find_end(all);
     if (of->arenas.sends) device_return(all->device, &of->arenas);
     return device_borrow(all->device, arenas, (uint64_t)all->row_bytes, &of->arenas);
 }
@@ -116,7 +145,16 @@ void answering_free(answering *all) {
     free(all->sessions);
     free(all->answerers);
     free(all->scratch);
+    free(all->trails);
     free(all);
+}
+
+int32_t answering_trace(answering *all, int32_t max_trails) {
+    free(all->trails);
+    all->trails = calloc((size_t)max_trails, sizeof *all->trails);
+    all->num_trails = 0;
+    all->max_trails = all->trails ? max_trails : 0;
+    return all->trails != NULL;
 }
 
 static int64_t header_rows(const answering *all, uint64_t tag) {
@@ -166,19 +204,23 @@ static int make_room(answering *all, work *one, int64_t rows) {
 }
 
 static void drop(answering *all, work *one) {
-    if (all->device) device_give_back(all->device, one->slot);
+    if (all->device && one->slot >= 0) device_give_back(all->device, one->slot);
     one->state = FREE;
     all->in_hand--;
 }
 
 static void finish(answering *all, work *one) {
     postbox_release(all->box, one->operation);
+    if (all->num_trails < all->max_trails && one->state == SENDING) {
+        one->trail.sent_us = now_us();
+        all->trails[all->num_trails++] = one->trail;
+    }
     drop(all, one);
 }
 
-static void count(answering *all, uint64_t tag, uint64_t microseconds) {
+static void count(answering *all, uint64_t tag, int64_t rows, uint64_t microseconds) {
     answerer *expert = &all->answerers[EXPERT(tag)];
-    expert->rows += (uint64_t)ROWS(tag);
+    expert->rows += (uint64_t)rows;
     expert->microseconds += microseconds;
 }
 
@@ -198,7 +240,7 @@ static void count_several(answering *all, uint64_t tag, const int32_t *counts_E,
 }
 
 /* Why the counts that several were computed by are refused; 0: they are not. */
-static int32_t judge(const answering *all, const work *one) {
+static int32_t judge(const answering *all, const batch *one) {
     const int32_t *counts_E = device_counts(all->device, one->slot);
     int64_t rows = 0;
     int unknown = 0;
@@ -207,7 +249,7 @@ static int32_t judge(const answering *all, const work *one) {
         rows += counts_E[e];
         unknown |= counts_E[e] && !one->replays->here[e];
     }
-    return rows != ROWS(one->tag) ? BAD_COUNTS : unknown ? UNKNOWN_EXPERT : 0;
+    return rows != one->rows ? BAD_COUNTS : unknown ? UNKNOWN_EXPERT : 0;
 }
 
 static void reply(answering *all, work *one, uint64_t answers) {
@@ -226,71 +268,193 @@ static void reply(answering *all, work *one, uint64_t answers) {
         finish(all, one);
 }
 
-static void refuse(answering *all, work *one, int32_t refusal) {
-    one->state = FAILED;
-    one->refusal = refusal;
-    all->failed++;
-}
-
 /* What failed once is not launched again: without graphs, its dispatches are not regular. */
-static void fail(answering *all, work *one) {
-    one->replays->graphs[one->slot] = NULL;
-    refuse(all, one, DEVICE_FAILED);
+static void fail(answering *all, const batch *one) {
+    one->replays->graphs[one->graph] = NULL;
+    for (work *of = one->works; of; of = of->next) refuse(all, of, DEVICE_FAILED);
 }
 
-static void launch(answering *all, work *one) {
-    const borrowed *arenas = NULL;
-    uint64_t offset = 0, bytes = (uint64_t)(ROWS(one->tag) * all->row_bytes);
-    uint64_t header_bytes = (uint64_t)(one->header_rows * all->row_bytes);
-    if (KIND(one->tag) == REFERENCE) {
-        arenas = &all->sessions[SESSION(one->tag)].arenas;
-        if (!lends(arenas, one->first, one->header_rows, ROWS(one->tag))) {
-            refuse(all, one, MALFORMED);
-            return;
+/* ---- With a device: what is computed when, and together with what. */
+
+static int32_t num_works(const batch *one) {
+    int32_t count = 0;
+    for (const work *of = one->works; of; of = of->next) count++;
+    return count;
+}
+
+/* What graphs of its size and step took the last time. */
+static uint32_t *expected_us(const batch *one) {
+    return &one->replays->expected_us[one->slot / RING * STEPS + one->graph % STEPS];
+}
+
+static void give_back(answering *all, const batch *one) {
+    if (one->slot != one->works->slot) device_give_back(all->device, one->slot);
+}
+
+/* 1 when it is time: what is launched while the device computes is merged with nothing that comes
+ * until it is done, and comes too late when that is. One gateway alone sends nothing to merge. */
+static int time_has_come(const answering *all) {
+    if (!all->num_batches || all->num_batches == UNDER_WAY) return !all->num_batches;
+    return all->num_sessions < 2 ||
+           now_us() >= all->turned_us + *expected_us(&all->batches[0]) - AHEAD_US;
+}
+
+/* Whether a dispatch can be computed still. */
+static int stands(answering *all, work *one) {
+    const session *from = &all->sessions[SESSION(one->tag)];
+    if (from->endpoint && (KIND(one->tag) != REFERENCE ||
+                           lends(&from->arenas, one->first, one->header_rows, ROWS(one->tag))))
+        return 1;
+    all->computing--;
+    if (from->endpoint)
+        refuse(all, one, MALFORMED);
+    else
+        drop(all, one); /* its gateway died, or left */
+    return 0;
+}
+
+/* Take what has waited the longest, and what may be computed with it, from those that wait. */
+static batch next_batch(answering *all) {
+    batch taken = {0};
+    work **end = &taken.works, **link = &all->waiting;
+    int32_t left = MAX_MERGED;
+    while (*link && left) {
+        work *one = *link;
+        int fits = !taken.works ||
+                   (EXPERT(one->tag) == EXPERT(taken.works->tag) && one->replays == taken.replays &&
+                    !IS_SEVERAL(one->tag) &&
+                    device_knows(all->device, taken.replays->graphs, taken.rows + ROWS(one->tag)));
+        if (!fits) {
+            link = &one->next;
+            continue;
         }
-        offset = (uint64_t)(one->first * all->row_bytes);
+        *link = one->next;
+        one->next = NULL;
+        if (!stands(all, one)) continue;
+        taken.replays = one->replays;
+        taken.rows += ROWS(one->tag);
+        *end = one;
+        end = &one->next;
+        left--;
     }
-    if (!device_launch(all->device, one->slot, one->replays->graphs[one->slot], arenas, offset,
-                       header_bytes, bytes)) {
-        fail(all, one);
-        return;
+    find_end(all);
+    return taken;
+}
+
+/* Where in a slot of its own the rows of a dispatch are, behind their header. */
+static uint64_t own_rows(const answering *all, const work *one) {
+    return device_rows(all->device, one->slot) + (uint64_t)(one->header_rows * all->row_bytes);
+}
+
+static transfer transfer_of(const answering *all, const work *one, int64_t at) {
+    uint64_t row = (uint64_t)all->row_bytes, header = (uint64_t)one->header_rows * row;
+    transfer part = {.header_bytes = header,
+                     .bytes = (uint64_t)ROWS(one->tag) * row,
+                     .at = (uint64_t)at * row + header};
+    if (KIND(one->tag) == REFERENCE) {
+        const borrowed *arenas = &all->sessions[SESSION(one->tag)].arenas;
+        part.from = arenas->sends + (uint64_t)one->first * row;
+        part.to = arenas->replies + (uint64_t)one->first * row;
+        part.permit = arenas->permit;
+        part.wanted = arenas->wanted;
+    } else
+        part.from = part.to = own_rows(all, one);
+    return part;
+}
+
+/* A slot and a graph for a batch; 0: not now. What came into a slot of its own is computed there,
+ * unless it is one of several. */
+static int find_room(answering *all, batch *one) {
+    const work *first = one->works;
+    int64_t rows = first->header_rows + one->rows;
+    if (first->next || first->slot < 0) {
+        one->slot = device_take(all->device, one->replays->graphs, rows, &one->graph);
+        return one->slot >= 0;
     }
+    one->slot = first->slot;
+    one->graph = device_graph(one->replays->graphs, first->slot, rows);
+    return one->graph >= 0;
+}
+
+static void put_back(answering *all, const batch *one) {
+    work **end = &all->waiting, *rest = all->waiting;
+    *end = one->works;
+    while (*end) end = &(*end)->next;
+    *end = rest;
+    find_end(all);
+}
+
+static void wait_for_turn(answering *all, work *one) {
     one->state = COMPUTING;
     one->next = NULL;
-    if (all->computing++)
-        all->newest->next = one;
-    else
-        all->oldest = one;
-    all->newest = one;
+    *all->waiting_end = one;
+    all->waiting_end = &one->next;
+    all->computing++;
 }
 
-/* Reply to what the device is done with: a stream computes in order. */
+static void launch_waiting(answering *all) {
+    while (all->waiting && time_has_come(all)) {
+        transfer parts[MAX_MERGED];
+        int32_t count = 0;
+        int64_t at = 0;
+        batch one = next_batch(all);
+        if (!one.works) return;
+        if (!find_room(all, &one)) {
+            put_back(all, &one);
+            return;
+        }
+        int64_t launched_us = now_us();
+        for (work *of = one.works; of; of = of->next) {
+            of->trail.launched_us = launched_us;
+            if (of->slot != one.slot) parts[count++] = transfer_of(all, of, at);
+            at += ROWS(of->tag);
+        }
+        if (!device_launch(all->device, one.slot, one.replays->graphs[one.graph], parts, count,
+                           count && one.rows >= BESIDE_ROWS)) {
+            all->computing -= num_works(&one);
+            give_back(all, &one);
+            fail(all, &one);
+            return;
+        }
+        if (!all->num_batches) all->turned_us = launched_us;
+        all->batches[all->num_batches++] = one;
+    }
+}
+
+/* Reply to what the device is done with: it computes in order. */
 static void look_at_device(answering *all) {
     int32_t done;
-    while (all->computing && (done = device_done(all->device, all->oldest->slot))) {
-        work *one = all->oldest;
-        all->oldest = one->next;
-        all->computing--;
-        all->last_progress_us = now_us();
+    while (all->num_batches && (done = device_done(all->device, all->batches[0].slot))) {
+        batch one = all->batches[0];
+        for (int32_t i = 1; i < all->num_batches; i++) all->batches[i - 1] = all->batches[i];
+        all->num_batches--;
+        all->computing -= num_works(&one);
+        all->turned_us = all->last_progress_us = now_us();
+        give_back(all, &one);
         if (done < 0) {
-            device_lose(all->device, one->slot);
-            fail(all, one);
+            device_lose(all->device, one.slot);
+            fail(all, &one);
             continue;
         }
-        uint64_t tag = one->tag;
-        int32_t slot = one->slot, refusal = IS_SEVERAL(tag) ? judge(all, one) : 0;
-        if (refusal) {
-            refuse(all, one, refusal);
-            continue;
+        uint64_t tag = one.works->tag;
+        int32_t refusal = IS_SEVERAL(tag) ? judge(all, &one) : 0;
+        device_times took = device_took(all->device, one.slot);
+        for (work *of = one.works, *next; of; of = next) {
+            next = of->next;
+            of->trail.done_us = all->turned_us;
+            of->trail.took = took;
+            if (refusal)
+                refuse(all, of, refusal);
+            else
+                reply(all, of, of->slot < 0 ? 0 : own_rows(all, of));
         }
-        reply(all, one,
-              device_rows(all->device, slot) + (uint64_t)(one->header_rows * all->row_bytes));
+        if (refusal) continue;
         /* Last: nobody waits for it. */
-        uint64_t microseconds = device_microseconds(all->device, slot);
+        *expected_us(&one) = took.compute_us;
         if (IS_SEVERAL(tag))
-            count_several(all, tag, device_counts(all->device, slot), microseconds);
+            count_several(all, tag, device_counts(all->device, one.slot), took.compute_us);
         else
-            count(all, tag, microseconds);
+            count(all, tag, one.rows, took.compute_us);
     }
 }
 
@@ -303,14 +467,15 @@ static void answer(answering *all, work *one) {
         return;
     }
     postbox_release(box, one->operation);
+    one->trail.received_us = now_us();
     if (all->device) {
-        launch(all, one);
+        wait_for_turn(all, one);
         return;
     }
-    int64_t rows = ROWS(one->tag), began_us = now_us();
+    int64_t rows = ROWS(one->tag), began_us = one->trail.received_us;
     float *answers = one->rows + one->capacity_rows * all->row_bytes / (int64_t)sizeof(float);
     gated_mlp_run(one->mlp, one->rows, answers, rows, all->scratch);
-    count(all, one->tag, (uint64_t)(now_us() - began_us));
+    count(all, one->tag, rows, (uint64_t)(now_us() - began_us));
     reply(all, one, (uint64_t)answers);
 }
 
@@ -323,19 +488,24 @@ static int prepare(answering *all, work *one, const arrival *found) {
         return make_room(all, one, ROWS(found->tag));
     }
     one->replays = all->answerers[EXPERT(found->tag)].replays;
+    one->slot = -1;
+    if (KIND(found->tag) == REFERENCE) return 1;
+    int32_t graph;
     one->slot = device_take(all->device, one->replays->graphs,
-                            one->header_rows + ROWS(found->tag));
+                            one->header_rows + ROWS(found->tag), &graph);
     return one->slot >= 0;
 }
 
 /* Start on the message at the head of the queue, which was prepared for. */
 static int take(answering *all, work *one, arrival *found) {
-    uint64_t rows = all->device ? device_rows(all->device, one->slot) : (uint64_t)one->rows;
-    if (KIND(found->tag) == REFERENCE) rows = (uint64_t)&one->first;
+    uint64_t rows = KIND(found->tag) == REFERENCE ? (uint64_t)&one->first
+                    : all->device                 ? device_rows(all->device, one->slot)
+                                                  : (uint64_t)one->rows;
+    one->trail = (trail){.tag = found->tag, .found_us = now_us()};
     postbox_probe(all->box, 1, found);
     one->operation = postbox_take(all->box, found->message, rows, found->bytes);
     if (one->operation < 0) {
-        if (all->device) device_give_back(all->device, one->slot);
+        if (all->device && one->slot >= 0) device_give_back(all->device, one->slot);
         return 0;
     }
     one->state = RECEIVING;
@@ -361,7 +531,10 @@ static work *look_at_works(answering *all) {
     return place;
 }
 
-void answering_look(answering *all) { look_at_works(all); }
+void answering_look(answering *all) {
+    look_at_works(all);
+    launch_waiting(all);
+}
 
 void answering_strand(answering *all, int64_t patience_us) {
     int64_t now = now_us();
@@ -411,23 +584,28 @@ static int give_way(answering *all, int64_t began_us, int64_t *idle_since_us, in
     return postbox_idle(all->box, *idle_since_us, spin_us, until_us, wake_fd);
 }
 
+/* Take what has come; 0 when what comes next is not regular. */
+static int take_all(answering *all, int64_t *idle_since_us) {
+    work *place;
+    arrival found;
+    while ((place = look_at_works(all)) && postbox_probe(all->box, 0, &found)) {
+        if (!regular(all, &found)) return 0;
+        /* With a device: until one of its slots is free. */
+        if (!prepare(all, place, &found)) return all->device != NULL;
+        if (!take(all, place, &found)) return 0;
+        all->last_progress_us = *idle_since_us = now_us();
+        ucp_worker_progress(all->box->worker);
+    }
+    return 1;
+}
+
 void answering_run(answering *all, int32_t spin_us, int32_t wake_fd) {
     postbox *box = all->box;
     int64_t began_us = now_us(), idle_since_us = began_us, looked_us = began_us;
     do {
         while (ucp_worker_progress(box->worker)) {}
-        work *place;
-        arrival found;
-        while ((place = look_at_works(all)) && postbox_probe(box, 0, &found)) {
-            if (!regular(all, &found)) return;
-            if (!prepare(all, place, &found)) {
-                if (!all->device) return;
-                break; /* until one of its slots is free */
-            }
-            if (!take(all, place, &found)) return;
-            all->last_progress_us = idle_since_us = now_us();
-            ucp_worker_progress(box->worker);
-        }
-        if (box->attention || all->failed) return;
+        int all_taken = take_all(all, &idle_since_us);
+        launch_waiting(all);
+        if (!all_taken || box->attention || all->failed) return;
     } while (give_way(all, began_us, &idle_since_us, &looked_us, spin_us, wake_fd));
 }

@@ -20,16 +20,16 @@ typedef struct {
 } ipc_handle;
 
 typedef struct {
-    void *began, *ended; /* events */
+    void *fetching, *fetched, *began, *computed, *ended; /* events, in this order */
     uint64_t rows;       /* 0: not lent, or lost */
     const int32_t *counts;
-    int32_t taken;
+    int32_t taken, beside;
 } slot;
 
 struct device {
     void *stream;
     void *in, *out;           /* streams of what comes and goes beside it */
-    void *arrived;            /* an event of the first */
+    void *arrived;            /* an event of the first, of what is fetched alone */
     slot slots[SLOTS];
     void *graph_ended; /* event */
     int32_t (*create)(void **event, uint32_t flags);
@@ -98,7 +98,9 @@ device *device_new(const char *path, uint64_t stream) {
         return NULL;
     }
     for (slot *one = gpu->slots; one < gpu->slots + SLOTS; one++)
-        if (gpu->create(&one->began, 0) || gpu->create(&one->ended, 0)) {
+        if (gpu->create(&one->fetching, 0) || gpu->create(&one->fetched, 0) ||
+            gpu->create(&one->began, 0) || gpu->create(&one->computed, 0) ||
+            gpu->create(&one->ended, 0)) {
             device_free(gpu);
             return NULL;
         }
@@ -114,8 +116,9 @@ void device_free(device *gpu) {
     if (gpu->out) gpu->close_stream(gpu->out);
     if (gpu->arrived) gpu->destroy(gpu->arrived);
     for (slot *one = gpu->slots; one < gpu->slots + SLOTS; one++) {
-        if (one->began) gpu->destroy(one->began);
-        if (one->ended) gpu->destroy(one->ended);
+        void *events[] = {one->fetching, one->fetched, one->began, one->computed, one->ended};
+        for (int32_t i = 0; i < 5; i++)
+            if (events[i]) gpu->destroy(events[i]);
     }
     if (gpu->graph_ended) gpu->destroy(gpu->graph_ended);
     free(gpu);
@@ -132,28 +135,38 @@ uint64_t device_rows(const device *gpu, int32_t index) { return gpu->slots[index
 
 const int32_t *device_counts(const device *gpu, int32_t index) { return gpu->slots[index].counts; }
 
-/* The first slot of the smallest buffers that hold the rows; SLOTS when none does. */
-static int32_t first_slot(int64_t rows) {
-    int32_t first = 0;
-    while (first < SLOTS && 1LL << first / RING < rows) first += RING;
-    return first;
+int32_t device_graph(void *const *graphs, int32_t index, int64_t rows) {
+    int32_t size = index / RING, step = STEPS - 1;
+    if (size >= STEPPED) {
+        int64_t half = 1LL << (size - 1);
+        step = rows > half ? (int32_t)((rows - half - 1) * STEPS / half) : 0;
+    }
+    for (int32_t graph = index * STEPS + step; graph < (index + 1) * STEPS; graph++)
+        if (graphs[graph]) return graph;
+    return -1;
+}
+
+/* A slot of the smallest buffers that hold the rows, with a graph for them; -1: none. */
+static int32_t find_slot(const device *gpu, void *const *graphs, int64_t rows, int taken_too,
+                         int32_t *graph) {
+    int32_t size = 0;
+    while (size < SIZES && 1LL << size < rows) size++;
+    for (int32_t i = size * RING; size < SIZES && i < (size + 1) * RING; i++)
+        if (gpu->slots[i].rows && (taken_too || !gpu->slots[i].taken) &&
+            (*graph = device_graph(graphs, i, rows)) >= 0)
+            return i;
+    return -1;
 }
 
 int32_t device_knows(const device *gpu, void *const *graphs, int64_t rows) {
-    int32_t first = first_slot(rows);
-    for (int32_t i = first; first < SLOTS && i < first + RING; i++)
-        if (gpu->slots[i].rows && graphs[i]) return 1;
-    return 0;
+    int32_t graph;
+    return find_slot(gpu, graphs, rows, 1, &graph) >= 0;
 }
 
-int32_t device_take(device *gpu, void *const *graphs, int64_t rows) {
-    int32_t first = first_slot(rows);
-    for (int32_t i = first; first < SLOTS && i < first + RING; i++)
-        if (gpu->slots[i].rows && graphs[i] && !gpu->slots[i].taken) {
-            gpu->slots[i].taken = 1;
-            return i;
-        }
-    return -1;
+int32_t device_take(device *gpu, void *const *graphs, int64_t rows, int32_t *graph) {
+    int32_t index = find_slot(gpu, graphs, rows, 0, graph);
+    if (index >= 0) gpu->slots[index].taken = 1;
+    return index;
 }
 
 void device_give_back(device *gpu, int32_t index) { gpu->slots[index].taken = 0; }
@@ -181,18 +194,36 @@ int32_t device_deliver(device *gpu, const borrowed *arenas, uint64_t offset, uin
                 arenas->wanted);
 }
 
-int32_t device_launch(device *gpu, int32_t index, void *graph, const borrowed *arenas,
-                      uint64_t offset, uint64_t header_bytes, uint64_t bytes) {
+static int bring(device *gpu, void *stream, const slot *one, const transfer *parts, int32_t count) {
+    int good = 1;
+    for (const transfer *part = parts; good && part < parts + count; part++)
+        good = copy(gpu, stream, one->rows + part->at - part->header_bytes,
+                    part->from - part->header_bytes, part->header_bytes + part->bytes, 0, 0);
+    return good;
+}
+
+static int take_away(device *gpu, void *stream, const slot *one, const transfer *parts,
+                     int32_t count) {
+    int good = 1;
+    for (const transfer *part = parts; good && part < parts + count; part++)
+        good = copy(gpu, stream, part->to, one->rows + part->at, part->bytes, part->permit,
+                    part->wanted);
+    return good;
+}
+
+int32_t device_launch(device *gpu, int32_t index, void *graph, const transfer *parts,
+                      int32_t count, int32_t beside) {
     slot *one = &gpu->slots[index];
-    if (gpu->record(one->began, gpu->stream)) return 0;
-    /* Few rows: a change of streams would take longer than their copies. */
-    if (arenas && !copy(gpu, gpu->stream, one->rows, arenas->sends + offset - header_bytes,
-                        header_bytes + bytes, 0, 0))
+    void *stream = gpu->stream, *in = beside ? gpu->in : stream, *out = beside ? gpu->out : stream;
+    one->beside = beside;
+    if (beside ? gpu->record(one->fetching, in) || !bring(gpu, in, one, parts, count) ||
+                     gpu->record(one->fetched, in) || gpu->follow(stream, one->fetched, 0) ||
+                     gpu->record(one->began, stream)
+               : gpu->record(one->began, stream) || !bring(gpu, in, one, parts, count))
         return 0;
-    if (gpu->launch(graph, gpu->stream)) return 0;
-    if ((arenas && !copy(gpu, gpu->stream, arenas->replies + offset, one->rows + header_bytes,
-                         bytes, arenas->permit, arenas->wanted)) ||
-        gpu->record(one->ended, gpu->stream)) {
+    if (gpu->launch(graph, stream)) return 0;
+    if ((beside && (gpu->record(one->computed, stream) || gpu->follow(out, one->computed, 0))) ||
+        !take_away(gpu, out, one, parts, count) || gpu->record(one->ended, out)) {
         device_lose(gpu, index); /* nobody can tell when it will have stopped writing */
         return 0;
     }
@@ -213,10 +244,18 @@ int32_t device_launch_graph(device *gpu, void *graph) {
 
 int32_t device_graph_done(device *gpu) { return passed(gpu, gpu->graph_ended); }
 
-uint64_t device_microseconds(device *gpu, int32_t index) {
+static uint32_t between(device *gpu, void *began, void *ended) {
     float milliseconds = 0;
-    slot *one = &gpu->slots[index];
-    return gpu->elapsed(&milliseconds, one->began, one->ended) ? 0 : (uint64_t)(milliseconds * 1e3f);
+    return gpu->elapsed(&milliseconds, began, ended) ? 0 : (uint32_t)(milliseconds * 1e3f);
+}
+
+device_times device_took(device *gpu, int32_t index) {
+    const slot *one = &gpu->slots[index];
+    if (!one->beside) return (device_times){.compute_us = between(gpu, one->began, one->ended)};
+    return (device_times){between(gpu, one->fetching, one->fetched),
+                          between(gpu, one->fetched, one->began),
+                          between(gpu, one->began, one->computed),
+                          between(gpu, one->computed, one->ended)};
 }
 
 /* ---- Memory that another process lends. */

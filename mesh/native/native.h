@@ -139,8 +139,10 @@ EXPORT const char *status_text(int32_t status);
 
 /* ---- device.c: see mesh/replay.py ---- */
 
-/* A slot is a buffer that graphs are captured for: RING of each size, of 1 << slot / RING rows. */
-enum { RING = 4, SIZES = 11, SLOTS = RING * SIZES };
+/* A slot is a buffer that graphs are captured for: RING of each size, of 1 << slot / RING rows. A
+ * graph computes the first so many of those: all, or, of large buffers, what any of STEPS even steps
+ * from half of them to all comes to. */
+enum { RING = 4, SIZES = 13, SLOTS = RING * SIZES, STEPS = 8, STEPPED = 9, GRAPHS = SLOTS * STEPS };
 
 typedef struct device device;
 
@@ -165,6 +167,21 @@ typedef struct {
     uint64_t bases[3];
 } borrowed;
 
+/* Bytes that a batch is computed from and answered to, where they are not in its slot already. */
+typedef struct {
+    uint64_t from, to;
+    uint64_t header_bytes; /* ahead of `from`, which are brought too */
+    uint64_t bytes;
+    uint64_t at; /* in the slot: of `from` */
+    uint64_t permit, wanted;
+} transfer;
+
+/* How long the parts of a batch took on the device; all of it is computing where they were not beside
+ * each other. */
+typedef struct {
+    uint32_t fetch_us, queued_us, compute_us, deliver_us;
+} device_times;
+
 /* NULL when there is no such driver, or it refuses. Graphs are launched on the stream (CUstream),
  * by the thread that has its context. */
 EXPORT device *device_new(const char *path, uint64_t stream);
@@ -175,17 +192,20 @@ EXPORT uint64_t device_out(const device *gpu);
 EXPORT void device_lend(device *gpu, int32_t slot, uint64_t rows, uint64_t counts);
 uint64_t device_rows(const device *gpu, int32_t slot);
 const int32_t *device_counts(const device *gpu, int32_t slot);
-/* Whether any of these graphs (CUgraphExec, by slot) fits so many rows, now or when one is free. */
+/* Whether any of these GRAPHS (CUgraphExec, by slot and step) fits so many rows, now or when one is
+ * free. */
 int32_t device_knows(const device *gpu, void *const *graphs, int64_t rows);
-/* A free slot with a graph, or -1. */
-int32_t device_take(device *gpu, void *const *graphs, int64_t rows);
+/* A free slot with a graph for so many rows, and which that is; or -1. */
+int32_t device_take(device *gpu, void *const *graphs, int64_t rows, int32_t *graph);
+/* Which of a slot's graphs so many rows need, or -1. */
+int32_t device_graph(void *const *graphs, int32_t slot, int64_t rows);
 void device_give_back(device *gpu, int32_t slot);
 /* Never use this slot again. */
 void device_lose(device *gpu, int32_t slot);
-/* On what is in the slot; or on the bytes that lie at this offset of what is lent, behind their
- * header, and back without it to the same offset of its replies. 0 when it failed. */
-int32_t device_launch(device *gpu, int32_t slot, void *graph, const borrowed *arenas,
-                      uint64_t offset, uint64_t header_bytes, uint64_t bytes);
+/* On what is in the slot, with what is brought there and back. Many rows (`beside`) come and go on
+ * streams of their own, beside what is computed before and after. 0 when it failed. */
+int32_t device_launch(device *gpu, int32_t slot, void *graph, const transfer *parts, int32_t count,
+                      int32_t beside);
 /* The two ways alone, between what is lent and memory of our own, each on a stream of its own. The
  * device's stream waits for what is fetched; what is delivered was seen to be computed: behind the
  * device's stream it would wait for whatever is queued there by now. 0 when it failed. */
@@ -195,8 +215,8 @@ int32_t device_deliver(device *gpu, const borrowed *arenas, uint64_t offset, uin
                        uint64_t rows);
 /* 1, or 0 while it computes; -1 when it failed. */
 int32_t device_done(device *gpu, int32_t slot);
-/* Of a launch that is done, on the device. */
-uint64_t device_microseconds(device *gpu, int32_t slot);
+/* Of a launch that is done. */
+device_times device_took(device *gpu, int32_t slot);
 /* A graph that has no slot, one at a time; and as above. */
 int32_t device_launch_graph(device *gpu, void *graph);
 int32_t device_graph_done(device *gpu);
@@ -211,7 +231,8 @@ void device_return(device *gpu, borrowed *arenas);
 
 /* What a device computes an expert by, or several of a layer together. */
 typedef struct {
-    void *graphs[SLOTS];   /* CUgraphExec; NULL where there is none */
+    void *graphs[GRAPHS];  /* CUgraphExec, by slot and step; NULL where there is none */
+    uint32_t expected_us[SIZES * STEPS]; /* what those of a size and step took the last time */
     uint8_t here[1 << 10]; /* of several: whether an expert of the layer is one of them */
 } replays;
 
@@ -232,6 +253,23 @@ typedef struct {
 
 typedef struct work work;
 
+/* Dispatches that are computed together. */
+typedef struct {
+    work *works;
+    replays *replays;
+    int32_t slot, graph;
+    int64_t rows;
+} batch;
+
+/* When a dispatch went through its stages, CLOCK_MONOTONIC. */
+typedef struct {
+    uint64_t tag;
+    int64_t found_us, received_us, launched_us, done_us, sent_us;
+    device_times took;
+} trail;
+
+enum { UNDER_WAY = 2 };
+
 typedef struct {
     postbox *box;
     session *sessions;   /* by number */
@@ -243,11 +281,17 @@ typedef struct {
     int32_t num_experts, header_rows; /* counts of a layer, and the rows that they take */
     int32_t doubted; /* set by any thread: several experts may be others by now */
     int32_t in_hand;
-    int32_t computing; /* of those, on the device: only asking tells when one ends */
+    int32_t computing; /* of those, with the device: only asking tells when one ends */
     int32_t failed;    /* of those, for answering_next_failed */
     int64_t last_progress_us; /* CLOCK_MONOTONIC */
     device *device;           /* NULL: computed here */
-    work *oldest, *newest;    /* of those computing */
+    trail *trails;            /* NULL: nobody wants to know */
+    int32_t max_trails, num_trails;
+    int32_t num_sessions;
+    work *waiting, **waiting_end; /* of those computing: for their turn, in order */
+    batch batches[UNDER_WAY];     /* the others, in order */
+    int32_t num_batches;
+    int64_t turned_us; /* when the device began with the first of them */
 } answering;
 
 EXPORT answering *answering_new(postbox *box, int32_t row_bytes, int32_t max_rows, device *device);
@@ -263,6 +307,8 @@ EXPORT int32_t answering_fetch(answering *all, int32_t number, int64_t first, in
                                uint64_t rows);
 EXPORT int32_t answering_deliver(answering *all, int32_t number, int64_t first, int64_t count,
                                  uint64_t rows);
+/* Keep so many trails from here on, until they are taken (num_trails = 0). 0 without memory. */
+EXPORT int32_t answering_trace(answering *all, int32_t max_trails);
 /* Bring what is in hand forward; take nothing new. */
 EXPORT void answering_look(answering *all);
 /* Give up what a session that was closed so long ago has sent in part: UCX waits for the rest for

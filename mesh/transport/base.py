@@ -81,6 +81,20 @@ class RoundTrip(NamedTuple):
     receive_tag: int
 
 
+class Trail(NamedTuple):
+    """When one dispatch went through its stages, in ``time.monotonic()`` seconds."""
+
+    tag: int
+    found_s: float
+    received_s: float
+    """Its rows are here, or what says where they are."""
+    fetched_s: tuple[float, float]
+    """Its rows came by reference."""
+    computed_s: tuple[float, float]
+    """The batch that it was in was."""
+    sent_s: tuple[float, float]
+
+
 class Answering(Protocol):
     """Answers regular dispatches (see :mod:`mesh.wire`) without a line of Python.
 
@@ -147,6 +161,14 @@ class Answering(Protocol):
 
     def look(self) -> None:
         """Bring what is in hand forward after a :meth:`Transport.progress`; take nothing new."""
+        ...
+
+    def trace(self) -> None:
+        """Keep the trails of dispatches from here on."""
+        ...
+
+    def trails(self) -> Iterable[Trail]:
+        """Those that were answered since the last call, as far as there was room."""
         ...
 
     def strand(self, patience_s: float) -> None:

@@ -41,7 +41,7 @@ from mesh.errors import MeshError, MessageTruncated, PeerLost, TransportError
 from mesh.mlp import NativeMlp
 from mesh.plan import ExpertId
 from mesh.replay import ReplayDevice, Replays
-from mesh.transport.base import Request, RoundTrip
+from mesh.transport.base import Request, RoundTrip, Trail
 
 _DEFAULTS = {
     "MM_ERROR_HANDLING": "y",
@@ -67,6 +67,7 @@ _CONNECTION_RESET = -25
 _GPU_FAILED = "the GPU failed at what comes before a layer's experts"
 _TOO_MANY = "more UCX messages are in flight than this process may have"
 _MAX_TRIPS = 256
+_MAX_TRAILS = 1 << 14
 # A native.RoundTrip, written in one call.
 _PACK_TRIP = struct.Struct("=7Q").pack_into
 _TRIP_BYTES = ctypes.sizeof(native.RoundTrip)
@@ -378,6 +379,16 @@ class UcxAnswering:
         """See :class:`mesh.transport.base.Answering`."""
         native.long.answering_look(self._pointer)
 
+    def trace(self) -> None:
+        """See :class:`mesh.transport.base.Answering`."""
+        native.short.answering_trace(self._pointer, _MAX_TRAILS)
+
+    def trails(self) -> Iterator[Trail]:
+        """See :class:`mesh.transport.base.Answering`."""
+        taken = [_trail(self._record.trails[n]) for n in range(self._record.num_trails)]
+        self._record.num_trails = 0
+        return iter(taken)
+
     def strand(self, patience_s: float) -> None:
         """See :class:`mesh.transport.base.Answering`."""
         native.long.answering_strand(self._pointer, int(patience_s * 1e6))
@@ -394,6 +405,21 @@ class UcxAnswering:
         if self._past and not self.in_hand:
             self._past.clear()  # what was in hand may have used them
         native.long.answering_run(self._pointer, int(spin_s * 1e6), wake_fd)
+
+
+def _trail(of: native.Trail) -> Trail:
+    """From durations, which the device counts back from when it was seen to be done."""
+    computed_us = of.done_us - of.deliver_us
+    began_us = computed_us - of.compute_us
+    fetched_us = began_us - of.queued_us
+    return Trail(
+        of.tag,
+        of.found_us / 1e6,
+        of.received_us / 1e6,
+        ((fetched_us - of.fetch_us) / 1e6, fetched_us / 1e6),
+        (began_us / 1e6, computed_us / 1e6),
+        (computed_us / 1e6, of.sent_us / 1e6),
+    )
 
 
 class UcxAsking:

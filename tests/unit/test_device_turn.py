@@ -21,7 +21,7 @@ from expert_worker.expert_store import Expert, ExpertStore
 from mesh import native, wire
 from mesh.errors import Unavailable
 from mesh.plan import ExpertId
-from mesh.replay import ReplayDevice, Replays, slot_rows, slots_of
+from mesh.replay import WHOLE, ReplayDevice, Replays, slot_rows, slots_of, step_of
 from mesh.transport.base import Request
 from mesh.transport.ucx import UcxTransport
 from tests.stand_in import FAILS_AT_LAUNCH, FAILS_LATER, Graph, Sharing, compiled
@@ -29,6 +29,8 @@ from tests.stand_in import FAILS_AT_LAUNCH, FAILS_LATER, Graph, Sharing, compile
 WIDTH = 4
 NUM_EXPERTS, HEADER_ROWS = 5, 2
 SESSION, REPLY_SESSION = 7, 9
+UNDER_WAY = 2
+"""See native.h."""
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +49,13 @@ class Worker:
         self.gateway, self.transport = UcxTransport(), UcxTransport()
         self.device = ReplayDevice(0, driver)
         self.answering = self.transport.answering(
-            row_bytes=4 * WIDTH, max_rows=512, device=self.device
+            row_bytes=4 * WIDTH, max_rows=1024, device=self.device
         )
         assert self.answering is not None
         self.to_worker = self.gateway.connect(self.transport.address)
         self.to_gateway = self.transport.connect(self.gateway.address)
         self.answering.open(SESSION, self.to_gateway, REPLY_SESSION)
-        self.graphs: dict[tuple[int, int], Graph] = {}
+        self.graphs: list[Graph] = []
         self.replays = {e: Replays() for e in (0, 1)}
         self.replays[wire.SEVERAL] = Replays(here=(0, 1))
         self.answering.cut(NUM_EXPERTS, HEADER_ROWS)
@@ -61,15 +63,16 @@ class Worker:
         self.awake = os.eventfd(1)
 
     def capture(self, expert: int, num_rows: int, fails: int = 0) -> None:
+        step = WHOLE if expert == wire.SEVERAL else step_of(num_rows)
         for slot in slots_of(num_rows):
             if slot not in self.device.buffers:
                 self.device.lend(slot, torch.zeros(slot_rows(slot), WIDTH))
-            rows_RD = self.device.buffers[slot]
+            rows_RD = self.device.buffers[slot][: slot_rows(slot, step)]
             graph = Graph(rows_RD.data_ptr(), rows_RD.numel(), expert + 2, fails)
             if expert == wire.SEVERAL:
                 graph = together(rows_RD, self.device.counts[slot], fails)
-            self.graphs[expert, slot] = graph
-            self.replays[expert].add(slot, ctypes.addressof(graph))
+            self.graphs.append(graph)
+            self.replays[expert].add(slot, ctypes.addressof(graph), step=step)
 
     def allow(self, graphs: int) -> None:
         """Let so many of all that were launched run."""
@@ -182,9 +185,33 @@ def by_expert(counts: Sequence[int], x_RD: torch.Tensor) -> torch.Tensor:
 
 def test_slots_have_the_next_power_of_two_of_rows() -> None:
     assert [slot_rows(slots_of(n).start) for n in (1, 2, 3, 5, 1024)] == [1, 2, 4, 8, 1024]
-    assert not slots_of(1025)
+    assert not slots_of(4097)
     text = (Path(native.__file__).parent / "native.h").read_text()
     assert f"RING = {native.RING}, SIZES = {native.SIZES}," in text
+    assert f"STEPS = {native.STEPS}, STEPPED = {native.STEPPED}," in text
+
+
+@pytest.mark.parametrize(
+    ("count", "computed"),
+    [(3, 4), (129, 256), (256, 256), (257, 288), (288, 288), (289, 320), (512, 512), (513, 576)],
+)
+def test_of_large_buffers_no_more_is_computed_than_a_step(
+    worker: Worker, count: int, computed: int
+) -> None:
+    assert slot_rows(slots_of(count).start, step_of(count)) == computed
+    worker.capture(0, count)
+    if count > 256:
+        worker.capture(0, 2 * computed)  # of another size
+        worker.capture(0, 1 << (count - 1).bit_length())  # the whole of the buffer
+    buffers = [worker.device.buffers[slot] for slot in slots_of(count)]
+    for buffer_RD in buffers:
+        buffer_RD.fill_(1)
+    worker.allow(9)
+    one = worker.dispatch(1, 0, rows(count))
+    worker.turn_until(lambda: one.answered)
+    assert torch.equal(one.y_RD, 2 * rows(count))
+    behind = [buffer_RD[count:].sum() for buffer_RD in buffers]
+    assert max(behind) == (computed - count) * 2 * WIDTH + (len(buffers[0]) - computed) * WIDTH
 
 
 def test_a_machine_without_a_driver_is_told_what_to_do(tmp_path: Path) -> None:
@@ -209,7 +236,7 @@ def test_it_takes_the_next_while_this_one_computes_and_replies_in_order(worker: 
     worker.capture(1, 2)
     sent = [worker.dispatch(n, n % 2, rows(2, n)) for n in range(3)]
     worker.turn_until(lambda: worker.answering.computing == 3)
-    assert worker.launched == 3
+    assert worker.launched == UNDER_WAY
     for done in range(1, 4):
         worker.allow(done)
         worker.turn_until(lambda: sent[done - 1].answered)  # noqa: B023
@@ -224,11 +251,106 @@ def test_what_finds_no_free_buffer_waits_for_one(worker: Worker) -> None:
     sent = [worker.dispatch(n, 0, rows(1, n)) for n in range(3 * native.RING)]
     worker.turn_until(lambda: worker.answering.computing == native.RING)
     worker.turn(20)
-    assert worker.launched == native.RING
+    assert worker.answering.in_hand == native.RING
     worker.allow(len(sent))
     worker.turn_until(lambda: all(one.answered for one in sent))
     assert [one.y_RD[0, 0].item() for one in sent] == [2.0 * n for n in range(len(sent))]
     assert worker.launched == len(sent)
+
+
+def test_what_waits_for_one_expert_is_computed_together(worker: Worker) -> None:
+    for expert, count in ((0, 1), (0, 4), (0, 6), (1, 1)):
+        worker.capture(expert, count)
+    arenas = Arenas(worker.device)
+    assert worker.answering.borrow(SESSION, arenas.said)
+    # Both are under way while the others come: referred rows, two in a slot of their own, and one
+    # of another expert ahead of some of them.
+    first = [worker.dispatch(n, 0, rows(1, n)) for n in range(UNDER_WAY)]
+    worker.turn_until(lambda: worker.answering.computing == UNDER_WAY)
+    referred = worker.refer(10, 0, first=2, count=1)
+    own = worker.dispatch(11, 0, rows(4, 50))
+    other = worker.dispatch(12, 1, rows(1, 60))
+    last = worker.refer(13, 0, first=7, count=1)
+    worker.turn_until(lambda: worker.answering.computing == UNDER_WAY + 4)
+    worker.allow(1000)
+    every = [*first, referred, own, other, last]
+    worker.turn_until(lambda: all(one.answered for one in every))
+    assert all(worker.gateway.failure(one.reply) is None for one in every)
+    for row in (2, 7):
+        assert torch.equal(arenas.reply_RD[row], 2 * arenas.send_RD[row])
+    assert arenas.reply_RD.isnan().sum() == (ARENA_ROWS - 2) * WIDTH
+    assert torch.equal(own.y_RD, 2 * rows(4, 50))
+    assert torch.equal(other.y_RD, 3 * rows(1, 60))
+    worker.turn_until(lambda: worker.answering.in_hand == 0)
+    assert worker.counted == {0: (8, 1.5 + 3 * 2 * 0.5), 1: (1, 0.5)}
+    graphs = 2 + 1 + 1
+    copies = 3 * 2
+    assert worker.launched == graphs + copies
+
+
+def test_more_than_any_graph_holds_is_not_computed_together(worker: Worker) -> None:
+    worker.capture(0, 1)
+    worker.capture(0, 2)
+    sent = [worker.dispatch(n, 0, rows(1, n)) for n in range(native.RING)]
+    worker.turn_until(lambda: worker.answering.computing == native.RING)
+    sent += [worker.dispatch(10 + n, 0, rows(2, n)) for n in range(2)]
+    worker.allow(1000)
+    worker.turn_until(lambda: all(one.answered for one in sent))
+    assert [one.y_RD[0, 0].item() for one in sent] == [0, 2, 4, 6, 0, 2]
+
+
+def test_where_others_may_send_more_it_is_waited_for_until_the_device_is_about_to_be_free(
+    worker: Worker,
+) -> None:
+    """The device takes half a millisecond, then ever longer."""
+    worker.capture(0, 1)
+    worker.capture(0, 2)
+    worker.answering.open(SESSION + 1, worker.to_gateway, REPLY_SESSION + 1)
+    worker.allow(1)
+    known = worker.dispatch(0, 0, rows(1))
+    worker.turn_until(lambda: known.answered)
+    slowly = ctypes.c_float.in_dll(worker.knobs, "milliseconds")
+    slowly.value = 1e4
+    worker.allow(2)
+    known = worker.dispatch(1, 0, rows(1))
+    worker.turn_until(lambda: known.answered)
+    sent = [worker.dispatch(2, 0, rows(1, 2))]
+    worker.turn_until(lambda: worker.answering.computing == 1)
+    sent += [worker.dispatch(3 + n, 0, rows(1, 3 + n)) for n in range(2)]
+    worker.turn_until(lambda: worker.answering.computing == 3)
+    worker.turn(20)
+    assert worker.launched == 3
+    worker.answering.close(SESSION + 1)
+    worker.turn_until(lambda: worker.launched > 3)
+    worker.allow(1000)
+    worker.turn_until(lambda: all(one.answered for one in sent))
+    slowly.value = 0.5
+    # Both were computed as one: each was brought there and back.
+    assert worker.launched == 3 + 1 + 4
+    assert [one.y_RD[0, 0].item() for one in sent] == [4, 6, 8]
+
+
+def test_trails_say_when_a_dispatch_went_through_its_stages(worker: Worker) -> None:
+    worker.capture(0, 300)
+    worker.allow(99)
+    arenas = Arenas(worker.device, num_rows=400)
+    assert worker.answering.borrow(SESSION, arenas.said)
+    untold = worker.refer(1, 0, first=0, count=300)
+    worker.turn_until(lambda: untold.answered and not worker.answering.in_hand)
+    worker.answering.trace()
+    began_s = time.monotonic()
+    one = worker.refer(2, 0, first=50, count=300)
+    worker.turn_until(lambda: one.answered and not worker.answering.in_hand)
+    assert torch.equal(arenas.reply_RD[50:350], 2 * arenas.send_RD[50:350])
+    (trail,) = worker.answering.trails()
+    assert not list(worker.answering.trails())
+    assert wire.decode(trail.tag)[2:] == (2, 0, 0, 300)
+    assert began_s - 1e-6 <= trail.found_s <= trail.received_s <= trail.sent_s[1]
+    # Half a millisecond each, as the stand-in has it.
+    for start_s, end_s in (trail.fetched_s, trail.computed_s):
+        assert end_s - start_s == pytest.approx(0.0005)
+    assert trail.fetched_s[1] <= trail.computed_s[0]
+    assert trail.computed_s[1] == trail.sent_s[0]
 
 
 def test_one_that_computes_for_long_has_its_caller_look_around(worker: Worker) -> None:
@@ -410,8 +532,10 @@ WANTED = 77
 class Arenas:
     """What a gateway lends; the rows of the one are numbers, those of the other NaN."""
 
-    def __init__(self, device: ReplayDevice, num_rows: int = ARENA_ROWS) -> None:
-        self.send_RD = rows(ARENA_ROWS)
+    def __init__(
+        self, device: ReplayDevice, num_rows: int = ARENA_ROWS, said_rows: int | None = None
+    ) -> None:
+        self.send_RD = rows(num_rows)
         self.reply_RD = torch.full_like(self.send_RD, torch.nan)
         self.permit = torch.tensor([WANTED])
         self.said = bytes(
@@ -419,7 +543,7 @@ class Arenas:
                 device.share(self.send_RD),
                 device.share(self.reply_RD),
                 device.share(self.permit),
-                num_rows,
+                num_rows if said_rows is None else said_rows,
                 WANTED,
             )
         )
@@ -477,7 +601,9 @@ def test_what_cannot_be_reached_is_not_borrowed_and_references_are_left_to_be_pr
 ) -> None:
     worker.capture(0, 1)
     worker.allow(9)
-    assert not worker.answering.borrow(SESSION, Arenas(worker.device, num_rows=ARENA_ROWS + 1).said)
+    assert not worker.answering.borrow(
+        SESSION, Arenas(worker.device, said_rows=ARENA_ROWS + 1).said
+    )
     assert not worker.answering.borrow(SESSION, bytes(ctypes.sizeof(native.LentArenas)))
     assert worker.mapped == 0
     worker.refer(1, 0, first=0, count=1)
@@ -488,6 +614,21 @@ def test_what_cannot_be_reached_is_not_borrowed_and_references_are_left_to_be_pr
 
     worker.turn_until(probed)
     assert worker.launched == 0
+
+
+def test_what_waits_by_reference_to_arenas_that_are_replaced_is_refused(worker: Worker) -> None:
+    worker.capture(0, 1)
+    first, second = Arenas(worker.device), Arenas(worker.device)
+    assert worker.answering.borrow(SESSION, first.said)
+    for n in range(UNDER_WAY + 2):
+        worker.refer(n, 0, first=n, count=1)
+    worker.turn_until(lambda: worker.answering.computing == UNDER_WAY + 2)
+    assert worker.answering.borrow(SESSION, second.said)
+    malformed = wire.Refusal.MALFORMED
+    assert sorted(worker.refusals()) == [(malformed, n, 0, 0, 1) for n in (2, 3)]
+    worker.allow(99)
+    worker.turn_until(lambda: worker.answering.in_hand == 0)
+    assert second.reply_RD.isnan().all()
 
 
 def test_what_was_lent_is_returned_when_nothing_may_use_it_any_more(worker: Worker) -> None:

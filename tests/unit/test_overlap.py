@@ -11,8 +11,10 @@ def test_intervals_are_counted_once() -> None:
 
 
 def test_a_transfer_behind_computing_is_hidden_and_one_alone_is_not() -> None:
-    first = {"found_s": 0, "received_s": 1, "computed_s": 3, "sent_s": 4, "device_s": 2}
-    second = {"found_s": 1, "received_s": 2, "computed_s": 5, "sent_s": 6, "device_s": 2}
+    first = {"found_s": 0, "received_s": 0.5, "fetched_s": [0.5, 1]}
+    first |= {"computed_s": [1, 3], "sent_s": [3, 4]}
+    second = {"found_s": 1, "received_s": 1.5, "fetched_s": [1.5, 2]}
+    second |= {"computed_s": [3, 5], "sent_s": [5, 6]}
     found = shares([lanes([first, second])])
     # Moving: 0 to 2, 3 to 4 and 5 to 6; computing: 1 to 5.
     assert found == {"hidden": 0.5, "exposed_of_all": 2 / 6}
