@@ -22,7 +22,7 @@ import torch
 
 from expert_worker.compute import Part, run
 from expert_worker.expert_store import Expert
-from mesh import wire
+from mesh import native, wire
 from mesh.errors import Unavailable
 from mesh.mlp import StackedMlps
 from mesh.plan import ExpertId
@@ -34,6 +34,8 @@ _GRAPH_ROWS = 256
 """Up to here the rows that fill a buffer up take the GPU little: the weights take it longer."""
 _GRAPH_ROWS_OF_SEVERAL = 1024
 """Of many experts, the same; the transport's graphs, which are few, go further."""
+_RING_ROWS = 1024
+"""Of larger buffers as many as are under way at once, for what they take."""
 _MERGED = 4
 """Times the rows of one message: what is merged of small ones finds a graph, too."""
 _CAPTURE_AT_USE = 3
@@ -260,7 +262,7 @@ class GpuCompute:
             merged = (slots_of(num_rows * n) for n in (2, _MERGED) if num_rows * n <= _GRAPH_ROWS)
             sizes += [more for more in merged if more.start not in graphs]
         try:
-            for slot in (slot for slots in sizes for slot in slots):
+            for slot in (slot for slots in sizes for slot in slots[: _ring_of(slots)]):
                 buffer_RD = self._slot(slot, part.buffer_RD, replays)
                 rows_RD = buffer_RD[: slot_rows(slot, step)]
                 if not part.start:
@@ -295,6 +297,10 @@ class GpuCompute:
                     for known in (self._graphs, self._uses, self._replays):
                         known.pop(expert, None)
         return layer.stack
+
+
+def _ring_of(slots: range) -> int:
+    return len(slots) if slot_rows(slots.start) <= _RING_ROWS else native.UNDER_WAY
 
 
 def _run_several(

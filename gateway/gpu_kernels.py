@@ -5,6 +5,8 @@ Legend: T tokens, K experts a token, R = T x K routed rows, E experts, D hidden 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -140,15 +142,22 @@ def combine(
     residual, that plus the rounded sum."""
     (num_tokens, num_choices), width = rows_TK.shape, reply_RD.shape[1]
     out_TD = reply_RD.new_empty(num_tokens, width)
-    block = min(2048, triton.next_power_of_2(width))
+    columns, block = _columns_of(width)
     more_TD = reply_RD if residual_TD is None else residual_TD
     _launch_combine(
-        (num_tokens, triton.cdiv(width, block)),
+        (num_tokens, columns),
         (reply_RD, rows_TK, weights_TK, more_TD, out_TD),
         fixed=(num_choices, width),
         constants=(block, residual_TD is not None),
     )
     return out_TD
+
+
+@functools.cache
+def _columns_of(width: int, most: int = 2048) -> tuple[int, int]:
+    """Into how many blocks of columns a row is cut, and of how many each."""
+    block = min(most, triton.next_power_of_2(width))
+    return triton.cdiv(width, block), block
 
 
 @triton.jit
@@ -254,14 +263,13 @@ def place(
     in pinned memory of the host) how many each expert has. An id past the experts is nobody's.
     """
     num_rows, num_experts, width = ids_TK.numel(), len(counts_E), x_TD.shape[1]
-    words = send_ND.view(-1).view(torch.int32)
     # Each part of a row compares all over again: few parts where there is much to compare.
-    block = min(1024 if num_rows <= 512 else 4096, triton.next_power_of_2(width))
-    compared = min(256, max(16, triton.next_power_of_2(num_rows)))
+    columns, block = _columns_of(width, 1024 if num_rows <= 512 else 4096)
+    compared = min(256, max(16, 1 << (num_rows - 1).bit_length()))
     _launch_place(
-        (num_rows + triton.cdiv(num_experts, _EXPERTS), triton.cdiv(width, block)),
-        (x_TD, ids_TK, tables, send_ND, words, rows_TK, counts_E),
+        (num_rows - (-num_experts // _EXPERTS), columns),
+        (x_TD, ids_TK, tables, send_ND, send_ND.view(torch.int32), rows_TK, counts_E),
         varying=(num_rows,),
-        fixed=(ids_TK.shape[1], num_experts, width, len(words) // len(send_ND)),
+        fixed=(ids_TK.shape[1], num_experts, width, width * send_ND.itemsize // 4),
         constants=(compared, _EXPERTS, block),
     )

@@ -7,11 +7,13 @@ caller says what tells variants apart, and the variant that came of it is launch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+_stream_of = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
 _ALIGNED = 16
 """Bytes: Triton compiles for pointers that are, and for others."""
 
@@ -22,7 +24,7 @@ class Launcher:
 
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
-        self._variants: dict[tuple[Any, ...], Any] = {}
+        self._launches: dict[tuple[Any, ...], Callable[..., None] | None] = {}
 
     def __call__(
         self,
@@ -46,10 +48,20 @@ class Launcher:
             constants,
             *[tensor.dtype for tensor in tensors],
         )
-        variant = self._variants.get(key)
-        if variant is None:
+        launch = self._launches.get(key)
+        if launch is None:
             # None comes of Triton's interpreter, which has no variants.
-            arguments = (*tensors, *varying, *fixed, *constants)
-            self._variants[key] = self._kernel[grid](*arguments)
+            variant = self._kernel[grid](*tensors, *varying, *fixed, *constants)
+            self._launches[key] = None if variant is None else _launch_of(variant)
         else:
-            variant[*grid, 1](*addresses, *varying, *fixed, *constants)
+            launch(grid, _stream_of(first.device.index), *addresses, *varying, *fixed, *constants)
+
+
+def _launch_of(variant: Any) -> Callable[..., None]:
+    """What ``variant[grid](...)`` does each time, as far as nobody has hooks on launches."""
+    run, function, metadata = variant.run, variant.function, variant.packed_metadata
+
+    def launch(grid: tuple[int, int], stream: int, *arguments: Any) -> None:
+        run(*grid, 1, stream, function, metadata, None, None, None, *arguments)
+
+    return launch

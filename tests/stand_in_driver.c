@@ -171,6 +171,12 @@ int32_t cuStreamWaitEvent(void *stream, void *event, uint32_t flags) {
     return READY;
 }
 
+int32_t cuMemcpyAsync(uint64_t to, uint64_t from, size_t bytes, void *stream) {
+    (void)stream;
+    queue[launched++] = (launch){.copied = {(char *)to, (const char *)from, bytes / 16, NULL, 0}};
+    return READY;
+}
+
 int32_t cuMemGetAddressRange_v2(uint64_t *base, size_t *bytes, uint64_t address) {
     *base = address;
     *bytes = (size_t)1 << 30;

@@ -31,10 +31,11 @@ IN_PROGRESS = 1
 SHORT = -1000
 """Of an operation, beside UCX's own negative ones: a message of another length came."""
 RING = 4
-SIZES = 13
+SIZES = 14
 STEPS = 8
 STEPPED = 9
 GRAPHS = RING * SIZES * STEPS
+UNDER_WAY = 2
 """See ``device.c`` of native.h."""
 
 

@@ -13,7 +13,7 @@ enum { NOT_READY = 600 };                   /* of CUresult, whose 0 is success *
 enum { LAZY_ENABLE_PEER_ACCESS = 1 };       /* of CUipcMem_flags */
 enum { NON_BLOCKING = 1 };                  /* of CUstream_flags */
 enum { DISABLE_TIMING = 2 };                /* of CUevent_flags */
-enum { THREADS = 256, MAX_BLOCKS = 128 };   /* of a copy */
+enum { THREADS = 256, MAX_BLOCKS = 1024 };  /* of a copy: as many as run at once */
 
 typedef struct {
     char bytes[sizeof((lent *)NULL)->handle];
@@ -43,6 +43,7 @@ struct device {
     int32_t (*open_stream)(void **stream, uint32_t flags, int32_t priority);
     int32_t (*close_stream)(void *stream);
     int32_t (*follow)(void *stream, void *event, uint32_t flags);
+    int32_t (*move)(uint64_t to, uint64_t from, size_t bytes, void *stream);
     int32_t (*range)(uint64_t *base, size_t *bytes, uint64_t address);
     int32_t (*handle)(ipc_handle *of, uint64_t address);
     int32_t (*open)(uint64_t *base, ipc_handle of, uint32_t flags);
@@ -67,6 +68,7 @@ static int find(device *gpu, void *library) {
     *(void **)&gpu->priorities = dlsym(library, "cuCtxGetStreamPriorityRange");
     *(void **)&gpu->close_stream = dlsym(library, "cuStreamDestroy_v2");
     *(void **)&gpu->follow = dlsym(library, "cuStreamWaitEvent");
+    *(void **)&gpu->move = dlsym(library, "cuMemcpyAsync");
     *(void **)&gpu->range = dlsym(library, "cuMemGetAddressRange_v2");
     *(void **)&gpu->handle = dlsym(library, "cuIpcGetMemHandle");
     *(void **)&gpu->open = dlsym(library, "cuIpcOpenMemHandle_v2");
@@ -76,7 +78,7 @@ static int find(device *gpu, void *library) {
     *(void **)&gpu->run = dlsym(library, "cuLaunchKernel");
     return gpu->create && gpu->destroy && gpu->record && gpu->query && gpu->elapsed &&
            gpu->launch && gpu->synchronize && gpu->priorities && gpu->open_stream && gpu->close_stream &&
-           gpu->follow && gpu->range && gpu->handle && gpu->open && gpu->close && gpu->load &&
+           gpu->follow && gpu->move && gpu->range && gpu->handle && gpu->open && gpu->close && gpu->load &&
            gpu->function && gpu->run;
 }
 
@@ -194,11 +196,16 @@ int32_t device_deliver(device *gpu, const borrowed *arenas, uint64_t offset, uin
                 arenas->wanted);
 }
 
-static int bring(device *gpu, void *stream, const slot *one, const transfer *parts, int32_t count) {
+/* `beside`: by the engines that copy, while kernels that leave no room for others run. */
+static int bring(device *gpu, void *stream, const slot *one, const transfer *parts, int32_t count,
+                 int32_t beside) {
     int good = 1;
-    for (const transfer *part = parts; good && part < parts + count; part++)
-        good = copy(gpu, stream, one->rows + part->at - part->header_bytes,
-                    part->from - part->header_bytes, part->header_bytes + part->bytes, 0, 0);
+    for (const transfer *part = parts; good && part < parts + count; part++) {
+        uint64_t to = one->rows + part->at - part->header_bytes;
+        uint64_t from = part->from - part->header_bytes, bytes = part->header_bytes + part->bytes;
+        good = beside ? !gpu->move(to, from, bytes, stream)
+                      : copy(gpu, stream, to, from, bytes, 0, 0);
+    }
     return good;
 }
 
@@ -216,10 +223,10 @@ int32_t device_launch(device *gpu, int32_t index, void *graph, const transfer *p
     slot *one = &gpu->slots[index];
     void *stream = gpu->stream, *in = beside ? gpu->in : stream, *out = beside ? gpu->out : stream;
     one->beside = beside;
-    if (beside ? gpu->record(one->fetching, in) || !bring(gpu, in, one, parts, count) ||
+    if (beside ? gpu->record(one->fetching, in) || !bring(gpu, in, one, parts, count, 1) ||
                      gpu->record(one->fetched, in) || gpu->follow(stream, one->fetched, 0) ||
                      gpu->record(one->began, stream)
-               : gpu->record(one->began, stream) || !bring(gpu, in, one, parts, count))
+               : gpu->record(one->began, stream) || !bring(gpu, in, one, parts, count, 0))
         return 0;
     if (gpu->launch(graph, stream)) return 0;
     if ((beside && (gpu->record(one->computed, stream) || gpu->follow(out, one->computed, 0))) ||

@@ -29,8 +29,7 @@ from tests.stand_in import FAILS_AT_LAUNCH, FAILS_LATER, Graph, Sharing, compile
 WIDTH = 4
 NUM_EXPERTS, HEADER_ROWS = 5, 2
 SESSION, REPLY_SESSION = 7, 9
-UNDER_WAY = 2
-"""See native.h."""
+UNDER_WAY = native.UNDER_WAY
 
 
 @pytest.fixture(scope="module")
@@ -185,10 +184,11 @@ def by_expert(counts: Sequence[int], x_RD: torch.Tensor) -> torch.Tensor:
 
 def test_slots_have_the_next_power_of_two_of_rows() -> None:
     assert [slot_rows(slots_of(n).start) for n in (1, 2, 3, 5, 1024)] == [1, 2, 4, 8, 1024]
-    assert not slots_of(4097)
+    assert not slots_of(8193)
     text = (Path(native.__file__).parent / "native.h").read_text()
     assert f"RING = {native.RING}, SIZES = {native.SIZES}," in text
     assert f"STEPS = {native.STEPS}, STEPPED = {native.STEPPED}," in text
+    assert f"UNDER_WAY = {native.UNDER_WAY} " in text
 
 
 @pytest.mark.parametrize(
@@ -491,6 +491,7 @@ def test_a_data_plane_counts_what_the_device_did_and_refuses_what_it_failed_at(
         threads=1,
     )
     plane._compute_on = HandsOver(driver, fails)
+    plane._accept = lambda: False  # what comes between two compiled turns, too, is for the next
     plane.start()
     gateway = UcxTransport()
     endpoint = gateway.connect(plane.wait_started())

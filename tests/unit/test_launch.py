@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 from mesh.launch import Launcher
 
 
 class Variant:
-    def __init__(self, launched: list[Any], name: str) -> None:
-        self._launched, self._name = launched, name
+    packed_metadata = "metadata"
 
-    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
-        return lambda *arguments: self._launched.append((self._name, grid, arguments))
+    def __init__(self, launched: list[Any], name: str) -> None:
+        self._launched = launched
+        self.function = name
+
+    def run(self, x: int, y: int, z: int, stream: int, function: str, *rest: Any) -> None:
+        metadata, launch_metadata, enter_hook, exit_hook, *arguments = rest
+        assert (metadata, launch_metadata, enter_hook, exit_hook) == ("metadata", None, None, None)
+        self._launched.append((function, (x, y, z), tuple(arguments)))
 
 
 class Kernel:
@@ -31,6 +37,11 @@ class Kernel:
             return Variant(self.launched, f"variant {len(self.compiled)}")
 
         return launch
+
+
+@pytest.fixture(autouse=True)
+def one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mesh.launch._stream_of", lambda device: 0)
 
 
 def test_a_variant_is_compiled_once_and_launched_by_addresses() -> None:
