@@ -98,6 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         app(args=argv, prog_name="expert-mesh")
     except SystemExit as exit:
+        if isinstance(exit.code, str):
+            print(f"error: {exit.code}", file=sys.stderr)
         return exit.code if isinstance(exit.code, int) else 1
     except MeshError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -54,6 +54,9 @@ def _rank(
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # NVLink multicast hangs in some virtual machines.
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    # Libraries that were not told ask the environment which rank they are.
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks}
+    os.environ |= {name: str(value) for name, value in places.items()}
     device = torch.device(device_name)
     if device.type == "cuda":
         device = torch.device("cuda", rank)

@@ -319,7 +319,10 @@ class Stage:
             graph = capture(step)
         start()
 
-        def replay(value: Tensor) -> Tensor:
+        # The graph knows these and does not keep them.
+        known = (facts_2B, slots_B, rows_N, decoding)
+
+        def replay(value: Tensor, _: object = known) -> Tensor:
             given.copy_(value)
             graph.replay()
             # The next replay overwrites what this one made; it may still be on its way then.
