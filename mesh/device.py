@@ -10,16 +10,13 @@ from mesh.errors import ConfigError
 
 _MPS_PRIORITY = "CUDA_MPS_CLIENT_PRIORITY"
 _BELOW_NORMAL = "1"
-_MPS_SHARE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
-_ALMOST_ALL = "97"
-"""Of the multiprocessors: what is large there would else hold up what is small in the others."""
 
 
 def open_device(name: str, *, behind: bool = False) -> torch.device:
     """The device that ``--device`` names; ConfigError when this machine has none such.
 
-    ``behind``: where a GPU is shared, what other processes launch on it goes first, and finds
-    room. To be said before this process uses CUDA.
+    ``behind``: where a GPU is shared, what other processes launch on it goes first. To be said
+    before this process uses CUDA.
     """
     try:
         device = torch.device(name)
@@ -35,5 +32,4 @@ def open_device(name: str, *, behind: bool = False) -> torch.device:
         device = torch.device("cuda", device.index or 0)
         if behind:
             os.environ.setdefault(_MPS_PRIORITY, _BELOW_NORMAL)
-            os.environ.setdefault(_MPS_SHARE, _ALMOST_ALL)
     return device
