@@ -144,6 +144,19 @@ class Trail(Structure):
     ]
 
 
+class Pace(Structure):
+    """See ``pace`` of native.h."""
+
+    _fields_ = [
+        ("step_us", c_int64),
+        ("period_us", c_int64),
+        ("came_us", c_int64),
+        ("batch", c_uint64),
+        ("layer", c_int32),
+        ("waits", c_int32),
+    ]
+
+
 class Answering(Structure):
     """See ``answering`` of native.h."""
 
@@ -246,6 +259,10 @@ _SHORT: dict[str, tuple[Any, list[Any]]] = {
     "answering_free": (None, [POINTER(Answering)]),
     "answering_open": (None, [POINTER(Answering), c_int32, c_uint64, c_uint64]),
     "answering_close": (None, [POINTER(Answering), c_int32]),
+    "company_came": (None, [POINTER(Pace), c_int32, c_int64]),
+    "company_left": (None, [POINTER(Pace), c_uint64]),
+    "company_until": (c_int64, [POINTER(Pace), c_void_p, c_int32, c_uint32, c_int64]),
+    "answering_trace": (c_int32, [POINTER(Answering), c_int32]),
     "answering_borrow": (c_int32, [POINTER(Answering), c_int32, c_void_p]),
     "answering_fetch": (c_int32, [POINTER(Answering), c_int32, c_int64, c_int64, c_uint64]),
     "answering_deliver": (c_int32, [POINTER(Answering), c_int32, c_int64, c_int64, c_uint64]),
@@ -261,7 +278,6 @@ _LONG: dict[str, tuple[Any, list[Any]]] = {
         [POINTER(Paged), *_POINTER_AND_SIZE * 2, *[c_void_p] * 3, *[c_int64] * 2, *[c_void_p] * 2],
     ),
     "postbox_wait": (None, [POINTER(Postbox), c_int32, c_void_p, c_int32, c_int32]),
-    "answering_trace": (c_int32, [POINTER(Answering), c_int32]),
     "answering_look": (None, [POINTER(Answering)]),
     "answering_strand": (None, [POINTER(Answering), c_int64]),
     "answering_run": (None, [POINTER(Answering), c_int32, c_int32]),

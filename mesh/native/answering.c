@@ -83,14 +83,24 @@ static void find_end(answering *all) {
 
 void answering_open(answering *all, int32_t number, uint64_t endpoint, uint64_t reply_session) {
     answering_close(all, number);
-    all->sessions[number].endpoint = endpoint;
-    all->sessions[number].reply_session = reply_session;
+    session *opened = &all->sessions[number];
+    opened->endpoint = endpoint;
+    opened->reply_session = reply_session;
+    opened->pace = (pace){0};
+    if (all->num_sessions < MAX_COMPANY) all->paces[all->num_sessions] = &opened->pace;
     all->num_sessions++;
+}
+
+static void forget_pace(answering *all, const pace *closed) {
+    int32_t known = all->num_sessions < MAX_COMPANY ? all->num_sessions : MAX_COMPANY;
+    for (int32_t i = 0; i < known; i++)
+        if (all->paces[i] == closed) all->paces[i] = all->paces[known - 1];
 }
 
 void answering_close(answering *all, int32_t number) {
     if (!all->sessions[number].endpoint) return;
     all->sessions[number].endpoint = 0;
+    forget_pace(all, &all->sessions[number].pace);
     all->num_sessions--;
     all->sessions[number].closed_us = now_us();
     if (all->sessions[number].arenas.sends) device_return(all->device, &all->sessions[number].arenas);
@@ -313,29 +323,51 @@ static int stands(answering *all, work *one) {
     return 0;
 }
 
-/* Take what has waited the longest, and what may be computed with it, from those that wait. */
+/* Whether to wait for others in step with its gateway. */
+static int held(const answering *all, const work *one, int64_t now) {
+    if (all->num_sessions < 2 || all->num_sessions > MAX_COMPANY || IS_SEVERAL(one->tag) ||
+        ROWS(one->tag) >= BESIDE_ROWS)
+        return 0;
+    return now < company_until(&all->sessions[SESSION(one->tag)].pace, all->paces,
+                               all->num_sessions, all->took_us, now);
+}
+
+/* The same of all that it would be computed with. */
+static int group_held(const answering *all, const work *one, int64_t now) {
+    for (const work *other = all->waiting; other; other = other->next)
+        if (EXPERT(other->tag) == EXPERT(one->tag) && held(all, other, now)) return 1;
+    return 0;
+}
+
+/* Take the one here off those that wait, to the end of a batch. */
+static void take_along(answering *all, batch *taken, work ***end, work **link) {
+    work *one = *link;
+    *link = one->next;
+    one->next = NULL;
+    if (!stands(all, one)) return;
+    taken->replays = one->replays;
+    taken->rows += ROWS(one->tag);
+    **end = one;
+    *end = &one->next;
+}
+
+/* What has waited the longest and is not held, and all that may be computed with it. */
 static batch next_batch(answering *all) {
+    int64_t now = now_us();
     batch taken = {0};
     work **end = &taken.works, **link = &all->waiting;
-    int32_t left = MAX_MERGED;
-    while (*link && left) {
-        work *one = *link;
-        int fits = !taken.works ||
-                   (EXPERT(one->tag) == EXPERT(taken.works->tag) && one->replays == taken.replays &&
-                    !IS_SEVERAL(one->tag) &&
-                    device_knows(all->device, taken.replays->graphs, taken.rows + ROWS(one->tag)));
-        if (!fits) {
-            link = &one->next;
-            continue;
-        }
-        *link = one->next;
-        one->next = NULL;
-        if (!stands(all, one)) continue;
-        taken.replays = one->replays;
-        taken.rows += ROWS(one->tag);
-        *end = one;
-        end = &one->next;
-        left--;
+    while (*link && group_held(all, *link, now)) link = &(*link)->next;
+    if (*link) take_along(all, &taken, &end, link);
+    int32_t left = MAX_MERGED - 1;
+    for (link = &all->waiting; taken.works && *link && left;) {
+        const work *one = *link;
+        if (EXPERT(one->tag) == EXPERT(taken.works->tag) && one->replays == taken.replays &&
+            !IS_SEVERAL(one->tag) &&
+            device_knows(all->device, taken.replays->graphs, taken.rows + ROWS(one->tag))) {
+            take_along(all, &taken, &end, link);
+            left--;
+        } else
+            link = &(*link)->next;
     }
     find_end(all);
     return taken;
@@ -390,6 +422,9 @@ static void wait_for_turn(answering *all, work *one) {
     *all->waiting_end = one;
     all->waiting_end = &one->next;
     all->computing++;
+    if (!IS_SEVERAL(one->tag) && ROWS(one->tag) < BESIDE_ROWS)
+        company_came(&all->sessions[SESSION(one->tag)].pace, (int32_t)(EXPERT(one->tag) / EXPERTS),
+                     one->trail.received_us);
 }
 
 static void launch_waiting(answering *all) {
@@ -404,8 +439,10 @@ static void launch_waiting(answering *all) {
             return;
         }
         int64_t launched_us = now_us();
+        all->batch++;
         for (work *of = one.works; of; of = of->next) {
             of->trail.launched_us = launched_us;
+            company_left(&all->sessions[SESSION(of->tag)].pace, all->batch);
             if (of->slot != one.slot) parts[count++] = transfer_of(all, of, at);
             at += ROWS(of->tag);
         }
@@ -450,7 +487,7 @@ static void look_at_device(answering *all) {
         }
         if (refusal) continue;
         /* Last: nobody waits for it. */
-        *expected_us(&one) = took.compute_us;
+        *expected_us(&one) = all->took_us = took.compute_us;
         if (IS_SEVERAL(tag))
             count_several(all, tag, device_counts(all->device, one.slot), took.compute_us);
         else

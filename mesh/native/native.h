@@ -227,6 +227,23 @@ int32_t device_borrow(device *gpu, const lent_arenas *arenas, uint64_t row_bytes
 /* Once nothing on the stream may use them. */
 void device_return(device *gpu, borrowed *arenas);
 
+/* ---- company.c ---- */
+
+/* At what pace a gateway asks. Times are CLOCK_MONOTONIC. */
+typedef struct {
+    int64_t step_us, period_us; /* when its step began, and how long the one before took; or 0 */
+    int64_t came_us;            /* its last dispatch; 0: none yet */
+    uint64_t batch;             /* what the one before that was computed in; 0: nothing */
+    int32_t layer, waits;
+} pace;
+
+/* A dispatch for this layer has come, and waits; or it leaves, with a batch. */
+EXPORT void company_came(pace *one, int32_t layer, int64_t now);
+EXPORT void company_left(pace *one, uint64_t batch);
+/* Until when to hold what one has sent, as long as nothing changes; 0: nobody is worth that. */
+EXPORT int64_t company_until(const pace *one, const pace *const *others, int32_t count,
+                             uint32_t expected_us, int64_t now);
+
 /* ---- answering.c: see mesh/transport/base.py's Answering ---- */
 
 /* What a device computes an expert by, or several of a layer together. */
@@ -241,6 +258,7 @@ typedef struct {
     uint64_t reply_session;
     int64_t closed_us; /* CLOCK_MONOTONIC */
     borrowed arenas;
+    pace pace;
 } session;
 
 typedef struct {
@@ -268,7 +286,7 @@ typedef struct {
     device_times took;
 } trail;
 
-enum { UNDER_WAY = 2 };
+enum { UNDER_WAY = 2, MAX_COMPANY = 64 };
 
 typedef struct {
     postbox *box;
@@ -287,7 +305,10 @@ typedef struct {
     device *device;           /* NULL: computed here */
     trail *trails;            /* NULL: nobody wants to know */
     int32_t max_trails, num_trails;
+    const pace *paces[MAX_COMPANY]; /* of the open sessions, where those are so few */
     int32_t num_sessions;
+    uint64_t batch;   /* counts those that were launched */
+    uint32_t took_us; /* the last of those that are done */
     work *waiting, **waiting_end; /* of those computing: for their turn, in order */
     batch batches[UNDER_WAY];     /* the others, in order */
     int32_t num_batches;
