@@ -8,7 +8,7 @@
  */
 #include "native.h"
 
-enum { PART_OF_STEP = 16, PART_OF_BATCH = 2 };
+enum { PART_OF_STEP = 8, PART_OF_BATCH = 1 };
 
 void company_came(pace *one, int32_t layer, int64_t now) {
     if (layer <= one->layer || !one->came_us) {
@@ -28,11 +28,11 @@ void company_left(pace *one, uint64_t batch) {
 static int is_active(const pace *one, int64_t now) { return now - one->came_us < one->period_us; }
 
 /* Whether it is about to begin a step, or should have: less than half of one after we did. Of two the
- * other one is further from that, and does not wait. */
+ * other one is further from that, and does not wait. Paces that are too far apart never meet. */
 static int comes_soon(const pace *one, const pace *other, int64_t now) {
-    int64_t half = one->period_us / 2;
-    return is_active(other, now) && other->period_us / 2 < one->period_us &&
-           half < other->period_us && other->step_us + other->period_us - one->step_us < half;
+    int64_t ours = one->period_us, theirs = other->period_us;
+    return is_active(other, now) && 4 * ours < 5 * theirs && 4 * theirs < 5 * ours &&
+           other->step_us + theirs - one->step_us < ours / 2;
 }
 
 int64_t company_until(const pace *one, const pace *const *others, int32_t count,

@@ -127,7 +127,7 @@ def test_who_has_gone_is_not_waited_for() -> None:
     assert later.held <= STEP // 16 + EXPERT
 
 
-@pytest.mark.parametrize("attend", [60, 1700, 5000])
+@pytest.mark.parametrize("attend", [60, 700, 900, 1700, 5000])
 def test_who_has_another_pace_costs_little(attend: int) -> None:
     gateways = [(0, ATTEND), (3000, attend)]
     mesh = Mesh([Gateway(*one) for one in gateways]).run(60 * STEP)

@@ -188,7 +188,7 @@ def test_slots_have_the_next_power_of_two_of_rows() -> None:
     text = (Path(native.__file__).parent / "native.h").read_text()
     assert f"RING = {native.RING}, SIZES = {native.SIZES}," in text
     assert f"STEPS = {native.STEPS}, STEPPED = {native.STEPPED}," in text
-    assert f"UNDER_WAY = {native.UNDER_WAY} " in text
+    assert f"UNDER_WAY = {native.UNDER_WAY}," in text
 
 
 @pytest.mark.parametrize(
