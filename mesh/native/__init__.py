@@ -32,7 +32,7 @@ SHORT = -1000
 """Of an operation, beside UCX's own negative ones: a message of another length came."""
 RING = 4
 SIZES = 14
-STEPS = 8
+STEPS = 16
 STEPPED = 9
 GRAPHS = RING * SIZES * STEPS
 UNDER_WAY = 2

@@ -142,7 +142,7 @@ EXPORT const char *status_text(int32_t status);
 /* A slot is a buffer that graphs are captured for: RING of each size, of 1 << slot / RING rows. A
  * graph computes the first so many of those: all, or, of large buffers, what any of STEPS even steps
  * from half of them to all comes to. */
-enum { RING = 4, SIZES = 14, SLOTS = RING * SIZES, STEPS = 8, STEPPED = 9, GRAPHS = SLOTS * STEPS };
+enum { RING = 4, SIZES = 14, SLOTS = RING * SIZES, STEPS = 16, STEPPED = 9, GRAPHS = SLOTS * STEPS };
 
 typedef struct device device;
 

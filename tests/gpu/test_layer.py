@@ -66,18 +66,20 @@ def test_answers_at_the_edges_of_graphs_and_buffers(dtype: str, kind: str) -> No
         assert line.error < _LIMITS[dtype]
 
 
+@pytest.mark.parametrize("most", [150, 3000])
 @pytest.mark.parametrize("workers", [1, 4])
-def test_no_row_of_a_batch_is_in_anothers_reply(workers: int) -> None:
-    """With one worker, messages carry several experts and their counts."""
+def test_no_row_of_a_batch_is_in_anothers_reply(workers: int, most: int) -> None:
+    """With one worker, messages carry several experts and their counts. Large ones are fetched,
+    computed and delivered beside each other, some of them from graphs."""
     layer = Layer(_shape("bfloat16", workers=workers))
     with (
         torch.inference_mode(),
-        bench_layer.layer_mesh(layer.shape, layer.device, layer.dtype, 300) as mesh,
+        bench_layer.layer_mesh(layer.shape, layer.device, layer.dtype, 2 * most) as mesh,
     ):
         dispatcher = mesh.dispatcher
         for seed in range(100):
             batches = [
-                layer.batch(1 + (seed * 37 + part * 91) % 150, 2 * seed + part) for part in (0, 1)
+                layer.batch(1 + (seed * 37 + part * 91) % most, 2 * seed + part) for part in (0, 1)
             ]
             dispatcher.begin_step(2)
             away = [dispatcher.dispatch(0, *batch) for batch in batches]

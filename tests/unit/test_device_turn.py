@@ -193,7 +193,7 @@ def test_slots_have_the_next_power_of_two_of_rows() -> None:
 
 @pytest.mark.parametrize(
     ("count", "computed"),
-    [(3, 4), (129, 256), (256, 256), (257, 288), (288, 288), (289, 320), (512, 512), (513, 576)],
+    [(3, 4), (129, 256), (256, 256), (257, 272), (272, 272), (273, 288), (512, 512), (513, 544)],
 )
 def test_of_large_buffers_no_more_is_computed_than_a_step(
     worker: Worker, count: int, computed: int
