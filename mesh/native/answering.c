@@ -408,6 +408,13 @@ static int find_room(answering *all, batch *one) {
     return one->graph >= 0;
 }
 
+/* Not once what was there when they came has failed since. */
+static int may_find_room(const answering *all, const batch *one) {
+    const work *first = one->works;
+    return (first->next || first->slot < 0) &&
+           device_knows(all->device, one->replays->graphs, first->header_rows + one->rows);
+}
+
 static void put_back(answering *all, const batch *one) {
     work **end = &all->waiting, *rest = all->waiting;
     *end = one->works;
@@ -435,8 +442,13 @@ static void launch_waiting(answering *all) {
         batch one = next_batch(all);
         if (!one.works) return;
         if (!find_room(all, &one)) {
-            put_back(all, &one);
-            return;
+            if (may_find_room(all, &one)) {
+                put_back(all, &one);
+                return;
+            }
+            all->computing -= num_works(&one);
+            for (work *of = one.works; of; of = of->next) refuse(all, of, DEVICE_FAILED);
+            continue;
         }
         int64_t launched_us = now_us();
         all->batch++;

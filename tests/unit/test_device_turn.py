@@ -571,6 +571,23 @@ def test_referred_rows_are_read_and_answered_where_they_are(worker: Worker) -> N
     assert [(e, n) for e, n, _ in worker.answering.counts()] == [(ExpertId(0, 0), 3)]
 
 
+@pytest.mark.parametrize("referred", [True, False])
+def test_what_waits_for_graphs_that_all_fail_is_refused(worker: Worker, referred: bool) -> None:
+    worker.capture(0, 1, FAILS_AT_LAUNCH)
+    assert worker.answering.borrow(SESSION, Arenas(worker.device).said)
+    count = native.RING + 2 if referred else native.RING
+    for n in range(count):
+        if referred:
+            worker.refer(n, 0, first=n, count=1)
+        else:
+            worker.dispatch(n, 0, rows(1))
+    refused: list[tuple[wire.Refusal, int, int, int, int]] = []
+    while len(refused) < count:
+        refused += worker.refusals()
+    assert sorted(refused) == [(wire.Refusal.FAILED, n, 0, 0, 1) for n in range(count)]
+    assert worker.answering.in_hand == 0
+
+
 def test_a_permit_that_was_taken_back_meanwhile_keeps_the_answer_out(worker: Worker) -> None:
     worker.capture(0, 1)
     arenas = Arenas(worker.device)
