@@ -262,13 +262,14 @@ class GpuCompute:
             merged = (slots_of(num_rows * n) for n in (2, _MERGED) if num_rows * n <= _GRAPH_ROWS)
             sizes += [more for more in merged if more.start not in graphs]
         try:
-            for slot in (slot for slots in sizes for slot in slots[: _ring_of(slots)]):
-                buffer_RD = self._slot(slot, part.buffer_RD, replays)
-                rows_RD = buffer_RD[: slot_rows(slot, step)]
-                if not part.start:
-                    compute(slot, torch.zeros_like(rows_RD))  # so many rows may be new to it
-                graph = capture(functools.partial(compute, slot, rows_RD), self._pool)
-                graphs.add(slot, graph.raw_cuda_graph_exec(), (graph, kept), step)
+            for slots in sizes:
+                for slot in slots[: _ring_of(slots)]:
+                    buffer_RD = self._slot(slot, part.buffer_RD, replays)
+                    rows_RD = buffer_RD[: slot_rows(slot, step)]
+                    if not part.start and slot == slots.start:
+                        compute(slot, torch.zeros_like(rows_RD))  # so many rows may be new to it
+                    graph = capture(functools.partial(compute, slot, rows_RD), self._pool)
+                    graphs.add(slot, graph.raw_cuda_graph_exec(), (graph, kept), step)
         except (RuntimeError, AttributeError) as error:
             # An older torch has no handles to give; these batches stay with our own turns.
             log.warning("graph_not_handed_over", rows=part.num_rows, error=str(error))

@@ -134,7 +134,6 @@ class Trail(Structure):
         ("tag", c_uint64),
         ("found_us", c_int64),
         ("received_us", c_int64),
-        ("launched_us", c_int64),
         ("done_us", c_int64),
         ("sent_us", c_int64),
         ("fetch_us", c_uint32),

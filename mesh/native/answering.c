@@ -278,10 +278,14 @@ static void reply(answering *all, work *one, uint64_t answers) {
         finish(all, one);
 }
 
+static void refuse_all(answering *all, const batch *one, int32_t refusal) {
+    for (work *of = one->works; of; of = of->next) refuse(all, of, refusal);
+}
+
 /* What failed once is not launched again: without graphs, its dispatches are not regular. */
 static void fail(answering *all, const batch *one) {
     one->replays->graphs[one->graph] = NULL;
-    for (work *of = one->works; of; of = of->next) refuse(all, of, DEVICE_FAILED);
+    refuse_all(all, one, DEVICE_FAILED);
 }
 
 /* ---- With a device: what is computed when, and together with what. */
@@ -394,25 +398,19 @@ static transfer transfer_of(const answering *all, const work *one, int64_t at) {
     return part;
 }
 
-/* A slot and a graph for a batch; 0: not now. What came into a slot of its own is computed there,
- * unless it is one of several. */
-static int find_room(answering *all, batch *one) {
+/* A slot and a graph for a batch. What came into a slot of its own is computed there, unless it is
+ * one of several. NEVER: what was there when it came has failed since. */
+static enum { FOUND, LATER, NEVER } find_room(answering *all, batch *one) {
     const work *first = one->works;
+    void *const *graphs = one->replays->graphs;
     int64_t rows = first->header_rows + one->rows;
-    if (first->next || first->slot < 0) {
-        one->slot = device_take(all->device, one->replays->graphs, rows, &one->graph);
-        return one->slot >= 0;
+    if (!first->next && first->slot >= 0) {
+        one->slot = first->slot;
+        one->graph = device_graph(graphs, first->slot, rows);
+        return one->graph >= 0 ? FOUND : NEVER;
     }
-    one->slot = first->slot;
-    one->graph = device_graph(one->replays->graphs, first->slot, rows);
-    return one->graph >= 0;
-}
-
-/* Not once what was there when they came has failed since. */
-static int may_find_room(const answering *all, const batch *one) {
-    const work *first = one->works;
-    return (first->next || first->slot < 0) &&
-           device_knows(all->device, one->replays->graphs, first->header_rows + one->rows);
+    one->slot = device_take(all->device, graphs, rows, &one->graph);
+    return one->slot >= 0 ? FOUND : device_knows(all->device, graphs, rows) ? LATER : NEVER;
 }
 
 static void put_back(answering *all, const batch *one) {
@@ -441,19 +439,19 @@ static void launch_waiting(answering *all) {
         int64_t at = 0;
         batch one = next_batch(all);
         if (!one.works) return;
-        if (!find_room(all, &one)) {
-            if (may_find_room(all, &one)) {
-                put_back(all, &one);
-                return;
-            }
+        int room = find_room(all, &one);
+        if (room == LATER) {
+            put_back(all, &one);
+            return;
+        }
+        if (room == NEVER) {
             all->computing -= num_works(&one);
-            for (work *of = one.works; of; of = of->next) refuse(all, of, DEVICE_FAILED);
+            refuse_all(all, &one, DEVICE_FAILED);
             continue;
         }
         int64_t launched_us = now_us();
         all->batch++;
         for (work *of = one.works; of; of = of->next) {
-            of->trail.launched_us = launched_us;
             company_left(&all->sessions[SESSION(of->tag)].pace, all->batch);
             if (of->slot != one.slot) parts[count++] = transfer_of(all, of, at);
             at += ROWS(of->tag);
@@ -487,18 +485,20 @@ static void look_at_device(answering *all) {
         }
         uint64_t tag = one.works->tag;
         int32_t refusal = IS_SEVERAL(tag) ? judge(all, &one) : 0;
-        device_times took = device_took(all->device, one.slot);
+        if (refusal) {
+            refuse_all(all, &one, refusal);
+            continue;
+        }
+        device_times took = {0};
+        if (all->trails) took = device_took(all->device, one.slot);
         for (work *of = one.works, *next; of; of = next) {
             next = of->next;
             of->trail.done_us = all->turned_us;
             of->trail.took = took;
-            if (refusal)
-                refuse(all, of, refusal);
-            else
-                reply(all, of, of->slot < 0 ? 0 : own_rows(all, of));
+            reply(all, of, of->slot < 0 ? 0 : own_rows(all, of));
         }
-        if (refusal) continue;
-        /* Last: nobody waits for it. */
+        /* Last, unless trails say it: nobody waits for it. */
+        if (!all->trails) took = device_took(all->device, one.slot);
         *expected_us(&one) = all->took_us = took.compute_us;
         if (IS_SEVERAL(tag))
             count_several(all, tag, device_counts(all->device, one.slot), took.compute_us);
@@ -524,7 +524,9 @@ static void answer(answering *all, work *one) {
     int64_t rows = ROWS(one->tag), began_us = one->trail.received_us;
     float *answers = one->rows + one->capacity_rows * all->row_bytes / (int64_t)sizeof(float);
     gated_mlp_run(one->mlp, one->rows, answers, rows, all->scratch);
-    count(all, one->tag, rows, (uint64_t)(now_us() - began_us));
+    one->trail.done_us = now_us();
+    one->trail.took.compute_us = (uint32_t)(one->trail.done_us - began_us);
+    count(all, one->tag, rows, one->trail.took.compute_us);
     reply(all, one, (uint64_t)answers);
 }
 

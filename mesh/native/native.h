@@ -282,7 +282,7 @@ typedef struct {
 /* When a dispatch went through its stages, CLOCK_MONOTONIC. */
 typedef struct {
     uint64_t tag;
-    int64_t found_us, received_us, launched_us, done_us, sent_us;
+    int64_t found_us, received_us, done_us, sent_us;
     device_times took;
 } trail;
 
