@@ -133,8 +133,8 @@ class Side:
             began_s = time.perf_counter()
             self._engine.step()
             times.append(time.perf_counter() - began_s)
-        ends = [output for output in self._engine.take_outputs() if output.finish_reason]
-        wrong = [output.finish_reason for output in ends if output.finish_reason != "length"]
+        ends = [output.end for output in self._engine.take_outputs() if output.end]
+        wrong = [end.finish_reason for end in ends if end.finish_reason != "length"]
         if wrong:
             raise SystemExit(f"requests ended with {wrong}")
         tokens = [list(one.token_ids[one.num_prompt_tokens :]) for one in self._requests.values()]

@@ -202,6 +202,9 @@ class Dispatcher:
         if device.type == "cuda":
             self._use_driver(device)
         self._allocate(max_rows=wire.MAX_ROWS)
+        self.on_away: Callable[[], None] = lambda: None
+        """Called in every layer when rows have left and are about to be waited for: time for a
+        little of what nobody waits for."""
         self.on_late: Callable[[], None] = lambda: None
         """Called over and over while a step waits for rows that are late: a chance to pass on
         whom the :attr:`peers` are late of, and to drop them."""
@@ -352,6 +355,7 @@ class Dispatcher:
 
     def wait(self, pending: Pending) -> None:
         """Until every row of ``pending`` is back or void; frees its frames."""
+        self.on_away()
         started_s = time.monotonic()
         if not pending.waiting_since_s:
             pending.waiting_since_s = started_s
@@ -434,6 +438,7 @@ class Dispatcher:
             self.leave(placed, graph)
 
     def _wait_seat(self, seat: Seat, then: Seat | None = None, graph: int = 0) -> tuple[bool, bool]:
+        self.on_away()
         began_s = time.monotonic()
         came_and_left = seat.asks.wait(seat, self._awake_since_s, then, graph)
         self.expert_wait_s += self._note_look() - began_s

@@ -32,20 +32,22 @@ def to_batch(parts: MicroBatch, blocks: BlockAllocator) -> ForwardBatch:
     """Lay the parts end to end; each one's last row wants logits if it reaches the end."""
     token_ids = array("q")
     slices = []
-    logit_rows = []
-    for part in parts:
-        request, num_tokens = part
-        start = request.num_computed
-        stop = start + num_tokens
-        token_ids += request.token_ids[start:stop]
-        table = request.table.blocks[: blocks.blocks_for(stop)]
-        slices.append(SequenceSlice(start, num_tokens, table))
-        if part.wants_token:
+    logit_rows = array("q")
+    for request, num_tokens, wants_token in parts:
+        start, table = request.num_computed, request.table.blocks
+        if num_tokens == 1:
+            token_ids.append(request.token_ids[start])
+        else:
+            token_ids += request.token_ids[start : start + num_tokens]
+        if wants_token:
             logit_rows.append(len(token_ids) - 1)
+        else:
+            table = table[: blocks.blocks_for(start + num_tokens)]
+        slices.append(SequenceSlice(start, num_tokens, table))
     return ForwardBatch(
         tuple(slices),
         torch.frombuffer(token_ids, dtype=torch.int64),
-        torch.tensor(logit_rows, dtype=torch.int64),
+        torch.frombuffer(logit_rows, dtype=torch.int64) if logit_rows else torch.empty(0).long(),
     )
 
 

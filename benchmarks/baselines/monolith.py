@@ -43,6 +43,7 @@ class ExpertsHere:
     epoch = refused = replayed_rows = 0
     expert_wait_s = 0.0
     rows_by_expert: Mapping[Any, int] = {}
+    on_away = None
 
     def __init__(
         self,

@@ -6,19 +6,19 @@ Legend: T tokens of the step, N rows that need logits, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 
-@dataclass(frozen=True)
-class SequenceSlice:
+class SequenceSlice(NamedTuple):
     """The tokens of one sequence in a step: ``num_tokens`` new ones behind ``num_cached``."""
 
     num_cached: int
     num_tokens: int
     block_table: tuple[int, ...]
-    """KV blocks that hold positions 0 to num_cached + num_tokens - 1, in order."""
+    """KV blocks that hold positions 0 to num_cached + num_tokens - 1, in order. Of a sequence that
+    decodes, the same object from step to step until it has another block."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class ForwardBatch:
     token_ids_T: torch.Tensor
     """int64, on the CPU; the decoder moves it."""
     logit_rows_N: torch.Tensor
-    """int64: the rows of T whose logits are wanted, ascending."""
+    """int64: the rows of T whose logits are wanted, distinct and ascending."""
 
 
 class PendingExperts(Protocol):

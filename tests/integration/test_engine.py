@@ -20,6 +20,7 @@ from expert_worker.data_plane import DataPlane
 from expert_worker.expert_mlp import load_expert
 from expert_worker.expert_store import ExpertStore
 from gateway.engine import MAX_FAILURES, Engine, Forward
+from gateway.engine_outputs import message_of
 from gateway.engine_process import run_engine
 from gateway.ipc import FrameReader, encode_frame
 from gateway.kv_blocks import BlockAllocator
@@ -56,6 +57,7 @@ class LosableExperts:
         self.lost: set[ExpertId] = set()
         self.epoch = self.refused = self.replayed_rows = self.failovers = 0
         self.expert_wait_s = self.pause_s = 0.0
+        self.on_away: Callable[[], None] = lambda: None
         self.rows_by_expert: Counter[ExpertId] = Counter()
 
     def begin_step(self, num_micro_batches: int) -> None:
@@ -119,7 +121,8 @@ class Bench:
     def step(self) -> bool:
         self.now += 0.03
         did = self.engine.step()
-        for output in self.engine.take_outputs():
+        for each in self.engine.take_outputs():
+            output = message_of([each])
             assert output.request_id not in self.ends
             self.tokens.setdefault(output.request_id, []).extend(output.token_ids)
             if output.finish_reason:
@@ -330,7 +333,8 @@ def test_cancelling_and_refusing_are_said_once(model: Model) -> None:
     bench.engine.submit(request("a", range(9)))
     bench.engine.submit(request("a", range(9)))
     bench.engine.submit(request("too long", range(9), max_tokens=999))
-    refused = {output.request_id: output.error_code for output in bench.engine.take_outputs()}
+    outputs = [message_of([output]) for output in bench.engine.take_outputs()]
+    refused = {output.request_id: output.error_code for output in outputs}
     assert refused == {"a": "AlreadyExists", "too long": "InvalidInput"}
     bench.step()
     bench.engine.cancel(["a", "unknown", "a"])

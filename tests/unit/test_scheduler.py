@@ -294,7 +294,7 @@ class World:
         assert self.scheduler.num_running <= limits.max_running
         tokens: dict[Request, int] = {}
         void: dict[Request, MeshError] = {}
-        for request, num_tokens in parts:
+        for request, num_tokens, wants_token in parts:
             assert num_tokens > 0
             stop = request.num_computed + num_tokens
             prefix = tuple(request.token_ids[:stop])
@@ -307,7 +307,8 @@ class World:
                 self.written[self.position(request, position)] = value
             if is_void:
                 void[request] = UNAVAILABLE
-            elif stop == len(request.token_ids):
+            assert wants_token == (stop == len(request.token_ids))
+            if wants_token and not is_void:
                 tokens[request] = next_token(prefix)
         self.scheduler.advance(parts, tokens, void, now)
         for request in {*requests, *self.scheduler.expire(now)}:
