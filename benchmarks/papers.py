@@ -152,7 +152,7 @@ def monolith(settings: dict[str, Any], work: Work, where: str) -> dict[str, Any]
         if device.type == "cuda":
             graphs: Any = WholeStep(decoder, kv, experts, work.max_len)
             decoder.use_graphs(graphs)
-        side = Side(config, decoder, kv, experts, work, 1)
+        side = Side(config, decoder, kv, experts, work)
         return measure(side.run, work, 1)
 
 
