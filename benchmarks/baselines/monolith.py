@@ -127,7 +127,7 @@ class WholeStep:
 
     def start(self, batch: ForwardBatch, micro_batch: int) -> _Flight | None:
         count = len(batch.slices)
-        if any(one.num_tokens != 1 for one in batch.slices):
+        if len(batch.token_ids_T) > count:
             return None
         size = 1 << (count - 1).bit_length()
         if size not in self._found:

@@ -14,6 +14,7 @@ from torch import Tensor
 from gateway.model.batch import ForwardBatch
 
 BlockTable = tuple[int, ...]
+_NOBODY_41 = np.array([[0], [0], [-1], [0]], dtype=np.int32)
 
 
 class DecodeFacts:
@@ -27,6 +28,7 @@ class DecodeFacts:
 
         self.size = size
         self._on_host_4B = on_host(4, size)
+        self._as_array_4B = self._on_host_4B.numpy()
         self.facts_4B = torch.zeros(4, size, dtype=torch.int32, device=device)
         self.tables_BM = torch.zeros(size, width, dtype=torch.int32, device=device)
         self._tables_on_host_BM = np.zeros((size, width), dtype=np.int32)
@@ -61,9 +63,8 @@ class DecodeFacts:
         num_cached, _, tables = zip(*batch.slices, strict=True)
         if tables != tuple(self._tables[:count]):
             self._lay_out(tables)
-        facts_4B = self._on_host_4B.numpy()
-        facts_4B[:, count:] = [[0], [0], [-1], [0]]
-        tokens, positions, slots, lengths = facts_4B[:, :count]
+        self._as_array_4B[:, count:] = _NOBODY_41
+        tokens, positions, slots, lengths = self._as_array_4B[:, :count]
         tokens[:] = batch.token_ids_T.numpy()
         positions[:] = num_cached
         blocks, within = np.divmod(positions, block_size)
