@@ -178,8 +178,9 @@ class Engine:
     @torch.inference_mode()
     def _compute(self, parts: tuple[Part, ...], idle_since_s: float) -> _Computed:
         """Forward and sample."""
-        num_tokens = sum([part.num_tokens for part in parts])
-        micro_batches = split(parts) if num_tokens >= self._overlap_tokens else [parts]
+        micro_batches = [parts]
+        if sum([part.num_tokens for part in parts]) >= self._overlap_tokens:
+            micro_batches = split(parts)
         self._experts.begin_step(len(micro_batches))
         batches = [to_batch(micro_batch, self._scheduler.blocks) for micro_batch in micro_batches]
         self.launching()
@@ -203,18 +204,16 @@ class Engine:
         for request, error in void.items():
             if request.stall is None:
                 log.warning("request_stalled", request_id=request.request_id, why=str(error))
-        for request, _, _ in parts:
-            if request.stall is not None and request not in void:
-                stalled_s = round(now - request.stall.since_s, 3)
-                log.info("request_resumed", request_id=request.request_id, after_s=stalled_s)
         tokens = dict(zip(wanting, token_ids, strict=True))
         ended = []
         if NOT_A_NUMBER in token_ids:
             ended = [request for request, token in tokens.items() if token == NOT_A_NUMBER]
             for request in ended:
                 self._scheduler.fail(request, _nan_error(request))
-        ended += self._scheduler.advance(parts, tokens, void, now)
-        self._unsaid = computed, ended
+        advanced = self._scheduler.advance(parts, tokens, void, now)
+        for request, stalled_s in advanced.resumed:
+            log.info("request_resumed", request_id=request.request_id, after_s=round(stalled_s, 3))
+        self._unsaid = computed, ended + advanced.ended
 
     def catch_up(self) -> None:
         """Do what the last step left."""

@@ -157,8 +157,9 @@ class Request:
 
     def append(self, token_id: int) -> End | None:
         """Take the next output token; how the request ends with it, if it does."""
-        self.token_ids.append(token_id)
-        sampling, num_outputs = self.sampling, len(self.token_ids) - self.num_prompt_tokens
+        token_ids, sampling = self.token_ids, self.sampling
+        token_ids.append(token_id)
+        num_outputs = len(token_ids) - self.num_prompt_tokens
         if token_id in sampling.end_token_ids and num_outputs >= sampling.min_tokens:
             if token_id in sampling.eos_token_ids:
                 return End("stop")

@@ -51,6 +51,14 @@ class Part(NamedTuple):
     """Whether the step reaches the end of what is known, so that a token can be chosen."""
 
 
+class Advanced(NamedTuple):
+    """What a step changed."""
+
+    ended: list[Request]
+    resumed: list[tuple[Request, float]]
+    """Who was stalled before, and for how long."""
+
+
 @dataclass
 class Counts:
     """What happened since the start."""
@@ -79,6 +87,8 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
+        self._decoding: tuple[list[Request], list[Part]] = [], []
+        """Who decoded in the last step, and its parts: they mostly do again."""
         self._unpublished: list[Request] = []
         """Who had blocks filled since the last :meth:`publish`."""
         self._next_expiry_s = math.inf
@@ -158,10 +168,10 @@ class Scheduler:
 
     def schedule(self, now: float) -> tuple[Part, ...]:
         """The parts of the next step, at most one a request; empty when nothing can run."""
-        parts: list[Part] = []
         budget = self._limits.max_batch_tokens
         num_preemptions = self.counts.preemptions
         ready = [r for r in self._running if r.stall is None or r.stall.retry_at_s <= now]
+        decoding: list[Request] = []
         prefills: list[Request] = []
         running = State.RUNNING
         for request in ready:
@@ -173,8 +183,11 @@ class Scheduler:
                 and request.state is running
                 and (num_tokens <= request.table.num_positions or self._grow(request))
             ):
-                parts.append(Part(request, 1, True))
+                decoding.append(request)
                 budget -= 1
+        if decoding != self._decoding[0]:
+            self._decoding = decoding, [Part(request, 1, True) for request in decoding]
+        parts = list(self._decoding[1])
         # A later one may have been preempted for the sake of an earlier one.
         for request in prefills:
             if budget > 0 and request.state is running:
@@ -192,15 +205,17 @@ class Scheduler:
         tokens: Mapping[Request, int],
         void: Mapping[Request, ExpertUnavailable],
         now: float,
-    ) -> list[Request]:
-        """Take in what a step computed; the requests that ended with it.
+    ) -> Advanced:
+        """Take in what a step computed.
 
         ``tokens`` has the chosen token of each part that wants one; ``void`` the requests with
         a row that no expert answered. A void part did not happen: its keys and values are
         computed again, and it waits until it may be retried.
         """
         ended: list[Request] = []
-        counts, block_size, running = self.counts, self.blocks.block_size, State.RUNNING
+        resumed: list[tuple[Request, float]] = []
+        num_generated = 0
+        block_size, running = self.blocks.block_size, State.RUNNING
         for request, num_tokens, wants_token in parts:
             if request.state is not running:
                 continue
@@ -209,20 +224,22 @@ class Scheduler:
                 self._next_expiry_s = min(self._next_expiry_s, self._expiry_s(request))
                 continue
             if request.stall is not None:
-                counts.stalled_s += now - request.stall.since_s
+                resumed.append((request, now - request.stall.since_s))
                 request.stall = None
             num_computed = request.num_computed = request.num_computed + num_tokens
             if num_computed % block_size < num_tokens:
                 self._unpublished.append(request)
             if wants_token:
                 if num_computed == request.num_prompt_tokens:
-                    counts.prompt_tokens += num_computed
-                counts.generation_tokens += 1
+                    self.counts.prompt_tokens += num_computed
+                num_generated += 1
                 end = request.append(tokens[request])
                 if end is not None:
                     self._end(request, end)
                     ended.append(request)
-        return ended
+        self.counts.generation_tokens += num_generated
+        self.counts.stalled_s += sum(stalled_s for _, stalled_s in resumed)
+        return Advanced(ended, resumed)
 
     def publish(self) -> None:
         """Let newcomers find the blocks that were filled. It is done before anybody looks for

@@ -126,7 +126,7 @@ class WholeStep:
         self._found: dict[int, tuple[_Batch, torch.cuda.CUDAGraph, Tensor]] = {}
 
     def start(self, batch: ForwardBatch, micro_batch: int) -> _Flight | None:
-        count = len(batch.slices)
+        count = len(batch.num_tokens)
         if len(batch.token_ids_T) > count:
             return None
         size = 1 << (count - 1).bit_length()

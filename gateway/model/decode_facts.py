@@ -59,14 +59,13 @@ class DecodeFacts:
 
     def fill(self, batch: ForwardBatch, block_size: int) -> None:
         """Bring a batch to the device. Rows past it have no slot, no length and no experts."""
-        count = len(batch.slices)
-        num_cached, _, tables = zip(*batch.slices, strict=True)
-        if tables != tuple(self._tables[:count]):
-            self._lay_out(tables)
+        count = len(batch.num_tokens)
+        if batch.block_tables != self._tables[:count]:
+            self._lay_out(batch.block_tables)
         self._as_array_4B[:, count:] = _NOBODY_41
         tokens, positions, slots, lengths = self._as_array_4B[:, :count]
         tokens[:] = batch.token_ids_T.numpy()
-        positions[:] = num_cached
+        positions[:] = batch.num_cached
         blocks, within = np.divmod(positions, block_size)
         slots[:] = self._tables_on_host_BM[self._rows_B[:count], blocks] * block_size + within
         lengths[:] = positions + 1

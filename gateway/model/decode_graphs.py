@@ -107,7 +107,7 @@ class DecodeGraphs:
 
     def start(self, batch: ForwardBatch, micro_batch: int) -> GraphedBatch | None:
         """The batch on its way through graphs; None where it is none for them."""
-        count = len(batch.slices)
+        count = len(batch.num_tokens)
         if not self._possible or count > _MAX_BATCH:
             return None
         if len(batch.token_ids_T) > count:

@@ -17,7 +17,7 @@ def batch_of(*sequences: tuple[int, tuple[int, ...]]) -> ForwardBatch:
     """Of sequences by position and blocks; the token of each is 100 + its row."""
     slices = tuple(SequenceSlice(position, 1, table) for position, table in sequences)
     rows = torch.arange(len(slices))
-    return ForwardBatch(slices, rows + 100, rows)
+    return ForwardBatch.of(slices, rows + 100, rows)
 
 
 def check(facts: DecodeFacts, batch: ForwardBatch) -> None:
