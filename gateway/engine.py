@@ -179,7 +179,7 @@ class Engine:
     def _compute(self, parts: tuple[Part, ...], idle_since_s: float) -> _Computed:
         """Forward and sample."""
         micro_batches = [parts]
-        if sum([part.num_tokens for part in parts]) >= self._overlap_tokens:
+        if sum([num_tokens for _, num_tokens, _ in parts]) >= self._overlap_tokens:
             micro_batches = split(parts)
         self._experts.begin_step(len(micro_batches))
         batches = [to_batch(micro_batch, self._scheduler.blocks) for micro_batch in micro_batches]

@@ -170,11 +170,12 @@ class Scheduler:
         """The parts of the next step, at most one a request; empty when nothing can run."""
         budget = self._limits.max_batch_tokens
         num_preemptions = self.counts.preemptions
-        ready = [r for r in self._running if r.stall is None or r.stall.retry_at_s <= now]
         decoding: list[Request] = []
         prefills: list[Request] = []
         running = State.RUNNING
-        for request in ready:
+        for request in tuple(self._running):
+            if request.stall is not None and request.stall.retry_at_s > now:
+                continue
             num_tokens = len(request.token_ids)
             if num_tokens - request.num_computed > 1:
                 prefills.append(request)

@@ -187,6 +187,23 @@ def test_a_sampler_that_forgot_a_request_goes_on_as_if_it_had_not() -> None:
     assert generate(request, Sampler(), [], 10) == whole
 
 
+def test_requests_that_come_and_go_do_not_change_what_others_wish() -> None:
+    greedy, seeded = make_request(temperature=0.0, logprobs=1), make_request(seed=3, top_k=2)
+    early = make_request(temperature=0.0, min_tokens=9, eos_token_ids=frozenset({EOS, V + 5}))
+    punished = make_request([EOS], seed=4, repetition_penalty=1.5)
+    sampler = Sampler()
+    for batch in (
+        [greedy],
+        [greedy, early],
+        [early],
+        [seeded, early],
+        [seeded, punished],
+        [greedy],
+    ):
+        logits = [(np.random.default_rng(len(batch)).normal(size=V)).tolist() for _ in batch]
+        assert sample(logits, batch, sampler) == sample(logits, batch)
+
+
 def test_draws_follow_the_distribution() -> None:
     probs = [0.5, 0.25, 0.125, 0.0625, 0.0625]
     logits = [math.log(p) for p in probs]
