@@ -28,7 +28,7 @@ from mesh import native, wire
 from mesh.plan import ExpertId
 from mesh.transport.base import Asking, Request
 
-MAX_ROWS = 8192
+MAX_ROWS = 16384
 """Of a seat: up to here, comparing every pair of rows takes little beside their experts."""
 _PICK_EVERY = 64
 """After so many uses replicas are picked again; more where there are more, for what that takes."""
