@@ -284,8 +284,8 @@ class Asks:
     @property
     def posted_s(self) -> float:
         """What posting took, of all seats since the start."""
-        now_ns = sum(seat.record.posted_ns for seat in self._seats.values())
-        return (self._past_posted_ns + now_ns) / 1e9
+        posted_ns: int = sum(seat.record.posted_ns for seat in self._seats.values())
+        return (self._past_posted_ns + posted_ns) / 1e9
 
     def take_rows(self) -> Iterator[tuple[ExpertId, int]]:
         """Rows that each expert was sent since the last call."""
