@@ -87,6 +87,8 @@ def serving(flags: Sequence[str]) -> Iterator[dict[str, Any]]:
     """A mesh for the length of a block; what it says when it is ready. No process of it is left."""
     command = [sys.executable, "-m", "cli.main", "up", "--json", *flags]
     up = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    root = psutil.Process(up.pid)
+    family = {root}
     try:
         assert up.stdout is not None
         for line in up.stdout:
@@ -95,18 +97,17 @@ def serving(flags: Sequence[str]) -> Iterator[dict[str, Any]]:
                 break
         else:
             raise SystemExit(f"the mesh did not start: up ended with {up.wait()}")
+        family |= {*root.children(recursive=True)}
         yield said
     finally:
-        _end(up)
+        if up.poll() is None:
+            family |= {*root.children(recursive=True)}
+            up.terminate()
+        _end(up, family)
 
 
-def _end(up: subprocess.Popen[str]) -> None:
-    """Ask it to end, and kill what has not."""
-    family: list[psutil.Process] = []
-    if up.poll() is None:
-        root = psutil.Process(up.pid)
-        family = [root, *root.children(recursive=True)]
-        up.terminate()
+def _end(up: subprocess.Popen[str], family: set[psutil.Process]) -> None:
+    """What has been asked to: what has not after a while is killed."""
     _, alive = psutil.wait_procs(family, timeout=_END_S)
     for process in alive:
         process.kill()

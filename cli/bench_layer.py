@@ -266,12 +266,12 @@ def _measure(
     errors = [checked(step)]
     posts = []
 
-    def run() -> None:
+    def noted() -> None:
         before_s = dispatcher.posted_s
         step.run()
         posts.append((dispatcher.posted_s - before_s) * 1e6)
 
-    ours = layer_times.each(run, device, repeat)
+    ours = layer_times.each(noted, device, repeat)
     errors.append(checked(step))
     chain = Step(dispatcher, [(x_TD, ids_TK, weights_TK)])
     chained = layer_times.chained(chain.run_on, device, repeat)
