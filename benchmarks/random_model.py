@@ -43,13 +43,14 @@ class RandomCheckpoint:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """Ones for a norm, else normal and scaled so that activations stay about one."""
+        """Ones for a norm, else normal and scaled so that activations stay about one; numbers that
+        bfloat16 has, as in checkpoints."""
         if "norm" in name:
             return torch.ones(shape, device=self._device, dtype=dtype)
         generator = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()))
         made = torch.empty(shape, device=self._device)
         made.normal_(std=0.02 if "embed" in name else shape[-1] ** -0.5, generator=generator)
-        return made.to(dtype or torch.float32)
+        return made.bfloat16().to(dtype or torch.float32)
 
     def slice(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """A tensor to take a part of."""

@@ -22,8 +22,10 @@ class Launcher:
     """One kernel, whose arguments are tensors, then ``varying`` integers, then ``fixed`` ones, then
     constants. The varying ones must be named in the kernel's ``do_not_specialize``."""
 
-    def __init__(self, kernel: Any) -> None:
+    def __init__(self, kernel: Any, **options: Any) -> None:
+        """``options`` are Triton's own, such as ``num_warps``."""
         self._kernel = kernel
+        self._options = options
         self._launches: dict[tuple[Any, ...], Callable[..., None] | None] = {}
 
     def __call__(
@@ -51,7 +53,7 @@ class Launcher:
         launch = self._launches.get(key)
         if launch is None:
             # None comes of Triton's interpreter, which has no variants.
-            variant = self._kernel[grid](*tensors, *varying, *fixed, *constants)
+            variant = self._kernel[grid](*tensors, *varying, *fixed, *constants, **self._options)
             self._launches[key] = None if variant is None else _launch_of(variant)
         else:
             launch(grid, _stream_of(first.device.index), *addresses, *varying, *fixed, *constants)

@@ -41,13 +41,16 @@ class Linear:
             native.short.linear_free(self._handle)
 
     def __call__(self, x_RI: Tensor, plus_RO: Tensor | None = None) -> Tensor:
-        """``y_RO``, with the bias, and with ``plus_RO`` added where it is given."""
+        """``y_RO``, with the bias, and with ``plus_RO`` added where it is given; it may be ``y_RO``
+        then, overwritten."""
         if self._handle is not None:
             y_RO = self._multiply(self._handle, x_RI, plus_RO)
         elif plus_RO is None:
             return F.linear(x_RI, self._weight_OI, self._bias_O)
         else:
-            y_RO = torch.addmm(plus_RO, x_RI, self._weight_OI.t())
+            # On a GPU, a copy of it would be a kernel more.
+            out_RO = plus_RO if plus_RO.is_cuda else None
+            y_RO = torch.addmm(plus_RO, x_RI, self._weight_OI.t(), out=out_RO)
         return y_RO if self._bias_O is None else y_RO.add_(self._bias_O)
 
     def _multiply(self, handle: int, x_RI: Tensor, plus_RO: Tensor | None) -> Tensor:

@@ -87,7 +87,7 @@ class _Batch:
         self.tables: list[tuple[int, ...]] = [()] * size
         self.num_blocks = 0
         self.segments: list[_Segment] = []
-        self.kept: list[Tensor] = []
+        self.kept: Tensor | None = None
         """What several segments read: were it freed, the next graph would overwrite it."""
 
     @property
@@ -222,8 +222,7 @@ class _Capturing:
         self._decoding = Decoding(
             graphs._kv, batch.facts_4B[2], batch.tables_BM, batch.lengths_B, longest
         )
-        self._valid_B1 = self._cis_T1C = torch.empty(0)
-        self._no_expert = graphs._decoder.config.num_experts
+        self._cis_T1C = torch.empty(0)
 
     def run(self) -> None:
         """Leaves the segments in the batch."""
@@ -253,10 +252,9 @@ class _Capturing:
                 )
                 normed_TD = layer.mlp_norm(x_TD)
                 if layer.router is not None:
-                    ids_TK, weights_TK = layer.router(normed_TD)
-                    ids_TK = torch.where(self._valid_B1, ids_TK, self._no_expert)
+                    chosen = layer.router(normed_TD, self._batch.lengths_B)
                     made["placed"] = self._experts.place(
-                        number, self._micro_batch, normed_TD, ids_TK, weights_TK
+                        number, self._micro_batch, normed_TD, *chosen
                     )
                 elif layer.dense is not None:
                     x_TD = x_TD + layer.dense(normed_TD)
@@ -278,11 +276,9 @@ class _Capturing:
         )
 
     def _begin(self) -> Tensor:
-        """The first segment's own: embeddings, rotations, and which rows are there."""
+        """The first segment's own: embeddings and rotations."""
         batch = self._batch
-        self._valid_B1 = batch.lengths_B[:, None] > 0
-        self._cis_T1C = self._decoder.rope(batch.positions_B)
-        batch.kept = [self._valid_B1, self._cis_T1C]
+        self._cis_T1C = batch.kept = self._decoder.rope(batch.positions_B)
         return F.embedding(batch.tokens_B, self._decoder.embedding_VD)
 
     def _come_back(self, before: _Segment) -> Tensor:

@@ -1,8 +1,9 @@
-"""Kernels in Triton of the attention. Imported only where there is a GPU.
+"""Kernels in Triton of attention, norm and router. Imported only where there is a GPU.
 
 Legend: T tokens, B sequences, M blocks of the longest, H heads, J heads of keys and values,
 G = H / J queries of one such head, K size of a key, V size of a value, C = K / 2 turning pairs,
-S rows of the cache, X width of queries, keys and values together, W width of a row.
+S rows of the cache, X width of queries, keys and values together, W width of a row; of the router
+D hidden size, E experts, K experts of a token.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from mesh.launch import Launcher
 
 _PAIRS = 512
 _POSITIONS = 64
@@ -270,3 +273,161 @@ def paged_decode(
         num_warps=1 if splits <= 4 else 4,
     )
     return out_BHV
+
+
+@triton.jit
+def _rms_norm_kernel(x, weight, out, width, eps: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    value = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
+    weighed = value * scale * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * width + column, weighed, mask=inside)
+
+
+_launch_rms_norm = Launcher(_rms_norm_kernel, num_warps=8)
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x²) + eps) * weight`` of each row, in float32; both contiguous."""
+    out_TD = torch.empty_like(x_TD)
+    num_rows, width = x_TD.shape
+    _launch_rms_norm(
+        (num_rows, 1),
+        (x_TD, weight_D, out_TD),
+        fixed=(width,),
+        constants=(eps, triton.next_power_of_2(width)),
+    )
+    return out_TD
+
+
+MAX_SCORED_EXPERTS = 16
+MAX_SCORED_TOKENS = 256
+"""Up to here :func:`choose` scores experts itself: each token reads all of the router's weights."""
+
+
+@triton.jit
+def _choose_kernel(
+    scored,
+    router,
+    bias,
+    correction,
+    there,
+    ids,
+    weights,
+    num_experts,
+    width,
+    scale: tl.constexpr,
+    CHOICES: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    CHOICES_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCORING: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    OF_CHOSEN: tl.constexpr,
+    BIAS: tl.constexpr,
+    CORRECTED: tl.constexpr,
+    THERE: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, EXPERTS)
+    is_one = expert < num_experts
+    if BLOCK > 0:
+        column = tl.arange(0, BLOCK)
+        inside = column < width
+        value = tl.load(scored + token * width + column, mask=inside, other=0.0).to(tl.float32)
+        logit = tl.zeros([EXPERTS], dtype=tl.float32)
+        for e in range(0, num_experts):
+            row = tl.load(router + e * width + column, mask=inside, other=0.0).to(tl.float32)
+            logit = tl.where(expert == e, tl.sum(value * row, axis=0), logit)
+        if BIAS:
+            logit += tl.load(bias + expert, mask=is_one, other=0.0)
+    else:
+        logit = tl.load(scored + token * num_experts + expert, mask=is_one, other=0.0)
+    # Whatever came in, what goes out are experts that there are.
+    logit = tl.where(logit == logit, logit, 0.0)
+    if OF_CHOSEN:
+        score = logit
+    elif SCORING == "softmax":
+        best = tl.max(tl.where(is_one, logit, -float("inf")), axis=0)
+        score = tl.where(is_one, tl.exp(logit - best), 0.0)
+        score = score / tl.sum(score, axis=0)
+    else:
+        score = 1.0 / (1.0 + tl.exp(-logit))
+    rank = score
+    if CORRECTED:
+        rank += tl.load(correction + expert, mask=is_one, other=0.0)
+    rank = tl.where(is_one, rank, -float("inf"))
+    choice = tl.arange(0, CHOICES_PAD)
+    chosen = tl.zeros([CHOICES_PAD], dtype=tl.int32)
+    weight = tl.full([CHOICES_PAD], -float("inf") if OF_CHOSEN else 0.0, dtype=tl.float32)
+    for k in tl.static_range(CHOICES):
+        best_expert = tl.argmax(rank, axis=0).to(tl.int32)
+        its_score = tl.sum(tl.where(expert == best_expert, score, 0.0), axis=0)
+        chosen = tl.where(choice == k, best_expert, chosen)
+        weight = tl.where(choice == k, its_score, weight)
+        rank = tl.where(expert == best_expert, -float("inf"), rank)
+    if OF_CHOSEN:
+        weight = tl.exp(weight - tl.max(weight, axis=0))
+        weight = weight / tl.sum(weight, axis=0)
+    elif NORMALIZE:
+        # DeepSeek-V3's own guard against a row of zeros.
+        weight = weight / (tl.sum(weight, axis=0) + 1e-20)
+    if THERE:
+        chosen = tl.where(tl.load(there + token) > 0, chosen, num_experts)
+    mine = choice < CHOICES
+    tl.store(ids + token * CHOICES + choice, chosen.to(tl.int64), mask=mine)
+    tl.store(weights + token * CHOICES + choice, weight * scale, mask=mine)
+
+
+_launch_choose = Launcher(_choose_kernel, num_warps=8)
+
+
+def choose(
+    scored: Tensor,
+    router_ED: Tensor | None,
+    top_k: int,
+    *,
+    scoring: str,
+    normalize: bool,
+    scale: float,
+    num_experts: int,
+    bias_E: Tensor | None = None,
+    correction_E: Tensor | None = None,
+    there_T: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``ids_TK`` (int64) and ``weights_TK`` (float32) of each token's K best experts.
+
+    ``scored`` is ``logits_TE`` in float32 or, with the router's weights (and bias), ``x_TD``.
+    Tokens whose ``there_T`` (int32) is 0 go to nobody: to an id past the experts.
+    """
+    num_tokens = len(scored)
+    ids_TK = torch.empty(num_tokens, top_k, dtype=torch.int64, device=scored.device)
+    weights_TK = torch.empty(num_tokens, top_k, dtype=torch.float32, device=scored.device)
+    width = scored.shape[1]
+    _launch_choose(
+        (num_tokens, 1),
+        (
+            scored,
+            *(scored if t is None else t for t in (router_ED, bias_E, correction_E, there_T)),
+            ids_TK,
+            weights_TK,
+        ),
+        fixed=(num_experts, width),
+        constants=(
+            scale,
+            top_k,
+            max(16, triton.next_power_of_2(num_experts)),
+            max(16, triton.next_power_of_2(top_k)),
+            0 if router_ED is None else triton.next_power_of_2(width),
+            scoring,
+            normalize,
+            # A softmax over all, normalized over the chosen, is the softmax over the chosen.
+            scoring == "softmax" and normalize,
+            bias_E is not None and router_ED is not None,
+            correction_E is not None,
+            there_T is not None,
+        ),
+    )
+    return ids_TK, weights_TK

@@ -25,16 +25,62 @@ class Router:
     ) -> None:
         self._config = config
         self._top_k = experts_per_token
-        self._score = Linear(weight_ED.float(), None if bias_E is None else bias_E.float())
+        self._weight_ED = weight_ED.float()
+        self._bias_E = None if bias_E is None else bias_E.float()
+        self._score = Linear(self._weight_ED, self._bias_E)
         self._correction_E = None if correction_E is None else correction_E.float()
         # A softmax over all, normalized over the chosen, is the softmax over the chosen.
         self._softmax_of_chosen = (
             config.scoring == "softmax" and config.normalize and config.num_groups == 1
         )
+        narrow_ED = self._weight_ED.bfloat16()
+        self._narrow_ED = (
+            narrow_ED
+            if weight_ED.is_cuda and torch.equal(narrow_ED.float(), self._weight_ED)
+            else None
+        )
+        """The same weights, where bfloat16 has them all: their products are exact in float32."""
 
-    def __call__(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """``expert_ids_TK`` (int64) and ``weights_TK`` (float32)."""
-        logits_TE = self._score(x_TD.float())
+    def __call__(self, x_TD: Tensor, there_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``expert_ids_TK`` (int64) and ``weights_TK`` (float32).
+
+        Rows whose ``there_T`` (int32) is 0 are nobody's: their ids are past the experts.
+        """
+        if x_TD.is_cuda and self._config.num_groups == 1:
+            return self._choose_on_gpu(x_TD, there_T)
+        ids_TK, weights_TK = self._choose_by_torch(self._logits(x_TD))
+        if there_T is not None:
+            ids_TK = ids_TK.where(there_T[:, None] > 0, len(self._weight_ED))
+        return ids_TK, weights_TK
+
+    def _logits(self, x_TD: Tensor) -> Tensor:
+        if self._narrow_ED is None or x_TD.dtype != self._narrow_ED.dtype:
+            return self._score(x_TD.float())
+        logits_TE = torch.mm(x_TD, self._narrow_ED.t(), out_dtype=torch.float32)
+        return logits_TE if self._bias_E is None else logits_TE.add_(self._bias_E)
+
+    def _choose_on_gpu(self, x_TD: Tensor, there_T: Tensor | None) -> tuple[Tensor, Tensor]:
+        from gateway.model import gpu_kernels
+
+        config, num_experts = self._config, len(self._weight_ED)
+        score_here = (
+            num_experts <= gpu_kernels.MAX_SCORED_EXPERTS
+            and len(x_TD) <= gpu_kernels.MAX_SCORED_TOKENS
+        )
+        return gpu_kernels.choose(
+            x_TD.contiguous() if score_here else self._logits(x_TD),
+            self._weight_ED if score_here else None,
+            self._top_k,
+            scoring=config.scoring,
+            normalize=config.normalize,
+            scale=config.scale,
+            num_experts=num_experts,
+            bias_E=self._bias_E,
+            correction_E=self._correction_E,
+            there_T=there_T,
+        )
+
+    def _choose_by_torch(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
         if self._softmax_of_chosen:
             chosen_TK, ids_TK = logits_TE.topk(self._top_k, dim=-1)
             weights_TK = chosen_TK.softmax(dim=-1)

@@ -12,7 +12,10 @@ enum { PART_OF_STEP = 8, PART_OF_BATCH = 1 };
 
 void company_came(pace *one, int32_t layer, int64_t now) {
     if (layer <= one->layer || !one->came_us) {
-        one->period_us = one->came_us ? now - one->step_us : 0;
+        int64_t period_us = one->came_us ? now - one->step_us : 0;
+        /* Steps out of step take longer: they must not look like another pace. */
+        int64_t most_us = one->period_us + one->period_us / PART_OF_STEP;
+        one->period_us = most_us && most_us < period_us ? most_us : period_us;
         one->step_us = now;
     }
     one->layer = layer;

@@ -10,9 +10,11 @@ triton = pytest.importorskip("triton", reason="kernels are written in Triton")
 
 from gateway.asking import Tables
 from gateway.gpu_kernels import combine, place, scatter, sort_by_expert
-from gateway.model.gpu_kernels import num_splits, paged_decode, turn_and_store
+from gateway.model.gpu_kernels import num_splits, paged_decode, rms_norm, turn_and_store
 from gateway.model.rope import rotate_
+from gateway.model.router import Router
 from mesh.gpu_kernels import gated
+from mesh.model_config import RouterConfig
 from tests.gpu.device import DEVICE, DTYPES, close
 
 BLOCK = 16
@@ -25,6 +27,44 @@ def test_gated_is_activation_times_up(dtype: torch.dtype, rows: int, hidden: int
     gate, up = gate_up.chunk(2, dim=-1)
     close(gated(gate_up, "silu"), F.silu(gate) * up)
     close(gated(gate_up, "gelu_new"), F.gelu(gate, approximate="tanh") * up)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 4096), (33, 100), (700, 2048)])
+def test_a_row_is_normed_in_float32(dtype: torch.dtype, rows: int, width: int) -> None:
+    x = torch.randn(rows, width, device=DEVICE, dtype=dtype)
+    weight = torch.randn(width, device=DEVICE, dtype=dtype)
+    close(rms_norm(x, weight, 1e-5), F.rms_norm(x, (width,), weight, 1e-5))
+
+
+@pytest.mark.parametrize("tokens", [1, 128, 700])
+@pytest.mark.parametrize(
+    ("experts", "top_k", "config"),
+    [
+        (1, 1, RouterConfig(normalize=True)),
+        (16, 2, RouterConfig(normalize=True, bias=True)),
+        (60, 4, RouterConfig()),
+        (128, 8, RouterConfig(scoring="sigmoid", normalize=True, correction_bias=True, scale=2.5)),
+        (8, 2, RouterConfig(scoring="sigmoid", correction_bias=True)),
+    ],
+)
+def test_experts_are_chosen_as_on_a_cpu(
+    tokens: int, experts: int, top_k: int, config: RouterConfig
+) -> None:
+    x_TD = torch.randn(tokens, 256).bfloat16()
+    weight_ED = torch.randn(experts, 256).bfloat16() / 16
+    bias_E = torch.randn(experts) if config.bias else None
+    correction_E = torch.randn(experts) / 8 if config.correction_bias else None
+    there_T = (torch.arange(tokens, dtype=torch.int32) % 3).clamp(max=1)
+    want_ids, want_weights = Router(config, top_k, weight_ED, bias_E, correction_E)(x_TD, there_T)
+    on_gpu = [None if t is None else t.to(DEVICE) for t in (weight_ED, bias_E, correction_E)]
+    assert on_gpu[0] is not None
+    ids, weights = Router(config, top_k, on_gpu[0], *on_gpu[1:])(
+        x_TD.to(DEVICE), there_T.to(DEVICE)
+    )
+    assert torch.equal(ids.cpu(), want_ids)
+    assert (want_ids[::3] == experts).all()
+    torch.testing.assert_close(weights.cpu(), want_weights, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("tokens", "choices", "experts"), [(1, 2, 4), (33, 8, 128), (700, 4, 40)])

@@ -133,3 +133,18 @@ def test_who_has_another_pace_costs_little(attend: int) -> None:
     mesh = Mesh([Gateway(*one) for one in gateways]).run(60 * STEP)
     alone = Mesh([Gateway(*one) for one in gateways], waits=False).run(60 * STEP)
     assert mesh.pace_of(0) < 1.02 * alone.pace_of(0)
+
+
+def test_a_step_that_took_half_as_long_again_is_no_other_pace() -> None:
+    """Two that were out of step for once: the early one still waits for the other."""
+    early, late = native.Pace(), native.Pace()
+    paces = (ctypes.c_void_p * 2)(ctypes.addressof(early), ctypes.addressof(late))
+    for began in (1000, 15000, 29000):
+        native.short.company_came(early, 0, began)
+        native.short.company_came(late, 0, began + 500)
+        native.short.company_came(early, 1, began + 800)
+        native.short.company_came(late, 1, began + 1300)
+    native.short.company_came(late, 0, 50500)
+    native.short.company_came(late, 1, 51300)
+    native.short.company_came(early, 0, 64000)
+    assert native.short.company_until(early, paces, 2, EXPERT, 64000) > 64000
