@@ -29,7 +29,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -107,10 +107,15 @@ def serving(flags: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def _end(up: subprocess.Popen[str], family: set[psutil.Process]) -> None:
-    """What has been asked to: what has not after a while is killed."""
-    _, alive = psutil.wait_procs(family, timeout=_END_S)
-    for process in alive:
-        process.kill()
+    """What has been asked to: what has not after a while, or a second Ctrl-C, is killed."""
+    signal.setitimer(signal.ITIMER_REAL, 0.0)  # no more than now can it be too late
+    alive = [*family]
+    try:
+        _, alive = psutil.wait_procs(family, timeout=_END_S)
+    finally:
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
     up.wait()
     assert up.stdout is not None
     up.stdout.close()
