@@ -46,6 +46,7 @@ from benchmarks.work import prompt
 from cli import engine_time
 from cli.bench import loads_table, parse_loads
 from expert_mesh import Client
+from mesh.config import GatewayConfig
 from mesh.device import open_device
 
 DEMO = "demo"
@@ -245,8 +246,9 @@ def measure_model(
         began_s = time.monotonic()
         words = ["--model", str(model), "--device", device, "--workers", str(workers)]
         words += ["--experts-per-worker", str(experts_each), "--gateways", str(gateways)]
-        words += ["--max-running", str(max(64, most))]
-        words += ["--max-batch-tokens", str(max(512 if device == "cpu" else 2048, most))]
+        usual = GatewayConfig(device=device)
+        words += ["--max-running", str(max(usual.max_running, most))]
+        words += ["--max-batch-tokens", str(max(usual.max_batch_tokens, most))]
         # Else a second answer would be computed another way than the first.
         words += ["--no-prefix-cache", *flags]
         with serving(words) as ready:
