@@ -217,6 +217,7 @@ class Seat(Structure):
         ("num_experts", c_int32),
         ("num_asks", c_int32),
         ("sent_us", c_int64),
+        ("posted_ns", c_int64),
     ]
 
 

@@ -125,6 +125,7 @@ EXPORT int32_t postbox_progress(postbox *box);
 /* 1 when a message is there that no receive was posted for; `remove` takes it off the queue. */
 EXPORT int32_t postbox_probe(postbox *box, int32_t remove, arrival *found);
 EXPORT int64_t now_us(void); /* CLOCK_MONOTONIC */
+int64_t now_ns(void);
 /* 1 when it is safe to sleep until UCX's descriptor is readable. */
 EXPORT int32_t postbox_arm(postbox *box);
 /* Give way once: yield for the first spin_us of idleness, then sleep until UCX has work. 0 when
@@ -369,6 +370,7 @@ typedef struct { /* a layer of a micro-batch */
     uint64_t row_bytes;
     int32_t num_experts, num_asks;
     int64_t sent_us;
+    int64_t posted_ns; /* what posting took, all times together */
 } seat;
 
 typedef struct {
