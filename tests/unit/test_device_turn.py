@@ -349,7 +349,7 @@ def test_what_is_too_large_to_be_computed_with_another_gateways_is_answered_with
     known = worker.dispatch(0, 1, rows(1))
     worker.turn_until(lambda: known.answered)
     # While this one is expected to take long, the others wait for it and for each other.
-    worker.dispatch(3, 1, rows(1))
+    slow = worker.dispatch(3, 1, rows(1))
     worker.turn_until(lambda: worker.answering.computing == 1)
     one = worker.dispatch(1, 0, rows(300, 5))
     worker.turn_until(lambda: worker.answering.computing == 2)
@@ -364,7 +364,7 @@ def test_what_is_too_large_to_be_computed_with_another_gateways_is_answered_with
     else:
         worker.turn_until(lambda: one.answered)
     worker.allow(4)
-    worker.turn_until(lambda: one.answered and other.answered)
+    worker.turn_until(lambda: slow.answered and one.answered and other.answered)
     assert torch.equal(one.y_RD, 2 * rows(300, 5))
     assert torch.equal(other.y_RD, 2 * rows(300, 6))
 
@@ -537,7 +537,7 @@ def test_a_data_plane_counts_what_the_device_did_and_refuses_what_it_failed_at(
     session = plane.connect("g", gateway.address, REPLY_SESSION)
     x_RD, y_RD = rows(1), torch.zeros(1, WIDTH)
     key = (3, 0, 0, 1)
-    tag = wire.encode(wire.Kind.REPLY, REPLY_SESSION + gateway, *key)
+    tag = wire.encode(wire.Kind.REPLY, REPLY_SESSION, *key)
     reply = endpoint.post_receive(gateway.wrap(y_RD), tag)
     endpoint.send(gateway.wrap(x_RD), wire.encode(wire.Kind.DISPATCH, session, *key))
     refused = None
