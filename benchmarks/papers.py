@@ -286,7 +286,7 @@ def main(
     only: Annotated[bool, typer.Option(help="One side of one model, in this process.")] = False,
 ) -> None:
     """Compare, and print a line for each side."""
-    work = Work(8, 10_000, 1_000, 66, (1, 32, 128), 10_240)
+    work = Work(8, 10_000, 1_000, 66, (1, 32, 128), 10_000)
     if quick:
         work = Work(2, 200, 50, 10, (1, 4), 512)
     quiet()
