@@ -355,6 +355,22 @@ def test_generation_config_overrules_the_end_of_text(tmp_path):
     assert ModelConfig.from_hf(tmp_path).eos_token_ids == (2,)
 
 
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("wrong", ["32000", "-1", "[2, 32000]", "[[2]]", "true", '"</s>"'])
+def test_an_end_of_text_outside_the_vocabulary_is_refused(tmp_path, file, wrong):
+    config = write(tmp_path, COMMON | HUB["janus"]) / file
+    values = json.loads(config.read_text()) if config.exists() else {}
+    config.write_text(json.dumps(values | {"eos_token_id": json.loads(wrong)}))
+    with pytest.raises(CheckpointError, match=rf"/{file}: eos_token_id is .*, 0 to 31999"):
+        ModelConfig.from_hf(tmp_path)
+
+
+def test_a_null_end_of_text_is_none(tmp_path):
+    read(tmp_path, "janus")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": null}')
+    assert ModelConfig.from_hf(tmp_path).eos_token_ids == ()
+
+
 def test_the_fingerprint_follows_config_and_weights(tmp_path):
     first = read(tmp_path, "janus").fingerprint
     assert len(first) == 16
