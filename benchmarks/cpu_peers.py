@@ -90,7 +90,7 @@ def floor_tpot_s(model: Path, concurrency: int, steps: int) -> float:
         times_s = []
         for step in range(steps):
             cached, new = (0, INPUT_LEN) if step == 0 else (INPUT_LEN + step - 1, 1)
-            batch = ForwardBatch(
+            batch = ForwardBatch.of(
                 tuple(SequenceSlice(cached, new, table) for table in tables),
                 torch.randint(config.vocab_size, (concurrency * new,)),
                 torch.arange(new - 1, concurrency * new, new),
@@ -168,7 +168,7 @@ def run_mesh(target: str, tasks: list[Task], concurrency: int) -> dict[str, floa
 
     async def measure() -> dict[str, Any]:
         async with AsyncClient(target) as client:
-            return summarize(*await run(client, tasks, concurrency=concurrency), None)
+            return summarize(*await run([client], tasks, concurrency=concurrency), None)
 
     report = asyncio.run(measure())
     if report["failed"]:

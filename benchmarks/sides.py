@@ -23,6 +23,7 @@ from gateway.model.kv_cache import KvCache
 from gateway.request import Request, Sampling
 from gateway.sampler import Sampler
 from gateway.scheduler import Limits, Scheduler
+from mesh.config import GatewayConfig
 from mesh.model_config import ModelConfig
 from protos import engine_pb2 as pb
 
@@ -92,7 +93,7 @@ class Side:
         kv: KvCache,
         experts: MeshExperts,
         work: Work,
-        micro_batches: int,
+        overlap_tokens: int | None = None,
     ) -> None:
         self._config, self._work = config, work
         self._requests: dict[int, Request] = {}
@@ -104,7 +105,7 @@ class Side:
             lambda batches, rows: decoder.forward(batches, kv, rows),
             experts,
             Sampler(),
-            overlap_tokens=1 if micro_batches == 2 else None,
+            overlap_tokens=overlap_tokens,
         )
 
     def run(self, count: int, length: int, num_new: int) -> list[Ran]:
@@ -133,8 +134,8 @@ class Side:
             began_s = time.perf_counter()
             self._engine.step()
             times.append(time.perf_counter() - began_s)
-        ends = [output for output in self._engine.take_outputs() if output.finish_reason]
-        wrong = [output.finish_reason for output in ends if output.finish_reason != "length"]
+        ends = [output.end for output in self._engine.take_outputs() if output.end]
+        wrong = [end.finish_reason for end in ends if end.finish_reason != "length"]
         if wrong:
             raise SystemExit(f"requests ended with {wrong}")
         tokens = [list(one.token_ids[one.num_prompt_tokens :]) for one in self._requests.values()]
@@ -171,7 +172,10 @@ def meshed(
     micro_batches: int,
     engines: int = 1,
 ) -> Iterator[Side]:
-    """One of so many gateways, over the workers that ``admit`` knows."""
+    """One of so many gateways, over the workers that ``admit`` knows.
+
+    With one micro-batch large steps are two, as in a gateway that is served.
+    """
     with (
         decoder_of(config, device, work, engines) as (decoder, kv),
         dispatcher_to(
@@ -187,4 +191,5 @@ def meshed(
             from gateway.model.decode_graphs import DecodeGraphs
 
             decoder.use_graphs(DecodeGraphs(decoder, kv, dispatcher, work.max_len))
-        yield Side(config, decoder, kv, dispatcher, work, micro_batches)
+        served = GatewayConfig(device=device.type).overlap_tokens
+        yield Side(config, decoder, kv, dispatcher, work, 1 if micro_batches == 2 else served)

@@ -202,6 +202,9 @@ class Dispatcher:
         if device.type == "cuda":
             self._use_driver(device)
         self._allocate(max_rows=wire.MAX_ROWS)
+        self.on_away: Callable[[], None] = lambda: None
+        """Called in every layer when rows have left and are about to be waited for: time for a
+        little of what nobody waits for."""
         self.on_late: Callable[[], None] = lambda: None
         """Called over and over while a step waits for rows that are late: a chance to pass on
         whom the :attr:`peers` are late of, and to drop them."""
@@ -211,6 +214,7 @@ class Dispatcher:
         self.failovers = 0
         self.expert_wait_s = 0.0
         self.pause_s = 0.0
+        self._posted_s = 0.0
 
     # Between steps.
 
@@ -279,6 +283,12 @@ class Dispatcher:
                 self._rows_by_expert[expert] += num_rows
         return self._rows_by_expert
 
+    @property
+    def posted_s(self) -> float:
+        """What it took, since the start, to post the messages of layers whose rows were laid out:
+        receives and sends, to all their workers. What is sent again is not in it."""
+        return self._posted_s + (0.0 if self._asks is None else self._asks.posted_s)
+
     def close(self) -> None:
         """End every endpoint."""
         self.peers.close()
@@ -335,7 +345,9 @@ class Dispatcher:
         pending.rows_TK = laid.scatter(
             x_TD, _rows_in_order(messages), headers, self._frames.send_RD
         )
+        began_s = time.perf_counter()
         self._post(pending, [(peer, runs) for peer, runs in messages if peer is not None])
+        self._posted_s += time.perf_counter() - began_s
         for peer, runs in messages:
             if peer is None:
                 for run in runs:
@@ -352,6 +364,7 @@ class Dispatcher:
 
     def wait(self, pending: Pending) -> None:
         """Until every row of ``pending`` is back or void; frees its frames."""
+        self.on_away()
         started_s = time.monotonic()
         if not pending.waiting_since_s:
             pending.waiting_since_s = started_s
@@ -434,6 +447,7 @@ class Dispatcher:
             self.leave(placed, graph)
 
     def _wait_seat(self, seat: Seat, then: Seat | None = None, graph: int = 0) -> tuple[bool, bool]:
+        self.on_away()
         began_s = time.monotonic()
         came_and_left = seat.asks.wait(seat, self._awake_since_s, then, graph)
         self.expert_wait_s += self._note_look() - began_s

@@ -8,16 +8,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import structlog
 import torch
 
-from gateway.engine_outputs import loads_of, output_of, refusal_of
+from gateway.engine_outputs import Output, loads_of
 from gateway.micro_batches import requests_of_rows, split, to_batch
 from gateway.model.batch import Experts, ForwardBatch
-from gateway.request import Request
-from gateway.sampler import Choice, Sampler
+from gateway.request import End, Request
+from gateway.sampler import NOT_A_NUMBER, Chosen, Sampler
 from gateway.scheduler import Part, Scheduler
 from mesh.errors import EngineDied, ExpertUnavailable, MeshError
 from mesh.plan import ExpertId
@@ -42,6 +42,7 @@ class MeshExperts(Experts, Protocol):
     failovers: int
     expert_wait_s: float
     pause_s: float
+    on_away: Callable[[], None]
 
     @property
     def rows_by_expert(self) -> Mapping[ExpertId, int]: ...
@@ -55,12 +56,26 @@ class MeshExperts(Experts, Protocol):
     def paces(self) -> Sequence[inference_pb2.WorkerPace]: ...
 
 
+class _Computed(NamedTuple):
+    """What came of a step."""
+
+    wanting: list[Request]
+    """Who wanted a token and gets one."""
+    chosen: Chosen
+    """Of each of them."""
+    void: Mapping[Request, ExpertUnavailable]
+    """Who had a row that no expert answered."""
+
+
 class Engine:
     """Requests in, outputs out. One thread owns it.
 
-    Each request brings exactly one output with a finish reason, its last. A step of at least
+    Each request brings exactly one output with an end, its last. A step of at least
     ``overlap_tokens`` (None: no step) is two micro-batches: one's attention hides the other's
     experts.
+
+    Between a step's tokens and the next step a GPU has nothing to do, so what the next one does
+    not need is left to :meth:`catch_up`, which the experts call while rows are away.
     """
 
     def __init__(
@@ -76,12 +91,19 @@ class Engine:
         self._scheduler = scheduler
         self._forward = forward
         self._experts = experts
+        experts.on_away = self.catch_up
         self._sampler = sampler
         self._overlap_tokens = math.inf if overlap_tokens is None else overlap_tokens
         self._clock = clock
-        self._outputs: list[pb.Output] = []
+        self._outputs: list[Output] = []
+        self._unsaid: tuple[_Computed, list[Request]] | None = None
+        """The last step, and who ended with it, until :meth:`catch_up`."""
         self._num_steps = 0
         self._step_s = 0.0
+        self._host_s = 0.0
+        self._launched_s = 0.0
+        self._idle_since_s: float | None = None
+        """When the last step's tokens came, if another follows directly."""
         self._failures = 0
 
     @property
@@ -94,7 +116,7 @@ class Engine:
         try:
             self._scheduler.add(request)
         except MeshError as error:
-            self._outputs.append(refusal_of(request.request_id, error))
+            self._outputs.append(Output(request, end=End("error", error=error)))
         else:
             log.info("request_queued", request_id=request.request_id)
 
@@ -103,12 +125,12 @@ class Engine:
         for request_id in request_ids:
             request = self._scheduler.cancel(request_id)
             if request is not None:
-                self._tell(request)
+                self._say_end(request)
 
     def fail_all(self, error: MeshError) -> None:
         """End every request with an error."""
         for request in self._scheduler.fail_all(error):
-            self._tell(request)
+            self._say_end(request)
 
     def set_routing(self, routing: pb.Routing) -> None:
         """Route by another epoch from the next step on."""
@@ -119,8 +141,9 @@ class Engine:
         """When to call :meth:`step` again after it had nothing to do, if nothing else happens."""
         return self._scheduler.next_event_s()
 
-    def take_outputs(self) -> list[pb.Output]:
+    def take_outputs(self) -> list[Output]:
         """What there is to say since the last call."""
+        self.catch_up()
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -132,80 +155,101 @@ class Engine:
         """
         started_s = self._clock()
         parts = self._scheduler.schedule(started_s)
+        idle_since_s, self._idle_since_s = self._idle_since_s, None
         if parts:
             try:
-                choices, void = self._compute(parts)
+                computed = self._compute(parts, started_s if idle_since_s is None else idle_since_s)
             except Exception as error:  # whatever it was, the other requests go on
                 self._fail(parts, error)
             else:
-                self._advance(parts, choices, void)
+                self._advance(parts, computed)
             self._num_steps += 1
             self._step_s += self._clock() - started_s
         expired = self._scheduler.expire(self._clock())
         for request in expired:
-            self._tell(request)
+            self._say_end(request)
         return bool(parts or expired)
 
+    def launching(self) -> None:
+        """Say, amid the forward, that it is about to give the device its first work; what was
+        before was the host's time. Where that is not said, it is when the forward begins."""
+        self._launched_s = self._clock()
+
     @torch.inference_mode()
-    def _compute(
-        self, parts: tuple[Part, ...]
-    ) -> tuple[dict[Request, Choice | None], dict[Request, ExpertUnavailable]]:
-        """Forward and sample: the chosen tokens, and the requests with void rows."""
-        num_tokens = sum(part.num_tokens for part in parts)
-        micro_batches = split(parts) if num_tokens >= self._overlap_tokens else [parts]
+    def _compute(self, parts: tuple[Part, ...], idle_since_s: float) -> _Computed:
+        """Forward and sample."""
+        micro_batches = [parts]
+        if sum([num_tokens for _, num_tokens, _ in parts]) >= self._overlap_tokens:
+            micro_batches = split(parts)
         self._experts.begin_step(len(micro_batches))
         batches = [to_batch(micro_batch, self._scheduler.blocks) for micro_batch in micro_batches]
+        self.launching()
         logits = self._forward(batches, self._experts)
+        self._host_s += self._launched_s - idle_since_s
+        self.catch_up()
         void = requests_of_rows(micro_batches, self._experts.void_rows())
         logits_NV = logits[0] if len(logits) == 1 else torch.cat(logits)
         wanting = [part.request for part in parts if part.wants_token]
         if void:
             kept = [row for row, request in enumerate(wanting) if request not in void]
             logits_NV, wanting = logits_NV[kept], [wanting[row] for row in kept]
-        if not wanting:
-            return {}, void
-        choices = self._sampler.sample(logits_NV, wanting)
-        return dict(zip(wanting, choices, strict=True)), void
+        chosen = self._sampler.sample(logits_NV, wanting) if wanting else Chosen([], {})
+        self._idle_since_s = self._clock()
+        return _Computed(wanting, chosen, void)
 
-    def _advance(
-        self,
-        parts: tuple[Part, ...],
-        choices: Mapping[Request, Choice | None],
-        void: Mapping[Request, ExpertUnavailable],
-    ) -> None:
+    def _advance(self, parts: tuple[Part, ...], computed: _Computed) -> None:
         self._failures = 0
+        wanting, (token_ids, _), void = computed
         now = self._clock()
         for request, error in void.items():
             if request.stall is None:
                 log.warning("request_stalled", request_id=request.request_id, why=str(error))
-        for request, _ in parts:
-            if request.stall is not None and request not in void:
-                stalled_s = round(now - request.stall.since_s, 3)
-                log.info("request_resumed", request_id=request.request_id, after_s=stalled_s)
-        tokens = {}
-        for request, choice in choices.items():
-            if choice is None:
+        tokens = dict(zip(wanting, token_ids, strict=True))
+        ended = []
+        if NOT_A_NUMBER in token_ids:
+            ended = [request for request, token in tokens.items() if token == NOT_A_NUMBER]
+            for request in ended:
                 self._scheduler.fail(request, _nan_error(request))
-            else:
-                tokens[request] = choice.token_id
-        self._scheduler.advance(parts, tokens, void, now)
-        for request, choice in choices.items():
-            self._tell(request, choice)
+        advanced = self._scheduler.advance(parts, tokens, void, now)
+        for request, stalled_s in advanced.resumed:
+            log.info("request_resumed", request_id=request.request_id, after_s=round(stalled_s, 3))
+        self._unsaid = computed, ended + advanced.ended
 
-    def _tell(self, request: Request, choice: Choice | None = None) -> None:
-        self._outputs.append(output_of(request, choice))
-        if request.end is not None:
-            reason = request.end.finish_reason
-            log.info("request_ended", request_id=request.request_id, reason=reason)
+    def catch_up(self) -> None:
+        """Do what the last step left."""
+        if self._unsaid is None:
+            return
+        (wanting, (token_ids, logprobs), _), ended = self._unsaid
+        self._unsaid = None
+        said = [
+            Output(request, token_id) for request, token_id in zip(wanting, token_ids, strict=True)
+        ]
+        if logprobs or ended:
+            ending = set(ended)
+            for row, (request, token_id, _, _) in enumerate(said):
+                if token_id == NOT_A_NUMBER:
+                    said[row] = Output(request, end=request.end)
+                elif row in logprobs or request in ending:
+                    end = request.end if request in ending else None
+                    said[row] = Output(request, token_id, logprobs.get(row), end)
+        self._outputs += said
+        for request in ended:
+            _log_end(request)
+        self._scheduler.publish()
+
+    def _say_end(self, request: Request) -> None:
+        self.catch_up()
+        self._outputs.append(Output(request, end=request.end))
+        _log_end(request)
 
     def _fail(self, parts: tuple[Part, ...], cause: Exception) -> None:
         log.exception("step_failed", requests=[part.request.request_id for part in parts])
         error = cause
         if not isinstance(error, MeshError):
             error = MeshError(f"the step of this request failed: {cause!r}; see the gateway's log")
-        for request, _ in parts:
-            self._scheduler.fail(request, error)
-            self._tell(request)
+        for part in parts:
+            self._scheduler.fail(part.request, error)
+            self._say_end(part.request)
         self._failures += 1
         if self._failures == MAX_FAILURES:
             raise EngineDied(f"{MAX_FAILURES} steps in a row failed, the last with {cause!r}")
@@ -225,6 +269,7 @@ class Engine:
             prefix_hits=counts.prefix_hits,
             load=loads_of(self._experts.rows_by_expert),
             step_s=self._step_s,
+            host_s=self._host_s,
             expert_wait_s=self._experts.expert_wait_s,
             epoch=self._experts.epoch,
             refused=self._experts.refused,
@@ -234,6 +279,12 @@ class Engine:
             paces=self._experts.paces(),
             stalled_s=counts.stalled_s,
         )
+
+
+def _log_end(request: Request) -> None:
+    if request.end is not None:
+        reason = request.end.finish_reason
+        log.info("request_ended", request_id=request.request_id, reason=reason)
 
 
 def _nan_error(request: Request) -> MeshError:

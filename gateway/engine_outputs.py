@@ -4,31 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-from gateway.request import Request
-from gateway.sampler import Choice, TokenLogprobs
-from mesh.errors import MeshError
+from gateway.request import End, Request
+from gateway.sampler import TokenLogprobs
 from mesh.plan import ExpertId, expert_to_proto
 from protos import engine_pb2 as pb
 from protos import inference_pb2, placement_pb2
 
 
-def output_of(request: Request, choice: Choice | None = None) -> pb.Output:
-    """A request's news: its next token, if there is one, and its end, if it has ended."""
-    output = pb.Output(
+class Output(NamedTuple):
+    """What there is to say of a request: its next token, if there is one, and its end, if it
+    has ended."""
+
+    request: Request
+    token_id: int | None = None
+    logprobs: TokenLogprobs | None = None
+    end: End | None = None
+
+
+def message_of(outputs: Sequence[Output]) -> pb.Output:
+    """Outputs of one request, in order, as one message."""
+    request = outputs[0].request
+    message = pb.Output(
         request_id=request.request_id,
+        token_ids=[output.token_id for output in outputs if output.token_id is not None],
         cached_tokens=request.num_cached_tokens,
         scheduled_s=request.scheduled_s,
     )
-    if choice is not None:
-        output.token_ids.append(choice.token_id)
-        if choice.logprobs is not None:
-            output.logprobs.append(_logprobs_of(choice.token_id, choice.logprobs))
-    if request.end is not None:
-        output.finish_reason, output.stop_reason, error = request.end
-        if error is not None:
-            output.error_code, output.error_message = error.code, str(error)
-    return output
+    for _, token_id, logprobs, end in outputs:
+        if token_id is not None and logprobs is not None:
+            message.logprobs.append(_logprobs_of(token_id, logprobs))
+        if end is not None:
+            message.finish_reason, message.stop_reason, error = end
+            if error is not None:
+                message.error_code, message.error_message = error.code, str(error)
+    return message
 
 
 class Gathering:
@@ -43,41 +54,38 @@ class Gathering:
     _LONGEST_S = 0.02
 
     def __init__(self) -> None:
-        self._outputs: dict[str, pb.Output] = {}
+        self._outputs: dict[str, list[Output]] = {}
         self._begun: set[str] = set()
         self.due_s = math.inf
         """When to take what is here."""
 
-    def add(self, outputs: Sequence[pb.Output], num_requests: int, now: float) -> None:
+    def add(self, outputs: Sequence[Output], num_requests: int, now: float) -> None:
         """Outputs of a step, of ``num_requests`` that are running or waiting."""
+        gathered, begun, urgent = self._outputs, self._begun, False
         for output in outputs:
-            held = self._outputs.setdefault(output.request_id, output)
-            if held is not output:
-                held.MergeFrom(output)
+            request_id = output.request.request_id
+            held = gathered.get(request_id)
+            if held is None:
+                gathered[request_id] = [output]
+            else:
+                held.append(output)
+            if output.end is not None:
+                begun.discard(request_id)
+                urgent = True
+            elif request_id not in begun:
+                begun.add(request_id)
+                urgent = True
+        if urgent:
+            self.due_s = min(self.due_s, now)
+        elif outputs:
             gather_s = min(num_requests * self._S_PER_REQUEST, self._LONGEST_S)
-            if output.finish_reason:
-                self._begun.discard(output.request_id)
-                gather_s = 0.0
-            elif output.request_id not in self._begun:
-                self._begun.add(output.request_id)
-                gather_s = 0.0
             self.due_s = min(self.due_s, now + gather_s)
 
-    def take(self) -> list[pb.Output]:
-        """All that is here, one output of each request."""
+    def take(self) -> list[list[Output]]:
+        """All that is here, by request."""
         outputs, self._outputs = list(self._outputs.values()), {}
         self.due_s = math.inf
         return outputs
-
-
-def refusal_of(request_id: str, error: MeshError) -> pb.Output:
-    """The only output of a request that was not taken."""
-    return pb.Output(
-        request_id=request_id,
-        finish_reason="error",
-        error_code=error.code,
-        error_message=str(error),
-    )
 
 
 def loads_of(rows_by_expert: Mapping[ExpertId, int]) -> list[placement_pb2.ExpertLoad]:

@@ -6,14 +6,14 @@ import gc
 import math
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import structlog
 import torch
 
 from gateway.dispatch import Dispatcher
 from gateway.engine import Engine
-from gateway.engine_outputs import Gathering
+from gateway.engine_outputs import Gathering, message_of
 from gateway.ipc import EngineChannel
 from gateway.kv_blocks import BlockAllocator
 from gateway.model.decoder import Decoder
@@ -38,6 +38,8 @@ _GPU_KV_FRACTION = 0.85
 _STATS_INTERVAL_S = 0.5
 _PROGRESS_INTERVAL_S = 1.0
 _FLUSH_INTERVAL_S = 0.001
+_TOLD_AT_ONCE = 32
+"""Requests in one message to the front: what is said while rows are away should not outlast it."""
 
 
 def run_engine(config: GatewayConfig, sock: socket.socket) -> int:
@@ -80,7 +82,7 @@ def run_engine(config: GatewayConfig, sock: socket.socket) -> int:
     )
     engine = Engine(
         Scheduler(blocks, limits),
-        lambda batches, experts: decoder.forward(batches, kv, experts),
+        lambda batches, experts: decoder.forward(batches, kv, experts, engine.launching),
         dispatcher,
         Sampler(),
         overlap_tokens=config.overlap_tokens or None,
@@ -109,7 +111,11 @@ def run_engine(config: GatewayConfig, sock: socket.socket) -> int:
 
 
 class EngineLoop:
-    """Messages in, steps, messages out."""
+    """Messages in, steps, messages out.
+
+    What a step gave is told while the next one's rows are away, in pieces; the device waits for
+    none of it. Where no step follows, it is told at once.
+    """
 
     def __init__(
         self,
@@ -129,11 +135,16 @@ class EngineLoop:
         self._heard: list[pb.ToEngine] = []
         """What was said in the middle of a step and is acted on behind it."""
         self._gathering = Gathering()
+        self._telling: Iterator[None] = iter(())
+        """What is left to tell, a piece at a time."""
         self._ending = False
         self._transport_number = 0
         """Of the transport that the front knows."""
         self._stats_due_s = math.inf
         """When to send statistics; never while nothing has changed."""
+        self._pong = 0
+        """The last ping that is to be answered with them."""
+        dispatcher.on_away = self._tell_a_piece
         dispatcher.on_late = self._attend
 
     def run(self) -> None:
@@ -142,12 +153,21 @@ class EngineLoop:
             heard, self._heard = self._heard, []
             for message in (*heard, *self._channel.recv_all()):
                 self._take(message)
-            busy = self._engine.step() or self._dispatcher.poll()
-            self._tell(busy)
+            self._telling = self._tell()
+            try:
+                stepped = self._engine.step()
+            finally:
+                self._tell_rest()
+            if stepped:
+                self._note_change()
+                continue
+            moved = self._dispatcher.poll()
+            self._tell_outputs()
+            self._tell_of_peers()
             if self._ending and self._engine.num_requests == 0 and self._channel.flush():
                 return
-            if busy:
-                self._waiter.busy()
+            if moved:
+                self._note_change()
             else:
                 self._waiter.wait(self._wait_s())
 
@@ -163,7 +183,8 @@ class EngineLoop:
             case "drop_peer":
                 self._dispatcher.peers.drop(message.drop_peer)
             case "ping":
-                self._send_stats(message.ping.sequence)
+                self._pong = message.ping.sequence
+                self._stats_due_s = 0.0
             case "shutdown":
                 self._ending = True
                 if not message.shutdown.drain:
@@ -171,24 +192,45 @@ class EngineLoop:
                         Unavailable("the gateway is shutting down; ask another gateway")
                     )
 
-    def _tell(self, busy: bool) -> None:
-        """Send what there is to say."""
+    def _tell(self) -> Iterator[None]:
+        """Send what there is to say and is due."""
         now = self._clock()
         outputs = self._engine.take_outputs()
+        yield
         self._gathering.add(outputs, self._engine.num_requests, now)
-        if now >= self._gathering.due_s or not busy:
-            self._tell_outputs()
+        if now >= self._gathering.due_s:
+            yield from self._outputs_told()
         self._tell_of_peers()
         if now >= self._stats_due_s:
+            yield
             self._send_stats()
-            self._stats_due_s = math.inf
-        if (busy or outputs) and self._stats_due_s == math.inf:
-            self._stats_due_s = now + _STATS_INTERVAL_S
+        elif outputs:
+            self._note_change()
+
+    def _note_change(self) -> None:
+        """Statistics are others now."""
+        self._waiter.busy()
+        if self._stats_due_s == math.inf:
+            self._stats_due_s = self._clock() + _STATS_INTERVAL_S
+
+    def _tell_a_piece(self) -> None:
+        next(self._telling, None)
+
+    def _tell_rest(self) -> None:
+        for _ in self._telling:
+            pass
 
     def _tell_outputs(self) -> None:
-        outputs = self._gathering.take()
-        if outputs:
-            self._channel.send(pb.FromEngine(outputs=pb.Outputs(outputs=outputs)))
+        for _ in self._outputs_told():
+            pass
+
+    def _outputs_told(self) -> Iterator[None]:
+        gathered = self._gathering.take()
+        for start in range(0, len(gathered), _TOLD_AT_ONCE):
+            if start:
+                yield
+            messages = [message_of(each) for each in gathered[start : start + _TOLD_AT_ONCE]]
+            self._channel.send(pb.FromEngine(outputs=pb.Outputs(outputs=messages)))
 
     def _tell_of_peers(self) -> None:
         peers = self._dispatcher.peers
@@ -207,6 +249,7 @@ class EngineLoop:
 
     def _attend(self) -> None:
         """Amid a step that waits for a late worker: say so, and hear whether to go on without."""
+        self._tell_rest()
         self._tell_outputs()
         self._tell_of_peers()
         for message in self._channel.recv_all():
@@ -216,9 +259,10 @@ class EngineLoop:
                 self._heard.append(message)
         self._channel.flush()
 
-    def _send_stats(self, pong: int = 0) -> None:
+    def _send_stats(self) -> None:
+        self._stats_due_s = math.inf
         stats = self._engine.stats()
-        stats.pong = pong
+        stats.pong, self._pong = self._pong, 0
         stats.transport_number = self._dispatcher.peers.transport_number
         self._channel.send(pb.FromEngine(stats=stats))
 

@@ -98,6 +98,9 @@ class BlockTable:
     """The blocks that one sequence holds, in the order of its positions."""
 
     blocks: tuple[int, ...] = ()
+    """The same object for as long as the table holds the same blocks."""
+    num_positions: int = 0
+    """What they have room for."""
     _digests: list[bytes] = field(default_factory=list)
     """Of the leading full blocks, as far as they were needed; kept when the blocks are not."""
     _num_published: int = 0
@@ -117,7 +120,7 @@ class BlockTable:
         if fresh is None:
             allocator.free(matched)
             return None
-        self.blocks = (*matched, *fresh)
+        self._set((*matched, *fresh), allocator)
         self._num_published = len(matched)
         return len(matched) * allocator.block_size
 
@@ -128,7 +131,7 @@ class BlockTable:
             fresh = allocator.allocate(missing)
             if fresh is None:
                 return False
-            self.blocks += tuple(fresh)
+            self._set((*self.blocks, *fresh), allocator)
         return True
 
     def publish(self, allocator: BlockAllocator, token_ids: TokenIds, num_computed: int) -> None:
@@ -144,8 +147,12 @@ class BlockTable:
     def release(self, allocator: BlockAllocator) -> None:
         """Give all blocks back."""
         allocator.free(self.blocks)
-        self.blocks = ()
+        self._set((), allocator)
         self._num_published = 0
+
+    def _set(self, blocks: tuple[int, ...], allocator: BlockAllocator) -> None:
+        self.blocks = blocks
+        self.num_positions = len(blocks) * allocator.block_size
 
     def _extend_digests(self, token_ids: TokenIds, num_blocks: int, size: int) -> None:
         """Digest up to ``num_blocks`` full blocks, each with all tokens before it.

@@ -136,6 +136,10 @@ _COUNTERS = {
     "num_preemptions": ("preemptions", "Requests whose blocks were taken, to be recomputed."),
     "engine_steps": ("steps", "Steps of the engine."),
     "engine_step_seconds": ("step_s", "Time in steps."),
+    "engine_host_seconds": (
+        "host_s",
+        "Time from a step's tokens, or its start, to the next launch: the device had nothing.",
+    ),
     "expert_wait_seconds": ("expert_wait_s", "Of it, waiting for replies of workers."),
     "refused_dispatches": ("refused", "Dispatches that a worker refused."),
     "replayed_rows": ("replayed_rows", "Rows sent again after a worker was lost or refused."),

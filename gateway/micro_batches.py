@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from itertools import accumulate
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from gateway.kv_blocks import BlockAllocator
-from gateway.model.batch import ForwardBatch, SequenceSlice
+from gateway.model.batch import ForwardBatch
 from gateway.request import Request
 from gateway.scheduler import Part
 
@@ -30,22 +31,31 @@ def split(parts: MicroBatch) -> list[MicroBatch]:
 
 def to_batch(parts: MicroBatch, blocks: BlockAllocator) -> ForwardBatch:
     """Lay the parts end to end; each one's last row wants logits if it reaches the end."""
-    token_ids = array("q")
-    slices = []
-    logit_rows = []
-    for part in parts:
-        request, num_tokens = part
-        start = request.num_computed
-        stop = start + num_tokens
-        token_ids += request.token_ids[start:stop]
-        table = request.table.blocks[: blocks.blocks_for(stop)]
-        slices.append(SequenceSlice(start, num_tokens, table))
-        if part.wants_token:
-            logit_rows.append(len(token_ids) - 1)
+    requests, num_tokens, wants_token = zip(*parts, strict=True)
+    num_cached = [request.num_computed for request in requests]
+    tables = [request.table.blocks for request in requests]
+    if not all(wants_token):
+        # It holds blocks for all that is known.
+        tables = [
+            table if wants else table[: blocks.blocks_for(start + num)]
+            for table, start, num, wants in zip(
+                tables, num_cached, num_tokens, wants_token, strict=True
+            )
+        ]
+    ends = list(accumulate(num_tokens))
+    if ends[-1] == len(parts):
+        token_ids = array("q", [request.token_ids[-1] for request in requests])
+    else:
+        token_ids = array("q")
+        for request, start, num in zip(requests, num_cached, num_tokens, strict=True):
+            token_ids += request.token_ids[start : start + num]
+    logit_rows = [end - 1 for end, wants in zip(ends, wants_token, strict=True) if wants]
     return ForwardBatch(
-        tuple(slices),
+        num_cached,
+        num_tokens,
+        tables,
         torch.frombuffer(token_ids, dtype=torch.int64),
-        torch.tensor(logit_rows, dtype=torch.int64),
+        torch.from_numpy(np.array(logit_rows, dtype=np.int64)),
     )
 
 

@@ -61,6 +61,11 @@ class Sampling:
         )
 
     @cached_property
+    def end_token_ids(self) -> frozenset[int]:
+        """All that end a request from its min_tokens on."""
+        return self.eos_token_ids | self.stop_token_ids
+
+    @cached_property
     def is_greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
         return self.temperature < GREEDY_TEMPERATURE
@@ -152,11 +157,11 @@ class Request:
 
     def append(self, token_id: int) -> End | None:
         """Take the next output token; how the request ends with it, if it does."""
-        self.token_ids.append(token_id)
-        sampling, num_outputs = self.sampling, self.num_outputs
-        if num_outputs >= sampling.min_tokens:
+        token_ids, sampling = self.token_ids, self.sampling
+        token_ids.append(token_id)
+        num_outputs = len(token_ids) - self.num_prompt_tokens
+        if token_id in sampling.end_token_ids and num_outputs >= sampling.min_tokens:
             if token_id in sampling.eos_token_ids:
                 return End("stop")
-            if token_id in sampling.stop_token_ids:
-                return End("stop", str(token_id))
+            return End("stop", str(token_id))
         return End("length") if num_outputs >= sampling.max_tokens else None

@@ -1,6 +1,6 @@
 """From logits to tokens, for rows with different wishes in one batch.
 
-Legend: N rows, V vocabulary, M (row, token) pairs.
+Legend: N rows, V vocabulary, M (row, token) pairs or random rows, L rows that want logprobs.
 
 The chain is vLLM's: early ends are masked and penalties applied to the logits, then come
 temperature, min_p, top_k and top_p, then the draw. A draw inverts the cumulative distribution
@@ -11,11 +11,12 @@ beside a request, or preempts it, does not change its tokens.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from gateway.request import Request, Sampling
@@ -32,11 +33,17 @@ class TokenLogprobs(NamedTuple):
     """The likeliest tokens, as many as were asked for, best first."""
 
 
-class Choice(NamedTuple):
-    """What was chosen for one row."""
+NOT_A_NUMBER = -1
+"""In place of a token id, where a row of logits has a NaN."""
 
-    token_id: int
-    logprobs: TokenLogprobs | None = None
+
+class Chosen(NamedTuple):
+    """What was chosen for the rows of a step."""
+
+    token_ids: list[int]
+    """One a row, or NOT_A_NUMBER."""
+    logprobs: Mapping[int, TokenLogprobs]
+    """By row, of those that want some."""
 
 
 class _RandomStream:
@@ -82,44 +89,119 @@ class _History:
         self._num_seen = len(request.token_ids)
 
 
+class _Wishes:
+    """What the rows of a step ask for: the same for as long as the requests are."""
+
+    def __init__(self, requests: Sequence[Request], like_NV: torch.Tensor) -> None:
+        self.requests = list(requests)
+        samplings = [request.sampling for request in requests]
+
+        def rows_where(wish: Callable[[Sampling], bool]) -> list[int]:
+            return [row for row, sampling in enumerate(samplings) if wish(sampling)]
+
+        self.early = rows_where(lambda sampling: sampling.min_tokens > 0)
+        self.penalized = rows_where(lambda sampling: sampling.has_penalties)
+        self.reported = rows_where(lambda sampling: sampling.logprobs is not None)
+        self.random = rows_where(lambda sampling: not sampling.is_greedy)
+        if self.reported:
+            self.reported_L = _on(like_NV.device, np.array(self.reported))
+        if self.random:
+            self.random_M = _on(like_NV.device, np.array(self.random))
+            self.limits = _Limits([samplings[row] for row in self.random], like_NV)
+
+
+class _Limits:
+    """The numbers of random rows. A column is [rows, 1], float32 where nothing else is said."""
+
+    def __init__(self, samplings: Sequence[Sampling], like_NV: torch.Tensor) -> None:
+        vocab_size = like_NV.shape[1]
+        columns = np.array(
+            [
+                [s.temperature for s in samplings],
+                [s.min_p for s in samplings],
+                [s.top_p for s in samplings],
+            ],
+            dtype=np.float32,
+        )
+        columns_XN1 = _on(like_NV.device, columns).unsqueeze(-1)
+        self.temperature_N1, self.min_p_N1, self.top_p_N1 = columns_XN1.unbind()
+        kth = [max(vocab_size - s.top_k, 0) if s.top_k > 0 else 0 for s in samplings]
+        self.kth_N1 = _on(like_NV.device, np.array(kth)).unsqueeze(-1)
+        """int64: of the tokens in ascending order, where the top_k begin."""
+        self.any_min_p = any(s.min_p > 0 for s in samplings)
+        self.any_top_k = any(s.top_k > 0 for s in samplings)
+        self.any_nucleus = any(s.top_k > 0 or s.top_p < 1 for s in samplings)
+
+
 class Sampler:
-    """Chooses the next token of each row. Remembers a request for as long as it lives."""
+    """Chooses the next token of each row. Remembers a request for as long as it lives, and those
+    of the last step until the next."""
 
     def __init__(self) -> None:
         self._streams: WeakKeyDictionary[Request, _RandomStream] = WeakKeyDictionary()
         self._histories: WeakKeyDictionary[Request, _History] = WeakKeyDictionary()
+        self._wishes = _Wishes([], torch.empty(0, 0))
+        """Of the last step's rows."""
+        self._on_host_N = torch.empty(0, dtype=torch.int64)
+        """Pinned: what a device copies the token ids to."""
 
-    def sample(self, logits_NV: torch.Tensor, requests: Sequence[Request]) -> list[Choice | None]:
-        """The next token of each request; None where a row has a NaN.
+    def sample(self, logits_NV: torch.Tensor, requests: Sequence[Request]) -> Chosen:
+        """The next token of each request.
 
-        ``logits_NV`` is float32 and may be overwritten.
+        ``logits_NV`` is float32 and may be overwritten. On a device nothing waits for it but,
+        in the end, the copy of the token ids.
         """
-        samplings = [request.sampling for request in requests]
-        logprobs = _RawLogprobs(logits_NV, samplings)
-        _mask_early_ends(logits_NV, requests)
-        self._penalize(logits_NV, requests)
-        is_nan_N = logits_NV.amax(dim=-1).isnan()
-        random = [row for row, sampling in enumerate(samplings) if not sampling.is_greedy]
-        if len(random) == len(requests):
-            token_ids_N = self._draw(logits_NV, requests)
+        wishes = self._wishes
+        if wishes.requests != requests:
+            wishes = self._wishes = _Wishes(requests, logits_NV)
+        logprobs_LV = None
+        if wishes.reported:
+            logprobs_LV = logits_NV.index_select(0, wishes.reported_L).log_softmax(dim=-1)
+        if wishes.early:
+            _mask_early_ends(logits_NV, requests, wishes.early)
+        if wishes.penalized:
+            self._penalize(logits_NV, requests, wishes.penalized)
+        if not wishes.random:
+            token_ids_N = _likeliest(logits_NV)
+        elif len(wishes.random) == len(requests):
+            token_ids_N = self._draw(logits_NV, requests, wishes.limits)
         else:
-            token_ids_N = _argmax(logits_NV)
-            if random:
-                token_ids_N[random] = self._draw(logits_NV[random], [requests[r] for r in random])
-        choices = logprobs.choices(token_ids_N)
-        for row in is_nan_N.nonzero().flatten().tolist():
-            choices[row] = None
-        return choices
+            token_ids_N = _likeliest(logits_NV)
+            drawn_M = self._draw(
+                logits_NV.index_select(0, wishes.random_M),
+                [requests[row] for row in wishes.random],
+                wishes.limits,
+            )
+            token_ids_N.index_copy_(0, wishes.random_M, drawn_M)
+        token_ids = self._to_host(token_ids_N)
+        if logprobs_LV is None:
+            return Chosen(token_ids, {})
+        return Chosen(token_ids, _report(logprobs_LV, token_ids_N, wishes))
 
-    def _draw(self, logits_NV: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
-        """One token of each row by chance. Overwrites the logits."""
-        weights_NV = _likely(logits_NV, [request.sampling for request in requests])
-        uniforms = [self._uniform(request) for request in requests]
+    def _to_host(self, token_ids_N: torch.Tensor) -> list[int]:
+        """The only wait for a device."""
+        if not token_ids_N.is_cuda:
+            return token_ids_N.tolist()
+        count = len(token_ids_N)
+        if len(self._on_host_N) < count:
+            self._on_host_N = torch.empty(count, dtype=torch.int64, pin_memory=True)
+        on_host_N = self._on_host_N[:count]
+        on_host_N.copy_(token_ids_N, non_blocking=True)
+        torch.cuda.current_stream(token_ids_N.device).synchronize()
+        return on_host_N.tolist()
+
+    def _draw(
+        self, logits_NV: torch.Tensor, requests: Sequence[Request], limits: _Limits
+    ) -> torch.Tensor:
+        """One token of each row by chance, NOT_A_NUMBER for NaN. Overwrites the logits."""
+        uniforms = np.array([self._uniform(request) for request in requests], dtype=np.float32)
+        weights_NV = _likely(logits_NV, limits)
         cdf_NV = weights_NV.cumsum(dim=-1)
-        target_N1 = cdf_NV[:, -1:] * cdf_NV.new_tensor(uniforms).unsqueeze(1)
+        sums_N1 = cdf_NV[:, -1:]
+        target_N1 = sums_N1 * _on(cdf_NV.device, uniforms).unsqueeze(1)
         # The first token past the target has a weight: the target is below the last sum.
         token_ids_N1 = torch.searchsorted(cdf_NV, target_N1, right=True)
-        return token_ids_N1.flatten().clamp_(max=cdf_NV.shape[1] - 1)  # NaN would be past the end
+        return token_ids_N1.masked_fill_(sums_N1.isnan(), NOT_A_NUMBER).flatten()
 
     def _uniform(self, request: Request) -> float:
         stream = self._streams.get(request)
@@ -134,105 +216,91 @@ class Sampler:
         history.catch_up(request)
         return history
 
-    def _penalize(self, logits_NV: torch.Tensor, requests: Sequence[Request]) -> None:
+    def _penalize(
+        self, logits_NV: torch.Tensor, requests: Sequence[Request], rows: Sequence[int]
+    ) -> None:
         """Weigh tokens that were seen before; only they are touched."""
-        rows = [row for row, request in enumerate(requests) if request.sampling.has_penalties]
-        if not rows:
-            return
         histories = [self._history(requests[row]) for row in rows]
         lengths = [len(history.ids) for history in histories]
-
-        def per_pair(values: list[float]) -> torch.Tensor:
-            return torch.from_numpy(np.repeat(np.array(values, dtype=np.float32), lengths)).to(
-                logits_NV.device
-            )
-
         samplings = [requests[row].sampling for row in rows]
-        repetition_M = per_pair([s.repetition_penalty for s in samplings])
-        presence_M = per_pair([s.presence_penalty for s in samplings])
-        frequency_M = per_pair([s.frequency_penalty for s in samplings])
+        penalties = np.array(
+            [
+                [s.repetition_penalty for s in samplings],
+                [s.presence_penalty for s in samplings],
+                [s.frequency_penalty for s in samplings],
+            ],
+            dtype=np.float32,
+        )
+        counts = np.concatenate([history.counts for history in histories])
+        facts = np.concatenate([np.repeat(penalties, lengths, axis=1), counts[None]])
+        repetition_M, presence_M, frequency_M, counts_M = _on(logits_NV.device, facts)
         # As indices into the flat logits: a gather and a scatter of one dimension are quick.
         starts_M = np.repeat(np.array(rows) * logits_NV.shape[1], lengths)
-        where_M = torch.from_numpy(starts_M + np.concatenate([h.ids for h in histories]))
-        where_M = where_M.to(logits_NV.device)
-        counts_M = torch.from_numpy(np.concatenate([h.counts for h in histories])).to(logits_NV)
+        where_M = _on(
+            logits_NV.device, starts_M + np.concatenate([history.ids for history in histories])
+        )
         values_M = logits_NV.view(-1).index_select(0, where_M)
         values_M = values_M.clamp(min=0) / repetition_M + values_M.clamp(max=0) * repetition_M
         values_M -= frequency_M * counts_M + presence_M * counts_M.clamp(max=1)
         logits_NV.view(-1).index_copy_(0, where_M, values_M)
 
 
-class _RawLogprobs:
-    """Keeps the logprobs of the rows that want them from being changed with the logits."""
-
-    def __init__(self, logits_NV: torch.Tensor, samplings: Sequence[Sampling]) -> None:
-        self._counts = {
-            row: sampling.logprobs
-            for row, sampling in enumerate(samplings)
-            if sampling.logprobs is not None
-        }
-        if self._counts:
-            self._logprobs_NV = logits_NV[list(self._counts)].log_softmax(dim=-1)
-
-    def choices(self, token_ids_N: torch.Tensor) -> list[Choice | None]:
-        """The chosen tokens with what was asked about them."""
-        choices: list[Choice | None] = [Choice(token_id) for token_id in token_ids_N.tolist()]
-        if not self._counts:
-            return choices
-        chosen_N1 = token_ids_N[list(self._counts)].unsqueeze(1)
-        chosen = self._logprobs_NV.gather(1, chosen_N1).flatten().tolist()
-        top = self._logprobs_NV.topk(min(max(self._counts.values()), self._logprobs_NV.shape[1]))
-        for (row, count), logprob, ids, values in zip(
-            self._counts.items(), chosen, top.indices.tolist(), top.values.tolist(), strict=True
-        ):
-            likeliest = list(zip(ids[:count], values[:count], strict=True))
-            choices[row] = Choice(int(token_ids_N[row]), TokenLogprobs(logprob, likeliest))
-        return choices
+def _report(
+    logprobs_LV: torch.Tensor, token_ids_N: torch.Tensor, wishes: _Wishes
+) -> dict[int, TokenLogprobs]:
+    """By row, what was asked about the chosen tokens."""
+    chosen_L1 = token_ids_N.index_select(0, wishes.reported_L).clamp_(min=0).unsqueeze(1)
+    counts = [wishes.requests[row].sampling.logprobs or 0 for row in wishes.reported]
+    chosen = logprobs_LV.gather(1, chosen_L1).flatten().tolist()
+    top = logprobs_LV.topk(min(max(counts), logprobs_LV.shape[1]))
+    return {
+        row: TokenLogprobs(logprob, list(zip(ids[:count], values[:count], strict=True)))
+        for row, count, logprob, ids, values in zip(
+            wishes.reported, counts, chosen, top.indices.tolist(), top.values.tolist(), strict=True
+        )
+    }
 
 
-def _mask_early_ends(logits_NV: torch.Tensor, requests: Sequence[Request]) -> None:
+def _mask_early_ends(
+    logits_NV: torch.Tensor, requests: Sequence[Request], rows: Sequence[int]
+) -> None:
     """No token may end a request before its min_tokens."""
-    for row, request in enumerate(requests):
-        sampling = request.sampling
-        if request.num_outputs < sampling.min_tokens:
-            ends = sampling.eos_token_ids | sampling.stop_token_ids
-            logits_NV[row, sorted(ends)] = -torch.inf
+    width = logits_NV.shape[1]
+    where = [
+        row * width + token_id
+        for row in rows
+        if requests[row].num_outputs < requests[row].sampling.min_tokens
+        for token_id in requests[row].sampling.end_token_ids
+        if token_id < width
+    ]
+    if where:
+        where_M = _on(logits_NV.device, np.array(where))
+        logits_NV.view(-1).index_fill_(0, where_M, -torch.inf)
 
 
-def _likely(logits_NV: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
+def _likely(logits_NV: torch.Tensor, limits: _Limits) -> torch.Tensor:
     """Probabilities, up to a factor a row, with zeros for what min_p, top_k and top_p cut off.
 
     Each of them is a threshold: equally likely tokens stay or go together, so that the result
     does not depend on how a sort breaks ties. Overwrites the logits.
     """
-
-    def column(values: list[float]) -> torch.Tensor:
-        return logits_NV.new_tensor(values).unsqueeze(1)
-
-    probs_NV = logits_NV.div_(column([s.temperature for s in samplings])).softmax(dim=-1)
-    if any(s.min_p > 0 for s in samplings):
-        floor_N1 = column([s.min_p for s in samplings]) * probs_NV.amax(dim=-1, keepdim=True)
-        _zero_below(probs_NV, floor_N1)
-    if any(s.top_k > 0 or s.top_p < 1 for s in samplings):
-        top_p_N1 = column([s.top_p for s in samplings])
-        _zero_below(probs_NV, _nucleus_floor(probs_NV, [s.top_k for s in samplings], top_p_N1))
+    probs_NV = logits_NV.div_(limits.temperature_N1).softmax(dim=-1)
+    if limits.any_min_p:
+        _zero_below(probs_NV, limits.min_p_N1 * probs_NV.amax(dim=-1, keepdim=True))
+    if limits.any_nucleus:
+        _zero_below(probs_NV, _nucleus_floor(probs_NV, limits))
     return probs_NV
 
 
-def _nucleus_floor(
-    probs_NV: torch.Tensor, top_k: list[int], top_p_N1: torch.Tensor
-) -> torch.Tensor:
+def _nucleus_floor(probs_NV: torch.Tensor, limits: _Limits) -> torch.Tensor:
     """The least probability in the smallest set of mass top_p of the top_k."""
     ascending_NV = _sort(probs_NV)
-    vocab_size = probs_NV.shape[1]
-    if any(top_k):
-        kth = [max(vocab_size - k, 0) if k > 0 else 0 for k in top_k]
-        kth_N1 = torch.tensor(kth, device=probs_NV.device).unsqueeze(1)
-        _zero_below(ascending_NV, ascending_NV.gather(1, kth_N1))
+    if limits.any_top_k:
+        _zero_below(ascending_NV, ascending_NV.gather(1, limits.kth_N1))
     cdf_NV = ascending_NV.cumsum(dim=-1)
     # What may go: the least likely tokens, as long as their mass is at most 1 - top_p.
-    num_cut_N1 = torch.searchsorted(cdf_NV, cdf_NV[:, -1:] * (1 - top_p_N1), right=True)
-    return ascending_NV.gather(1, num_cut_N1.clamp_(max=vocab_size - 1))
+    num_cut_N1 = torch.searchsorted(cdf_NV, cdf_NV[:, -1:] * (1 - limits.top_p_N1), right=True)
+    return ascending_NV.gather(1, num_cut_N1.clamp_(max=probs_NV.shape[1] - 1))
 
 
 def _zero_below(x_NV: torch.Tensor, floor_N1: torch.Tensor) -> None:
@@ -241,11 +309,14 @@ def _zero_below(x_NV: torch.Tensor, floor_N1: torch.Tensor) -> None:
     x_NV.mul_(torch.ge(x_NV, floor_N1, out=torch.empty_like(x_NV)))
 
 
-def _argmax(x_NV: torch.Tensor) -> torch.Tensor:
-    """Of each row. On a CPU by NumPy, which is many times faster at it."""
-    if x_NV.device.type == "cpu":
-        return torch.from_numpy(x_NV.numpy().argmax(axis=-1))
-    return x_NV.argmax(dim=-1)
+def _likeliest(logits_NV: torch.Tensor) -> torch.Tensor:
+    """The largest of each row, NOT_A_NUMBER where there is a NaN: to argmax it is the largest."""
+    if logits_NV.device.type == "cpu":  # NumPy is many times faster at it
+        token_ids_N = torch.from_numpy(logits_NV.numpy().argmax(axis=-1))
+    else:
+        token_ids_N = logits_NV.argmax(dim=-1)
+    largest_N = logits_NV.gather(1, token_ids_N.unsqueeze(1)).flatten()
+    return token_ids_N.masked_fill_(largest_N.isnan(), NOT_A_NUMBER)
 
 
 def _sort(x_NV: torch.Tensor) -> torch.Tensor:
@@ -253,3 +324,11 @@ def _sort(x_NV: torch.Tensor) -> torch.Tensor:
     if x_NV.device.type == "cpu":
         return torch.from_numpy(np.sort(x_NV.numpy(), axis=-1))
     return x_NV.sort(dim=-1).values
+
+
+def _on(device: torch.device, values: npt.NDArray[Any]) -> torch.Tensor:
+    """Bring values there without waiting for what a device is at."""
+    tensor = torch.from_numpy(values)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -47,11 +47,16 @@ class Part(NamedTuple):
 
     request: Request
     num_tokens: int
+    wants_token: bool
+    """Whether the step reaches the end of what is known, so that a token can be chosen."""
 
-    @property
-    def wants_token(self) -> bool:
-        """Whether the step reaches the end of what is known, so that a token can be chosen."""
-        return self.request.num_computed + self.num_tokens == len(self.request.token_ids)
+
+class Advanced(NamedTuple):
+    """What a step changed."""
+
+    ended: list[Request]
+    resumed: list[tuple[Request, float]]
+    """Who was stalled before, and for how long."""
 
 
 @dataclass
@@ -82,6 +87,10 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
+        self._decoding: tuple[list[Request], list[Part]] = [], []
+        """Who decoded in the last step, and its parts: they mostly do again."""
+        self._unpublished: list[Request] = []
+        """Who had blocks filled since the last :meth:`publish`."""
         self._next_expiry_s = math.inf
         """No deadline and no patience ends before; it may be early, never late."""
 
@@ -159,26 +168,35 @@ class Scheduler:
 
     def schedule(self, now: float) -> tuple[Part, ...]:
         """The parts of the next step, at most one a request; empty when nothing can run."""
-        parts: list[Part] = []
         budget = self._limits.max_batch_tokens
         num_preemptions = self.counts.preemptions
-        ready = [r for r in self._running if r.stall is None or r.stall.retry_at_s <= now]
+        decoding: list[Request] = []
         prefills: list[Request] = []
-        for request in ready:
-            if request.num_pending > 1:
+        running = State.RUNNING
+        for request in tuple(self._running):
+            if request.stall is not None and request.stall.retry_at_s > now:
+                continue
+            num_tokens = len(request.token_ids)
+            if num_tokens - request.num_computed > 1:
                 prefills.append(request)
-            elif budget > 0 and request.state is State.RUNNING and self._grow(request):
-                parts.append(Part(request, 1))
+            elif (
+                budget > 0
+                and request.state is running
+                and (num_tokens <= request.table.num_positions or self._grow(request))
+            ):
+                decoding.append(request)
                 budget -= 1
+        if decoding != self._decoding[0]:
+            self._decoding = decoding, [Part(request, 1, True) for request in decoding]
+        parts = list(self._decoding[1])
         # A later one may have been preempted for the sake of an earlier one.
         for request in prefills:
-            if budget > 0 and request.state is State.RUNNING:
-                parts.append(Part(request, min(budget, request.num_pending)))
+            if budget > 0 and request.state is running:
+                parts.append(_chunk(request, budget))
                 budget -= parts[-1].num_tokens
         # Blocks are short after a preemption: a newcomer would only be the next to go.
         while budget > 0 and self.counts.preemptions == num_preemptions and self._admit(now):
-            request = self._running[-1]
-            parts.append(Part(request, min(budget, request.num_pending)))
+            parts.append(_chunk(self._running[-1], budget))
             budget -= parts[-1].num_tokens
         return tuple(parts)
 
@@ -188,27 +206,49 @@ class Scheduler:
         tokens: Mapping[Request, int],
         void: Mapping[Request, ExpertUnavailable],
         now: float,
-    ) -> None:
+    ) -> Advanced:
         """Take in what a step computed.
 
         ``tokens`` has the chosen token of each part that wants one; ``void`` the requests with
         a row that no expert answered. A void part did not happen: its keys and values are
         computed again, and it waits until it may be retried.
         """
-        for request, num_tokens in parts:
-            if request.state is not State.RUNNING:
+        ended: list[Request] = []
+        resumed: list[tuple[Request, float]] = []
+        num_generated = 0
+        block_size, running = self.blocks.block_size, State.RUNNING
+        for request, num_tokens, wants_token in parts:
+            if request.state is not running:
                 continue
-            if request in void:
+            if void and request in void:
                 request.stall = self._stall(request.stall, void[request], now)
                 self._next_expiry_s = min(self._next_expiry_s, self._expiry_s(request))
                 continue
             if request.stall is not None:
-                self.counts.stalled_s += now - request.stall.since_s
+                resumed.append((request, now - request.stall.since_s))
                 request.stall = None
-            request.num_computed += num_tokens
-            request.table.publish(self.blocks, request.token_ids, request.num_computed)
-            if request in tokens:
-                self._take_token(request, tokens[request])
+            num_computed = request.num_computed = request.num_computed + num_tokens
+            if num_computed % block_size < num_tokens:
+                self._unpublished.append(request)
+            if wants_token:
+                if num_computed == request.num_prompt_tokens:
+                    self.counts.prompt_tokens += num_computed
+                num_generated += 1
+                end = request.append(tokens[request])
+                if end is not None:
+                    self._end(request, end)
+                    ended.append(request)
+        self.counts.generation_tokens += num_generated
+        self.counts.stalled_s += sum(stalled_s for _, stalled_s in resumed)
+        return Advanced(ended, resumed)
+
+    def publish(self) -> None:
+        """Let newcomers find the blocks that were filled. It is done before anybody looks for
+        them or they are given back, but may be done sooner, when there is time."""
+        for request in self._unpublished:
+            if request.state is State.RUNNING:
+                request.table.publish(self.blocks, request.token_ids, request.num_computed)
+        self._unpublished.clear()
 
     def _stall(self, before: Stall | None, error: ExpertUnavailable, now: float) -> Stall:
         """Patience without hope begins when hope ends; with it, when the request first stalled."""
@@ -221,18 +261,11 @@ class Scheduler:
                 until_s = before.until_s
         return Stall(since_s, until_s, now + RETRY_INTERVAL_S, error)
 
-    def _take_token(self, request: Request, token_id: int) -> None:
-        if request.num_outputs == 0:
-            self.counts.prompt_tokens += request.num_prompt_tokens
-        self.counts.generation_tokens += 1
-        end = request.append(token_id)
-        if end is not None:
-            self._end(request, end)
-
     def _admit(self, now: float) -> bool:
         """Move the head of the queue to the running, if there is one and it has room."""
         if not self._waiting or len(self._running) >= self._limits.max_running:
             return False
+        self.publish()
         request = self._waiting[0]
         num_cached = request.table.hold(self.blocks, request.token_ids)
         if num_cached is None:
@@ -253,13 +286,18 @@ class Scheduler:
             newest = self._running.pop()
             self.counts.preemptions += 1
             self._waiting.appendleft(newest)
-            newest.table.release(self.blocks)
+            self._give_back(newest)
             newest.num_computed = 0
             newest.state = State.WAITING
             newest.stall = None  # From here on it waits for blocks, not for an expert.
             if newest is request:
                 return False
         return True
+
+    def _give_back(self, request: Request) -> None:
+        """All its blocks; those that are full stay findable."""
+        request.table.publish(self.blocks, request.token_ids, request.num_computed)
+        request.table.release(self.blocks)
 
     def _expiry_s(self, request: Request) -> float:
         if request.stall is None:
@@ -272,9 +310,15 @@ class Scheduler:
         else:
             self._waiting.remove(request)
         del self._requests[request.request_id]
-        request.table.release(self.blocks)
+        self._give_back(request)
         request.state = State.ENDED
         request.end = end
+
+
+def _chunk(request: Request, budget: int) -> Part:
+    """As much of what it has pending as the budget allows."""
+    num_tokens = min(budget, request.num_pending)
+    return Part(request, num_tokens, num_tokens == request.num_pending)
 
 
 def _deadline_error(request: Request) -> DeadlineExceeded:

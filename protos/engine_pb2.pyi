@@ -139,7 +139,7 @@ class Outputs(_message.Message):
     def __init__(self, outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ...) -> None: ...
 
 class EngineStats(_message.Message):
-    __slots__ = ("running", "waiting", "kv_usage", "steps", "prompt_tokens", "generation_tokens", "preemptions", "prefix_queries", "prefix_hits", "load", "step_s", "expert_wait_s", "pong", "epoch", "refused", "replayed_rows", "failovers", "pause_s", "paces", "stalled_s", "transport_number")
+    __slots__ = ("running", "waiting", "kv_usage", "steps", "prompt_tokens", "generation_tokens", "preemptions", "prefix_queries", "prefix_hits", "load", "step_s", "expert_wait_s", "pong", "epoch", "refused", "replayed_rows", "failovers", "pause_s", "paces", "stalled_s", "transport_number", "host_s")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     KV_USAGE_FIELD_NUMBER: _ClassVar[int]
@@ -161,6 +161,7 @@ class EngineStats(_message.Message):
     PACES_FIELD_NUMBER: _ClassVar[int]
     STALLED_S_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_NUMBER_FIELD_NUMBER: _ClassVar[int]
+    HOST_S_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     kv_usage: float
@@ -182,7 +183,8 @@ class EngineStats(_message.Message):
     paces: _containers.RepeatedCompositeFieldContainer[_inference_pb2.WorkerPace]
     stalled_s: float
     transport_number: int
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., load: _Optional[_Iterable[_Union[_placement_pb2.ExpertLoad, _Mapping]]] = ..., step_s: _Optional[float] = ..., expert_wait_s: _Optional[float] = ..., pong: _Optional[int] = ..., epoch: _Optional[int] = ..., refused: _Optional[int] = ..., replayed_rows: _Optional[int] = ..., failovers: _Optional[int] = ..., pause_s: _Optional[float] = ..., paces: _Optional[_Iterable[_Union[_inference_pb2.WorkerPace, _Mapping]]] = ..., stalled_s: _Optional[float] = ..., transport_number: _Optional[int] = ...) -> None: ...
+    host_s: float
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., load: _Optional[_Iterable[_Union[_placement_pb2.ExpertLoad, _Mapping]]] = ..., step_s: _Optional[float] = ..., expert_wait_s: _Optional[float] = ..., pong: _Optional[int] = ..., epoch: _Optional[int] = ..., refused: _Optional[int] = ..., replayed_rows: _Optional[int] = ..., failovers: _Optional[int] = ..., pause_s: _Optional[float] = ..., paces: _Optional[_Iterable[_Union[_inference_pb2.WorkerPace, _Mapping]]] = ..., stalled_s: _Optional[float] = ..., transport_number: _Optional[int] = ..., host_s: _Optional[float] = ...) -> None: ...
 
 class PeerLost(_message.Message):
     __slots__ = ("worker_id", "reason", "reply_session")

@@ -43,6 +43,7 @@ class ExpertsHere:
     epoch = refused = replayed_rows = 0
     expert_wait_s = 0.0
     rows_by_expert: Mapping[Any, int] = {}
+    on_away = None
 
     def __init__(
         self,
@@ -125,8 +126,8 @@ class WholeStep:
         self._found: dict[int, tuple[_Batch, torch.cuda.CUDAGraph, Tensor]] = {}
 
     def start(self, batch: ForwardBatch, micro_batch: int) -> _Flight | None:
-        count = len(batch.slices)
-        if any(one.num_tokens != 1 for one in batch.slices):
+        count = len(batch.num_tokens)
+        if len(batch.token_ids_T) > count:
             return None
         size = 1 << (count - 1).bit_length()
         if size not in self._found:

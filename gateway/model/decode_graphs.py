@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gateway.model.batch import Experts, ForwardBatch
+from gateway.model.decode_facts import DecodeFacts
 from gateway.model.gpu_attention import MAX_KEY_DIM, Decoding
 from gateway.model.kv_cache import KvCache
 from mesh.model_config import GroupedAttention
@@ -73,59 +74,14 @@ class _Segment:
     """What runs while they are away; it adds to ``x_TD``."""
 
 
-class _Batch:
+class _Batch(DecodeFacts):
     """The buffers and segments of one size and one micro-batch."""
 
     def __init__(self, size: int, width: int, device: torch.device) -> None:
-        def pair(*shape: int, fill: int = 0) -> tuple[Tensor, Tensor]:
-            on_host = torch.full(shape, fill, dtype=torch.int32, pin_memory=True)
-            return on_host, on_host.to(device)
-
-        self.size = size
-        self.host_4B, self.facts_4B = pair(4, size)
-        self.tables_on_host_BM, self.tables_BM = pair(size, width)
-        self.tables: list[tuple[int, ...]] = [()] * size
-        self.num_blocks = 0
+        super().__init__(size, width, device)
         self.segments: list[_Segment] = []
         self.kept: Tensor | None = None
         """What several segments read: were it freed, the next graph would overwrite it."""
-
-    @property
-    def tokens_B(self) -> Tensor:
-        return self.facts_4B[0]
-
-    @property
-    def positions_B(self) -> Tensor:
-        return self.facts_4B[1]
-
-    @property
-    def lengths_B(self) -> Tensor:
-        return self.facts_4B[3]
-
-    def fill(self, batch: ForwardBatch, block_size: int) -> None:
-        """Bring a batch to the device. Rows past it have no slot, no length and no experts."""
-        slices, count = batch.slices, len(batch.slices)
-        tokens, positions, slots, lengths = self.host_4B.numpy()
-        tokens[:count] = batch.token_ids_T.numpy()
-        positions[:count] = [one.num_cached for one in slices]
-        lengths[:count] = positions[:count] + 1
-        tokens[count:] = positions[count:] = lengths[count:] = 0
-        slots[count:] = -1
-        table_rows = self.tables_on_host_BM.numpy()
-        changed = 0
-        for row, one in enumerate(slices):
-            table, position = one.block_table, one.num_cached
-            slots[row] = table[position // block_size] * block_size + position % block_size
-            if table != self.tables[row]:
-                self.tables[row] = table
-                table_rows[row, : len(table)] = table
-                changed = max(changed, len(table))
-        self.facts_4B.copy_(self.host_4B, non_blocking=True)
-        if changed:
-            self.num_blocks = max(map(len, self.tables))
-            self.tables_BM[:, : self.num_blocks].copy_(
-                self.tables_on_host_BM[:, : self.num_blocks], non_blocking=True
-            )
 
 
 class DecodeGraphs:
@@ -151,10 +107,10 @@ class DecodeGraphs:
 
     def start(self, batch: ForwardBatch, micro_batch: int) -> GraphedBatch | None:
         """The batch on its way through graphs; None where it is none for them."""
-        count = len(batch.slices)
+        count = len(batch.num_tokens)
         if not self._possible or count > _MAX_BATCH:
             return None
-        if any(one.num_tokens != 1 for one in batch.slices):
+        if len(batch.token_ids_T) > count:
             return None
         if self._version != self._experts.arena_version:
             self._batches.clear()

@@ -151,15 +151,21 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(
-        self, batches: Sequence[ForwardBatch], kv: KvCache, experts: Experts
+        self,
+        batches: Sequence[ForwardBatch],
+        kv: KvCache,
+        experts: Experts,
+        launching: Callable[[], None] = lambda: None,
     ) -> list[Tensor]:
-        """One step: ``logits_NV``, float32, of each batch.
+        """One step: ``logits_NV``, float32, of each batch. ``launching`` is called when all is
+        laid out and the device gets its first work.
 
         Batches are micro-batches: while one's rows are away at their experts, the next one's
         attention runs. Keys and values of a layer are written before they are read, so a chunk
         of a prompt sees all of the prompt that came before it, in this step or an earlier one.
         """
         flights = [self._start(n, batch, kv) for n, batch in enumerate(batches)]
+        launching()
         for index, layer in enumerate(self.layers):
             for flight in flights:
                 flight.begin(index, layer, experts)
@@ -184,8 +190,9 @@ class Decoder:
 
     def logits(self, x_TD: Tensor, rows_N: Tensor) -> Tensor:
         """``logits_NV``, float32, of these rows behind the last layer."""
-        x_ND = self._norm(x_TD.index_select(0, rows_N.to(x_TD.device)))
-        return self._head(x_ND).float()
+        if len(rows_N) < len(x_TD):
+            x_TD = x_TD.index_select(0, rows_N.to(x_TD.device))
+        return self._head(self._norm(x_TD)).float()
 
 
 def _load_layer(weights: Weights, index: int) -> Layer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import socket
 import threading
@@ -20,12 +21,14 @@ from expert_worker.data_plane import DataPlane
 from expert_worker.expert_mlp import load_expert
 from expert_worker.expert_store import ExpertStore
 from gateway.engine import MAX_FAILURES, Engine, Forward
-from gateway.engine_process import run_engine
-from gateway.ipc import FrameReader, encode_frame
+from gateway.engine_outputs import message_of
+from gateway.engine_process import EngineLoop, run_engine
+from gateway.ipc import EngineChannel, FrameReader, encode_frame
 from gateway.kv_blocks import BlockAllocator
 from gateway.model.batch import Experts, ForwardBatch, PendingExperts
 from gateway.model.decoder import Decoder
 from gateway.model.kv_cache import KvCache
+from gateway.peers import Peers
 from gateway.request import Request, Sampling
 from gateway.sampler import Sampler
 from gateway.scheduler import Limits, Scheduler
@@ -34,6 +37,7 @@ from mesh.config import GatewayConfig
 from mesh.errors import ConfigError, EngineDied, ExpertUnavailable
 from mesh.model_config import ModelConfig
 from mesh.plan import ExpertId
+from mesh.transport.loopback import LoopbackHub
 from mesh.transport.ucx import UcxTransport
 from protos import engine_pb2 as pb
 from protos import inference_pb2, placement_pb2
@@ -56,6 +60,7 @@ class LosableExperts:
         self.lost: set[ExpertId] = set()
         self.epoch = self.refused = self.replayed_rows = self.failovers = 0
         self.expert_wait_s = self.pause_s = 0.0
+        self.on_away: Callable[[], None] = lambda: None
         self.rows_by_expert: Counter[ExpertId] = Counter()
 
     def begin_step(self, num_micro_batches: int) -> None:
@@ -119,7 +124,8 @@ class Bench:
     def step(self) -> bool:
         self.now += 0.03
         did = self.engine.step()
-        for output in self.engine.take_outputs():
+        for each in self.engine.take_outputs():
+            output = message_of([each])
             assert output.request_id not in self.ends
             self.tokens.setdefault(output.request_id, []).extend(output.token_ids)
             if output.finish_reason:
@@ -330,7 +336,8 @@ def test_cancelling_and_refusing_are_said_once(model: Model) -> None:
     bench.engine.submit(request("a", range(9)))
     bench.engine.submit(request("a", range(9)))
     bench.engine.submit(request("too long", range(9), max_tokens=999))
-    refused = {output.request_id: output.error_code for output in bench.engine.take_outputs()}
+    outputs = [message_of([output]) for output in bench.engine.take_outputs()]
+    refused = {output.request_id: output.error_code for output in outputs}
     assert refused == {"a": "AlreadyExists", "too long": "InvalidInput"}
     bench.step()
     bench.engine.cancel(["a", "unknown", "a"])
@@ -338,6 +345,128 @@ def test_cancelling_and_refusing_are_said_once(model: Model) -> None:
     assert bench.ends["a"].finish_reason == "cancelled"
     assert len(bench.tokens["a"]) == 1
     assert not bench.step()
+
+
+def test_what_a_step_gave_is_said_while_the_rows_of_the_next_are_away(
+    model: Model, alone: dict[str, list[int]]
+) -> None:
+    said: list[tuple[int, bool, int]] = []
+
+    def watched(forward: Forward) -> Forward:
+        def call(batches: Sequence[ForwardBatch], experts: Experts) -> list[Tensor]:
+            bench.experts.on_away()
+            said.extend((o.token_id, o.end is not None, step) for o in bench.engine._outputs)
+            bench.engine._outputs.clear()
+            return forward(batches, experts)
+
+        return call
+
+    bench = make_bench(model, forward=watched)
+    bench.engine.submit(request("long", range(3, 30), max_tokens=4))
+    bench.engine.submit(request("one token", [200], max_tokens=9))
+    for step in range(6):  # noqa: B007
+        bench.engine.step()
+    first, second = alone["long"], alone["one token"]
+    assert sorted(said) == sorted(
+        [(first[n], n == 3, n + 1) for n in range(4)]
+        + [(second[n], False, n + 1) for n in range(5)]
+    )
+    assert [output.token_id for output in bench.engine.take_outputs()] == [second[5]]
+
+
+def test_the_time_of_the_host_ends_with_the_launch(model: Model) -> None:
+    """A step's ends when the forward says so; the next one's begins with the step's tokens."""
+
+    def slow(forward: Forward) -> Forward:
+        def call(batches: Sequence[ForwardBatch], experts: Experts) -> list[Tensor]:
+            bench.now += 2.0
+            bench.engine.launching()
+            bench.now += 100.0
+            return forward(batches, experts)
+
+        return call
+
+    bench = make_bench(model, forward=slow)
+    bench.engine.submit(request("a", [5], max_tokens=9))
+    bench.now += 50.0
+    bench.engine.step()
+    assert bench.engine.stats().host_s == 2.0
+    bench.now += 0.5
+    bench.engine.step()
+    assert bench.engine.stats().host_s == 4.5
+    bench.engine.cancel(["a"])
+    assert not bench.engine.step()
+    bench.now += 50.0
+    bench.engine.submit(request("b", [5], max_tokens=9))
+    bench.engine.step()
+    assert bench.engine.stats().host_s == 6.5
+
+
+class Connected(LosableExperts):
+    """What the engine's loop needs of a dispatcher, beside its experts."""
+
+    address = b""
+
+    def __init__(self, local: LocalExperts) -> None:
+        super().__init__(local)
+        self.peers = Peers(LoopbackHub().transport())
+        self.on_late: Callable[[], None] = lambda: None
+
+    def poll(self) -> bool:
+        return False
+
+
+class NeverIdle:
+    """In place of a waiter, where there is something to do until the end."""
+
+    def busy(self) -> None: ...
+
+
+def test_the_front_hears_of_a_step_while_the_next_waits_for_its_rows_and_of_the_last_at_once(
+    model: Model,
+) -> None:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    reader = FrameReader()
+    experts = Connected(model.local)
+    heard: list[list[pb.Output]] = []
+
+    def hear() -> list[pb.Output]:
+        try:
+            payloads = reader.feed(ours.recv(1 << 20))
+        except BlockingIOError:
+            return []
+        messages = map(pb.FromEngine.FromString, payloads)
+        return [output for message in messages for output in message.outputs.outputs]
+
+    def forward(batches: Sequence[ForwardBatch], _: Experts) -> list[Tensor]:
+        heard.append(hear())
+        for _layer in range(9):
+            experts.on_away()
+        heard.append(hear())
+        if len(heard) == 2 * 3:
+            raise RuntimeError("out of memory")
+        logits_NV = torch.zeros(len(batches[0].logit_rows_N), 9)
+        logits_NV[:, 7] = 1
+        return [logits_NV]
+
+    blocks = BlockAllocator(999, SIZE)
+    engine = Engine(Scheduler(blocks, Limits(999, 99, 99, 1.0, 1.0)), forward, experts, Sampler())
+    ticks = itertools.count()  # so that all that was said is due
+    loop = EngineLoop(engine, experts, EngineChannel(theirs), NeverIdle(), (), lambda: next(ticks))  # type: ignore[arg-type]
+    for n in range(70):
+        sampling = inference_pb2.SamplingParams(max_tokens=2 if n == 0 else 9, repetition_penalty=1)
+        submit = pb.Submit(request_id=str(n), prompt_token_ids=[1], sampling=sampling)
+        ours.sendall(encode_frame(pb.ToEngine(submit=submit)))
+    ours.sendall(encode_frame(pb.ToEngine(shutdown=pb.Shutdown(drain=True))))
+    loop.run()
+    names = [str(n) for n in range(70)]
+    before, amid = heard[::2], heard[1::2]
+    assert before == [[], [], []]
+    assert [[o.request_id for o in outputs] for outputs in amid] == [[], names, names]
+    assert {tuple(o.token_ids) for outputs in amid for o in outputs} == {(7,)}
+    assert [o.request_id for outputs in amid for o in outputs if o.finish_reason] == ["0"]
+    assert {o.request_id: o.error_code for o in hear()} == dict.fromkeys(names[1:], "MeshError")
 
 
 # The engine's process, in a thread, with one real worker behind UCX.

@@ -91,7 +91,7 @@ class Served:
                     ids.extend(new)
                     counts.append((n, len(new)))
                 batches.append(
-                    ForwardBatch(tuple(slices), torch.tensor(ids), torch.arange(len(ids)))
+                    ForwardBatch.of(tuple(slices), torch.tensor(ids), torch.arange(len(ids)))
                 )
             rows = torch.cat(self.decoder.forward(batches, kv, self.experts))
             for n, count in counts:
@@ -286,13 +286,13 @@ def test_only_the_asked_rows_get_logits(tmp_path):
     slices = (SequenceSlice(0, 3, (2,)), SequenceSlice(0, 2, (0,)))
     ids = torch.tensor([5, 6, 7, 8, 9])
     (rows,) = served.decoder.forward(
-        [ForwardBatch(slices, ids, torch.tensor([2, 4]))], kv, served.experts
+        [ForwardBatch.of(slices, ids, torch.tensor([2, 4]))], kv, served.experts
     )
     (all_rows,) = served.decoder.forward(
-        [ForwardBatch(slices, ids, torch.arange(5))], kv, served.experts
+        [ForwardBatch.of(slices, ids, torch.arange(5))], kv, served.experts
     )
     torch.testing.assert_close(rows, all_rows[[2, 4]])
-    none = ForwardBatch(slices, ids, torch.empty(0, dtype=torch.int64))
+    none = ForwardBatch.of(slices, ids, torch.empty(0, dtype=torch.int64))
     assert served.decoder.forward([none], kv, served.experts)[0].shape == (0, VOCAB_SIZE)
 
 
@@ -303,7 +303,7 @@ def test_a_cached_prefix_is_read_not_made_again(tmp_path):
     prompt = [3, 1, 4, 1, 5, 9]
 
     def logits(one: SequenceSlice, ids: list[int]) -> Tensor:
-        batch = ForwardBatch((one,), torch.tensor(ids), torch.tensor([len(ids) - 1]))
+        batch = ForwardBatch.of((one,), torch.tensor(ids), torch.tensor([len(ids) - 1]))
         return served.decoder.forward([batch], kv, served.experts)[0]
 
     first = logits(SequenceSlice(0, 6, (1, 2)), prompt)

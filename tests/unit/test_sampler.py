@@ -6,6 +6,7 @@ import math
 from array import array
 from collections import Counter
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.request import Request, Sampling
-from gateway.sampler import Choice, Sampler
+from gateway.sampler import NOT_A_NUMBER, Sampler, TokenLogprobs
 
 V = 11
 EOS = 3
@@ -29,8 +30,22 @@ def make_request(
     return request
 
 
-def sample(logits: list[list[float]], requests: list[Request]) -> list[Choice | None]:
-    return Sampler().sample(torch.tensor(logits, dtype=torch.float32), requests)
+class Choice(NamedTuple):
+    token_id: int
+    logprobs: TokenLogprobs | None
+
+
+def sample(
+    logits: list[list[float]], requests: list[Request], sampler: Sampler | None = None
+) -> list[Choice | None]:
+    chosen = (sampler or Sampler()).sample(torch.tensor(logits, dtype=torch.float32), requests)
+    assert set(chosen.logprobs) == {
+        row for row, request in enumerate(requests) if request.sampling.logprobs is not None
+    }
+    return [
+        None if token_id == NOT_A_NUMBER else Choice(token_id, chosen.logprobs.get(row))
+        for row, token_id in enumerate(chosen.token_ids)
+    ]
 
 
 def sample_one(logits: list[float], request: Request) -> Choice:
@@ -145,7 +160,7 @@ def generate(request: Request, sampler: Sampler, beside: list[Request], steps: i
     for _ in range(steps):
         batch = [*beside, request]
         logits = [(np.random.default_rng(r.token_ids[-1]).normal(size=V)).tolist() for r in batch]
-        choices = sampler.sample(torch.tensor(logits, dtype=torch.float32), batch)
+        choices = sample(logits, batch, sampler)
         for each, choice in zip(batch, choices, strict=True):
             assert choice is not None
             each.token_ids.append(choice.token_id)
@@ -170,6 +185,23 @@ def test_a_sampler_that_forgot_a_request_goes_on_as_if_it_had_not() -> None:
     request = make_request(**options)
     generate(request, Sampler(), [], 70)
     assert generate(request, Sampler(), [], 10) == whole
+
+
+def test_requests_that_come_and_go_do_not_change_what_others_wish() -> None:
+    greedy, seeded = make_request(temperature=0.0, logprobs=1), make_request(seed=3, top_k=2)
+    early = make_request(temperature=0.0, min_tokens=9, eos_token_ids=frozenset({EOS, V + 5}))
+    punished = make_request([EOS], seed=4, repetition_penalty=1.5)
+    sampler = Sampler()
+    for batch in (
+        [greedy],
+        [greedy, early],
+        [early],
+        [seeded, early],
+        [seeded, punished],
+        [greedy],
+    ):
+        logits = [(np.random.default_rng(len(batch)).normal(size=V)).tolist() for _ in batch]
+        assert sample(logits, batch, sampler) == sample(logits, batch)
 
 
 def test_draws_follow_the_distribution() -> None:

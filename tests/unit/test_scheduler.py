@@ -97,6 +97,14 @@ def test_a_common_prompt_is_computed_once() -> None:
     assert (scheduler.counts.prefix_queries, scheduler.counts.prefix_hits) == (14, 6)
 
 
+def test_what_was_computed_is_found_also_when_it_was_given_back_at_once() -> None:
+    scheduler = make_scheduler(max_batch_tokens=16)
+    scheduler.add(make_request("a", prompt=6, max_tokens=1))
+    run_step(scheduler)
+    scheduler.add(make_request("b", prompt=6))
+    assert run_step(scheduler) == [("b", 2)]
+
+
 def test_a_chunk_is_shared_only_once_it_was_computed() -> None:
     scheduler = make_scheduler(max_batch_tokens=16)
     scheduler.add(make_request("a", prompt=7))
@@ -294,7 +302,7 @@ class World:
         assert self.scheduler.num_running <= limits.max_running
         tokens: dict[Request, int] = {}
         void: dict[Request, MeshError] = {}
-        for request, num_tokens in parts:
+        for request, num_tokens, wants_token in parts:
             assert num_tokens > 0
             stop = request.num_computed + num_tokens
             prefix = tuple(request.token_ids[:stop])
@@ -307,9 +315,12 @@ class World:
                 self.written[self.position(request, position)] = value
             if is_void:
                 void[request] = UNAVAILABLE
-            elif stop == len(request.token_ids):
+            assert wants_token == (stop == len(request.token_ids))
+            if wants_token and not is_void:
                 tokens[request] = next_token(prefix)
         self.scheduler.advance(parts, tokens, void, now)
+        if len(parts) % 2:  # it may be done sooner than it must
+            self.scheduler.publish()
         for request in {*requests, *self.scheduler.expire(now)}:
             self.note(request)
 

@@ -1,0 +1,88 @@
+"""What the graphs of a step that decodes read of its batch, in the memory that they know.
+
+Legend: B sequences, padded to the size of the graphs; M blocks of the longest that may be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gateway.model.batch import ForwardBatch
+
+BlockTable = tuple[int, ...]
+_NOBODY_41 = np.array([[0], [0], [-1], [0]], dtype=np.int32)
+
+
+class DecodeFacts:
+    """The buffers of one size of batch, all int32. From step to step little changes in them: each
+    sequence moves on by a token, few have another block, and the rest is as it was."""
+
+    def __init__(self, size: int, width: int, device: torch.device) -> None:
+        def on_host(*shape: int) -> Tensor:
+            pinned = device.type == "cuda"
+            return torch.zeros(shape, dtype=torch.int32, pin_memory=pinned)
+
+        self.size = size
+        self._on_host_4B = on_host(4, size)
+        self._as_array_4B = self._on_host_4B.numpy()
+        self.facts_4B = torch.zeros(4, size, dtype=torch.int32, device=device)
+        self.tables_BM = torch.zeros(size, width, dtype=torch.int32, device=device)
+        self._tables_on_host_BM = np.zeros((size, width), dtype=np.int32)
+        self._staged = on_host(size * width)
+        """What has changed of the tables, end to end: only so is it copied without a wait."""
+        self._tables: list[BlockTable] = [()] * size
+        self._rows_B = np.arange(size)
+
+    @property
+    def tokens_B(self) -> Tensor:
+        """The token of each sequence."""
+        return self.facts_4B[0]
+
+    @property
+    def positions_B(self) -> Tensor:
+        """Where it stands."""
+        return self.facts_4B[1]
+
+    @property
+    def slots_B(self) -> Tensor:
+        """Where in the cache its key and value go; -1: nowhere."""
+        return self.facts_4B[2]
+
+    @property
+    def lengths_B(self) -> Tensor:
+        """How many positions each sequence attends to."""
+        return self.facts_4B[3]
+
+    def fill(self, batch: ForwardBatch, block_size: int) -> None:
+        """Bring a batch to the device. Rows past it have no slot, no length and no experts."""
+        count = len(batch.num_tokens)
+        if batch.block_tables != self._tables[:count]:
+            self._lay_out(batch.block_tables)
+        self._as_array_4B[:, count:] = _NOBODY_41
+        tokens, positions, slots, lengths = self._as_array_4B[:, :count]
+        tokens[:] = batch.token_ids_T.numpy()
+        positions[:] = batch.num_cached
+        blocks, within = np.divmod(positions, block_size)
+        slots[:] = self._tables_on_host_BM[self._rows_B[:count], blocks] * block_size + within
+        lengths[:] = positions + 1
+        self.facts_4B.copy_(self._on_host_4B, non_blocking=True)
+
+    def _lay_out(self, tables: Sequence[BlockTable]) -> None:
+        """Take over the tables of the first rows, where they are others than before."""
+        changed = [row for row, new in enumerate(tables) if new is not self._tables[row]]
+        start, stop = len(tables[changed[0]]), 0
+        for row in changed:
+            old, new = self._tables[row], tables[row]
+            same = len(old) if new[: len(old)] == old else 0
+            self._tables_on_host_BM[row, same : len(new)] = new[same:]
+            self._tables[row] = new
+            start, stop = min(start, same), max(stop, len(new))
+        rows, columns = slice(changed[0], changed[-1] + 1), slice(start, stop)
+        part = self._tables_on_host_BM[rows, columns]
+        staged = self._staged[: part.size].view(part.shape)
+        staged.numpy()[:] = part
+        self.tables_BM[rows, columns].copy_(staged.to(self.tables_BM.device, non_blocking=True))
