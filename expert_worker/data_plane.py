@@ -560,14 +560,14 @@ class DataPlane(threading.Thread):
 
     def _receive(self, frame: wire.Frame, message: Message) -> _Work:
         """Check the header before a byte of the payload is touched, then start to receive."""
-        if frame.kind not in (_DISPATCH, _REFERENCE):
+        if frame.kind not in (_DISPATCH, _REFERENCE) or not frame.rows:
             raise _Refused(wire.Refusal.MALFORMED)
         session = self._sessions.get(frame.session)
         if session is None:
             raise _Refused(wire.Refusal.UNKNOWN_SESSION)
         if self._draining:
             raise _Refused(wire.Refusal.DRAINING)
-        if not 0 < frame.rows <= self._max_rows:
+        if frame.rows > self._max_rows:
             raise _Refused(wire.Refusal.TOO_MANY_ROWS)
         several = frame.expert == wire.SEVERAL
         if not several and ExpertId(frame.layer, frame.expert) not in self._store.experts:

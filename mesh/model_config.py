@@ -358,13 +358,19 @@ def _dtype(keys: _Keys) -> str:
 
 def _eos_token_ids(keys: _Keys, directory: Path) -> tuple[int, ...]:
     """The ids that end a text: generation_config.json overrules config.json."""
-    found = keys.raw("eos_token_id")
+    found, source = keys.raw("eos_token_id"), keys.path
     path = directory / "generation_config.json"
     if path.is_file():
-        found = read_json(path).get("eos_token_id", found)
+        generation = read_json(path)
+        if "eos_token_id" in generation:
+            found, source = generation["eos_token_id"], path
     ids = [] if found is None else found if isinstance(found, list) else [found]
-    if not all(type(token) is int for token in ids):
-        raise CheckpointError(f"{directory}: eos_token_id must be an integer or a list of them")
+    last = keys.integer("vocab_size") - 1
+    if not all(type(token) is int and 0 <= token <= last for token in ids):
+        raise CheckpointError(
+            f"{source}: eos_token_id is {found!r}, must be an id of the vocabulary, 0 to {last}, "
+            "or a list of them; null: no id ends a text"
+        )
     return tuple(ids)
 
 

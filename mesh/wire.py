@@ -58,7 +58,8 @@ class Kind(IntEnum):
 
 
 class Refusal(IntEnum):
-    """Why a dispatch was not served; rides in the rows field of a refuse frame."""
+    """Why a dispatch was not served; rides in the rows field of a refuse frame. MALFORMED is what
+    is no dispatch, or one of no rows."""
 
     UNKNOWN_SESSION = 1
     UNKNOWN_EXPERT = 2

@@ -11,6 +11,8 @@ import torch
 from expert_worker.data_plane import DataPlane
 from expert_worker.expert_store import ExpertStore
 from gateway.dispatch import Dispatcher
+from mesh import wire
+from mesh.mlp import GatedMlp
 from mesh.model_config import ModelConfig
 from mesh.plan import ExpertId
 from mesh.transport.base import Transport
@@ -24,6 +26,18 @@ CPU = torch.device("cpu")
 def times(factor: float) -> Callable[[torch.Tensor], torch.Tensor]:
     """An expert whose output one can write down."""
     return lambda x_RD: x_RD * factor
+
+
+def compiled(expert: ExpertId) -> GatedMlp:
+    """An expert that UCX's transport answers for by compiled code; no two are the same."""
+    generator = torch.Generator().manual_seed(wire.expert_key(*expert))
+    mlp = GatedMlp(
+        torch.randn(2 * HIDDEN_SIZE, HIDDEN_SIZE, generator=generator),
+        torch.randn(HIDDEN_SIZE, HIDDEN_SIZE, generator=generator),
+        "silu",
+    )
+    assert mlp.native is not None
+    return mlp
 
 
 def factor_of(expert: ExpertId) -> float:

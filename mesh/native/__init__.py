@@ -2,6 +2,7 @@
 
 Plain C behind ctypes, without Python's headers: built when the project is installed (setup.py).
 ``native.h`` says what each function does; the callers are :mod:`mesh.transport.ucx` and
+those that docs/architecture.md lists.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from tests.multiprocess.test_elastic import until
 from tests.multiprocess.test_faulty_worker import experts_of
 from tests.multiprocess.test_transfer import worker_process
 from tests.multiprocess.test_ucx import ALL, Process
-from tests.rig import HIDDEN_SIZE, Worker
+from tests.rig import HIDDEN_SIZE, Worker, compiled
 from tests.running import RunningMesh, running_mesh
 from tests.scripted_placement import ScriptedPlacement
 from tests.token_is_expert import make_token_is_expert
@@ -155,7 +155,8 @@ def test_a_data_plane_waits_no_more_for_the_rest_of_what_a_dead_gateway_sent(
     monkeypatch.setattr("expert_worker.data_plane._CALL_TIMEOUT_S", 60.0)
     monkeypatch.setenv("UCX_MM_FIFO_SIZE", "32")  # far less than it is to send
     rows = wire.MAX_ROWS
-    worker = Worker("w", UcxTransport, ALL, max_rows=rows)
+    load = None if expert == wire.SEVERAL else compiled
+    worker = Worker("w", UcxTransport, ALL, max_rows=rows, load=load)
     gateway = UcxTransport()
     session = worker.plane.connect("g", gateway.address, 7)
     tag = wire.encode(wire.Kind.DISPATCH, session, 0, 0, expert, rows)

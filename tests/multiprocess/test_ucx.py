@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +21,17 @@ from mesh.errors import MessageTruncated, PeerLost
 from mesh.plan import ExpertId
 from mesh.transport.ucx import UcxTransport
 from protos import engine_pb2, placement_pb2
-from tests.rig import HIDDEN_SIZE, NUM_EXPERTS, expected, make_dispatcher, random_step
+from tests.rig import (
+    HIDDEN_SIZE,
+    NUM_EXPERTS,
+    Worker,
+    compiled,
+    expected,
+    factor_of,
+    make_dispatcher,
+    random_step,
+    times,
+)
 
 ALL = [ExpertId(0, index) for index in range(NUM_EXPERTS)]
 
@@ -236,6 +249,147 @@ def test_noise_of_any_size_is_dropped_and_the_worker_serves_on(pair: Mesh) -> No
     torch.testing.assert_close(pair.dispatcher.dispatch(0, *step).combine(), expected(0, *step))
     refused = pair.workers[0].ask(stats=1)["refused"]
     assert refused == {"malformed": 8, "unknown_session": 4}
+
+
+class Stranger:
+    """Who is connected to a worker of two experts, and sends it what it likes."""
+
+    def __init__(self, load: Callable[[ExpertId], Any]) -> None:
+        self.experts = {expert: load(expert) for expert in ALL[:2]}
+        self.worker = Worker("w", UcxTransport, self.experts, load=self.experts.__getitem__)
+        self.buffers: list[torch.Tensor] = []
+        self.transport = UcxTransport()
+        self.endpoint = self.transport.connect(self.worker.address)
+        self.session = self.worker.plane.connect("stranger", self.transport.address, 7)
+
+    @property
+    def refused(self) -> Counter[str]:
+        return Counter(self.worker.plane.stats().refused)
+
+    @property
+    def by_compiled_code(self) -> bool:
+        """Whether any rows were computed without a line of Python."""
+        answering = self.worker.plane._answering
+        assert answering is not None
+        return any(rows for _, rows, _ in answering.counts())
+
+    def finish(self, *requests: Any) -> None:
+        while not all(request.completed for request in requests):
+            self.transport.progress()
+        assert [self.transport.failure(request) for request in requests] == [None] * len(requests)
+
+    def send(self, payload: torch.Tensor, tag: int) -> None:
+        self.finish(self.endpoint.send(self.transport.wrap(payload), tag))
+
+    def receive(self, buffer: torch.Tensor, tag: int) -> Any:
+        self.buffers.append(buffer)  # UCX writes there, and keeps nothing alive
+        return self.endpoint.post_receive(self.transport.wrap(buffer), tag)
+
+    def is_served(self) -> None:
+        """A good dispatch gets its answer."""
+        x_RD, y_RD = random_step(2)[0], torch.zeros(2, HIDDEN_SIZE)
+        reply = self.receive(y_RD, wire.encode(wire.Kind.REPLY, 7, 6, 0, 1, 2))
+        self.send(x_RD, wire.encode(wire.Kind.DISPATCH, self.session, 6, 0, 1, 2))
+        self.finish(reply)
+        torch.testing.assert_close(y_RD, self.experts[ALL[1]](x_RD))
+
+    def close(self) -> None:
+        self.worker.plane.stop()
+        self.endpoint.close()
+        self.transport.close()
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["compiled", "python"])
+def stranger(request: pytest.FixtureRequest) -> Iterator[Stranger]:
+    """Of a worker whose experts compiled code answers for, or Python."""
+    stranger = Stranger(compiled if request.param else lambda expert: times(factor_of(expert)))
+    stranger.is_served()
+    while request.param and not stranger.by_compiled_code:
+        stranger.is_served()  # the first may have come while Python had the turn
+    yield stranger
+    assert stranger.by_compiled_code is request.param
+    stranger.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "num_floats", "reason"),
+    [
+        ({"session": 1}, 16, "unknown_session"),
+        ({"expert": 2}, 16, "unknown_expert"),
+        ({"expert": wire.SEVERAL - 1}, 16, "unknown_expert"),
+        ({"layer": 9}, 16, "unknown_expert"),
+        ({"layer": wire.MAX_LAYERS - 1, "expert": wire.SEVERAL - 1}, 16, "unknown_expert"),
+        ({"rows": 3}, 16, "wrong_length"),
+        ({"rows": 1}, 16, "wrong_length"),
+        ({}, 15, "wrong_length"),
+        ({}, 0, "wrong_length"),
+        ({}, 100_000, "wrong_length"),
+        ({"expert": wire.SEVERAL}, 16, "wrong_length"),
+        ({"rows": 0}, 16, "malformed"),
+        ({"rows": 65}, 65 * 8, "too_many_rows"),
+        ({"rows": wire.MAX_ROWS}, 16, "too_many_rows"),
+        ({"kind": 0}, 16, "malformed"),
+        ({"kind": wire.Kind.REPLY}, 16, "malformed"),
+        ({"kind": wire.Kind.REFUSE}, 16, "malformed"),
+        ({"kind": wire.Kind.ARENAS}, 16, "malformed"),
+        ({"kind": 15}, 16, "malformed"),
+    ],
+)
+def test_a_frame_that_does_not_fit_is_refused_by_name(
+    stranger: Stranger, change: dict[str, int], num_floats: int, reason: str
+) -> None:
+    fields = {"kind": wire.Kind.DISPATCH, "session": stranger.session, "slot": 5, "layer": 0}
+    fields |= {"expert": 1, "rows": 2} | change
+    if change.get("session"):
+        fields["session"] = (stranger.session + 1) % wire.MAX_SESSIONS
+    before = stranger.refused
+    stranger.send(torch.ones(num_floats), wire.encode(**fields))
+    if fields["kind"] == wire.Kind.DISPATCH and "session" not in change:  # it is told why
+        told = fields | {"kind": wire.Kind.REFUSE, "session": 7}
+        told["rows"] = wire.Refusal[reason.upper()]
+        stranger.finish(stranger.receive(torch.zeros(16), wire.encode(**told)))
+    stranger.is_served()
+    assert stranger.refused - before == {reason: 1}
+
+
+@pytest.mark.parametrize(
+    ("counts", "reason"),
+    [
+        ((-1, 3, 0, 0), "bad_counts"),
+        ((1, 0, 0, 0), "bad_counts"),
+        ((2**31 - 1, 2**31 - 1, 4, 0), "bad_counts"),
+        ((1, 0, 1, 0), "unknown_expert"),
+    ],
+)
+def test_counts_that_do_not_fit_are_refused_by_name(
+    stranger: Stranger, counts: tuple[int, ...], reason: str
+) -> None:
+    rows = torch.zeros(3, HIDDEN_SIZE)
+    rows[0].view(torch.int32)[:4] = torch.tensor(counts)
+    before = stranger.refused
+    stranger.send(rows, wire.encode(wire.Kind.DISPATCH, stranger.session, 5, 0, wire.SEVERAL, 2))
+    tag = wire.encode(wire.Kind.REFUSE, 7, 5, 0, wire.SEVERAL, wire.Refusal[reason.upper()])
+    stranger.finish(stranger.receive(torch.zeros(16), tag))
+    stranger.is_served()
+    assert stranger.refused - before == {reason: 1}
+
+
+def test_random_frames_are_all_refused(stranger: Stranger) -> None:
+    """Of any kind but the two about weights, half of them in a session of ours."""
+    chance, sent, before = random.Random(5), 0, stranger.refused
+    while sent < 300:
+        tag = chance.getrandbits(64)
+        if chance.random() < 0.5:
+            tag = wire.encode(*wire.decode(tag)._replace(session=stranger.session))
+        if chance.random() < 0.5:
+            tag = wire.encode(*wire.decode(tag)._replace(kind=wire.Kind.DISPATCH))
+        if tag >> 60 not in (wire.Kind.FETCH, wire.Kind.WEIGHTS):
+            stranger.send(torch.zeros(chance.randrange(1, 4096), dtype=torch.uint8), tag)
+            sent += 1
+    stranger.is_served()
+    refused = stranger.refused - before
+    assert refused.total() == sent
+    assert refused.keys() >= {"malformed", "unknown_session", "too_many_rows"}
 
 
 def test_a_receive_that_nobody_answers_can_be_taken_back(pair: Mesh) -> None:

@@ -758,7 +758,7 @@ def test_a_draining_worker_refuses_what_is_new(rig: Rig) -> None:
         ({"expert": 2}, "unknown_expert"),
         ({"layer": 9}, "unknown_expert"),
         ({"rows": 3}, "wrong_length"),
-        ({"rows": 0}, "too_many_rows"),
+        ({"rows": 0}, "malformed"),
         ({"rows": 60000}, "too_many_rows"),
         ({"kind": 0}, "malformed"),
         ({"kind": 15}, "malformed"),

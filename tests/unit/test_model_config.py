@@ -234,6 +234,36 @@ HUB: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
         "vocab_size": 201088,
     },
+    # The papers' models, as `plain` ones. 16 layers x 16 experts, 32 heads x 128, bf16.
+    "paper-16x16": {
+        "model_type": "expert_mesh_plain",
+        "hidden_size": 4096,
+        "intermediate_size": 16384,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_local_experts": 16,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 4096,
+        "hidden_act": "gelu",
+        "torch_dtype": "bfloat16",
+        "vocab_size": 32000,
+    },
+    "paper-61": {  # 61 layers, of which 3 are dense, 128 heads x 128, expert hidden 2048, bf16
+        "model_type": "expert_mesh_plain",
+        "hidden_size": 7168,
+        "head_dim": 128,
+        "intermediate_size": 2048,
+        "dense_intermediate_size": 18432,
+        "first_k_dense_replace": 3,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+        "num_local_experts": 256,
+        "num_experts_per_tok": 8,
+        "max_position_embeddings": 4096,
+        "hidden_act": "gelu",
+        "torch_dtype": "bfloat16",
+        "vocab_size": 129280,
+    },
     "janus": {  # 4 layers x 16 experts, d 8192, MLP 32768, 16 heads x 512, fp16
         "model_type": "expert_mesh_plain",
         "hidden_size": 8192,
@@ -321,6 +351,23 @@ def test_the_plain_family_is_read(tmp_path):
     assert config.expert_bytes("float16") == 2 * 8192 * 32768 * 2
 
 
+@pytest.mark.parametrize(
+    ("model", "heads", "moe_layers", "matrix"),
+    [
+        ("paper-16x16", (32, 128), 16, 4096 * 16384),
+        ("janus", (16, 512), 4, 8192 * 32768),
+        ("paper-61", (128, 128), 58, 7168 * 2048),
+    ],
+)
+def test_the_papers_shapes_are_read(tmp_path, model, heads, moe_layers, matrix):
+    config = read(tmp_path, model)
+    num_heads, head_dim = heads
+    assert config.attention == GroupedAttention(num_heads, num_heads, head_dim, head_dim**-0.5)
+    assert len(config.moe_layers) == moe_layers
+    assert config.moe_layers[-1] == config.num_layers - 1
+    assert config.expert_bytes(config.dtype) == 2 * matrix * 2
+
+
 def test_new_and_old_rope_styles_are_the_same(tmp_path):
     old = read(tmp_path, "DeepSeek-V2-Lite")
     scaling = HUB["DeepSeek-V2-Lite"]["rope_scaling"]
@@ -353,6 +400,22 @@ def test_generation_config_overrules_the_end_of_text(tmp_path):
     assert ModelConfig.from_hf(tmp_path).eos_token_ids == (7, 9)
     (tmp_path / "generation_config.json").write_text("{}")
     assert ModelConfig.from_hf(tmp_path).eos_token_ids == (2,)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("wrong", ["32000", "-1", "[2, 32000]", "[[2]]", "true", '"</s>"'])
+def test_an_end_of_text_outside_the_vocabulary_is_refused(tmp_path, file, wrong):
+    config = write(tmp_path, COMMON | HUB["janus"]) / file
+    values = json.loads(config.read_text()) if config.exists() else {}
+    config.write_text(json.dumps(values | {"eos_token_id": json.loads(wrong)}))
+    with pytest.raises(CheckpointError, match=rf"/{file}: eos_token_id is .*, 0 to 31999"):
+        ModelConfig.from_hf(tmp_path)
+
+
+def test_a_null_end_of_text_is_none(tmp_path):
+    read(tmp_path, "janus")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": null}')
+    assert ModelConfig.from_hf(tmp_path).eos_token_ids == ()
 
 
 def test_the_fingerprint_follows_config_and_weights(tmp_path):
