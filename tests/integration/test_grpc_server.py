@@ -8,12 +8,14 @@ import socket
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
+from contextlib import closing
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client import Gauge
+from structlog.testing import capture_logs
 
 from mesh.config import ServerConfig
 from mesh.errors import ConfigError, PlacementError
@@ -23,6 +25,7 @@ from mesh.plan import ExpertId
 from mesh.telemetry import announce_ready, bound_expert_series, new_registry
 from protos import placement_pb2 as pb
 from protos import placement_pb2_grpc as rpc
+from tests.unread import Unread
 
 NAME = "expertmesh.v1.Placement"
 
@@ -113,6 +116,62 @@ async def test_liveness_is_there_from_the_start_and_readiness_when_said():
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
+async def test_all_of_health_in_one_list():
+    async with make_server() as server, open_channel(server.address) as channel:
+        await server.set_ready("expert/0.7", True)
+        reply = await health_pb2_grpc.HealthStub(channel).List(health_pb2.HealthListRequest())
+    status = health_pb2.HealthCheckResponse
+    assert {name: of.status for name, of in reply.statuses.items()} == {
+        "": status.SERVING,
+        NAME: status.NOT_SERVING,
+        "expert/0.7": status.SERVING,
+    }
+
+
+async def test_a_watcher_is_told_of_every_change_and_of_the_end():
+    status = health_pb2.HealthCheckResponse
+    async with make_server() as server, open_channel(server.address) as channel:
+        replies = health_pb2_grpc.HealthStub(channel).Watch(
+            health_pb2.HealthCheckRequest(service="expert/0.7")
+        )
+        told = [(await replies.read()).status]
+        for ready in (True, False, True):
+            await server.set_ready("expert/0.7", ready)
+            told.append((await replies.read()).status)
+        await server.stop()
+        told.append((await replies.read()).status)
+        assert await replies.read() is grpc.aio.EOF
+    assert told == [
+        status.SERVICE_UNKNOWN,
+        status.SERVING,
+        status.NOT_SERVING,
+        status.SERVING,
+        status.NOT_SERVING,
+    ]
+
+
+async def test_watchers_that_never_read_hold_nobody_up(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mesh.health.MAX_WATCHERS", 2)
+    status = health_pb2.HealthCheckResponse
+    request = health_pb2.HealthCheckRequest(service=NAME)
+    server = make_server()
+    await server.start()
+    async with open_channel(server.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        replies = stub.Watch(request)
+        await replies.read()
+        with closing(Unread(server.address)) as unread:
+            unread.call("/grpc.health.v1.Health/Watch", request.SerializeToString())
+            await asyncio.to_thread(unread.wait_stalled)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.Watch(request).read()
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            for ready in (True, False, True):
+                await asyncio.wait_for(server.set_ready(NAME, ready), 10)
+            assert (await stub.Check(request)).status == status.SERVING
+            await asyncio.wait_for(server.stop(grace_s=0.1), 10)
+
+
 async def test_reflection_names_the_services():
     async with make_server() as server, open_channel(server.address) as channel:
         call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo()
@@ -169,6 +228,23 @@ async def test_a_taken_port_is_an_error_that_names_it():
         http = HttpServer(ServerConfig(http_port=port), new_registry(), why_not_ready=lambda: None)
         with pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{port}: Address already.*http-port"):
             http.start()
+
+
+async def test_a_stream_that_nobody_reads_is_given_up():
+    servicer = Servicer()
+    adds = [(rpc.add_PlacementServicer_to_server, servicer)]
+    server = GrpcServer(ServerConfig(), adds, [NAME], longest_write_s=0.05)
+    async with server, open_channel(server.address) as channel:
+        with closing(Unread(server.address)) as unread, capture_logs() as events:
+            stream = unread.call("/expertmesh.v1.Placement/WatchPlan", b"")
+            await asyncio.wait_for(servicer.watchers_gone.wait(), 10)
+            assert [(event["event"], event["method"]) for event in events] == [
+                ("client_does_not_read", "/expertmesh.v1.Placement/WatchPlan")
+            ]
+            # Should it read after all, it hears how its stream ended.
+            await asyncio.to_thread(unread.read, stream, b"read nothing of its stream")
+        replies = rpc.PlacementStub(channel).WatchPlan(pb.WatchPlanRequest())
+        assert (await replies.read()).epoch == 1
 
 
 async def test_the_server_stops_while_a_stream_is_open():
