@@ -8,7 +8,7 @@ import socket
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
-from contextlib import closing
+from contextlib import closing, suppress
 
 import grpc
 import pytest
@@ -292,6 +292,30 @@ async def test_http_tells_alive_from_ready_and_serves_metrics():
         assert (await get(f"{url}/readyz"))[0] == 200
         assert "expert_mesh:plan_epoch 7.0" in (await get(f"{url}/metrics"))[1]
         assert (await get(f"{url}/other"))[0] == 404
+
+
+def test_an_http_client_that_sends_a_byte_now_and_then_is_cut_off(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("mesh.http._LONGEST_REQUEST_S", 0.2)
+    monkeypatch.setattr("mesh.http._MAX_CONNECTIONS", 1)
+    http = HttpServer(ServerConfig(), new_registry(), why_not_ready=lambda: None)
+    http.start()
+    host, port = http.address.split(":")
+    slow = socket.create_connection((host, int(port)), timeout=0.02)
+    with closing(slow), suppress(ConnectionError):
+        while True:
+            slow.sendall(b"X")
+            with suppress(TimeoutError):
+                if not slow.recv(1):
+                    break
+    while True:  # its slot is free a moment later
+        with closing(socket.create_connection((host, int(port)), timeout=10)) as client:
+            client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+            with suppress(ConnectionError):
+                if client.recv(100).startswith(b"HTTP/1.0 200"):
+                    break
+    http.stop()
 
 
 def test_series_of_experts_are_bounded():
