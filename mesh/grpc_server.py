@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import resource
 import signal
 import socket
 from collections.abc import (
@@ -45,6 +46,7 @@ log = structlog.get_logger()
 
 MAX_MESSAGE_BYTES = 4 << 20
 _HEALTH_PREFIX = f"/{HEALTH_NAME}/"
+_MAX_CONNECTIONS = 4096
 # A client that leaves its stream unread for so long loses what the stream holds of the server.
 _LONGEST_WRITE_S = 30.0
 
@@ -208,7 +210,11 @@ class GrpcServer:
         """Bind and serve. ConfigError when the port is taken or the TLS files don't fit."""
         server = grpc.aio.server(
             interceptors=[_Interceptor(self._tokens, self._longest_write_s)],
-            options=[*_SERVER_OPTIONS, *_size_options(self._max_message_bytes)],
+            options=[
+                *_SERVER_OPTIONS,
+                *_size_options(self._max_message_bytes),
+                ("grpc.max_allowed_incoming_connections", _max_connections()),
+            ],
             maximum_concurrent_rpcs=self._max_concurrent_rpcs,
         )
         for add_to, servicer in self._services:
@@ -260,6 +266,14 @@ class GrpcServer:
         traceback: TracebackType | None,
     ) -> None:
         await self.stop()
+
+
+def _max_connections() -> int:
+    """Clients may take half of this process's files; the rest is for itself and its peers."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (
+        _MAX_CONNECTIONS if files == resource.RLIM_INFINITY else min(_MAX_CONNECTIONS, files // 2)
+    )
 
 
 def _why_bind_failed(config: ServerConfig) -> str:

@@ -42,6 +42,10 @@ class Unread:
         self._socket.sendall(_frame(_DATA, _END_STREAM, stream, body))
         return stream
 
+    def wait_connected(self) -> None:
+        """Until the server has sent its settings."""
+        self._read_until(b"\0\0")
+
     def wait_stalled(self) -> None:
         """Until the server has sent a header, behind which its first message waits."""
         self._read_until(b"application/grpc")

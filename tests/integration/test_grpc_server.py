@@ -217,6 +217,21 @@ async def test_a_message_over_the_limit_is_refused_and_the_server_serves_on():
         assert (await stub.Drain(pb.DrainRequest(worker_id="x" * 900))).epoch == 900
 
 
+async def test_past_so_many_connections_more_are_refused_until_one_ends(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("mesh.grpc_server._MAX_CONNECTIONS", 2)
+    async with make_server() as server, open_channel(server.address) as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        with closing(Unread(server.address)) as first, closing(Unread(server.address)) as second:
+            for holding in (first, second):
+                await asyncio.to_thread(holding.wait_connected)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await check(health_pb2.HealthCheckRequest())
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        await check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=20)
+
+
 async def test_a_taken_port_is_an_error_that_names_it():
     async with make_server() as server:
         with pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{server.port}: Address already"):
