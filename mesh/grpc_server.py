@@ -21,7 +21,7 @@ from collections.abc import (
     Iterator,
     Sequence,
 )
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -232,17 +232,24 @@ class GrpcServer:
 
     def _bind(self, server: grpc.aio.Server) -> int:
         config = self._config
-        listen = join_host_port(config.host, config.port)
-        tls = TlsFiles.of(config)
+        if config.port == 0 and config.preferred_port:
+            with suppress(RuntimeError):
+                return self._listen(server, config.preferred_port)
         try:
-            if tls is None:
-                return server.add_insecure_port(listen)
-            return server.add_secure_port(listen, tls.server_credentials())
+            return self._listen(server, config.port)
         except RuntimeError as error:
+            listen = join_host_port(config.host, config.port)
             raise ConfigError(
                 f"cannot listen for gRPC on {listen}: {_why_bind_failed(config)}; "
                 "choose another --port (0 takes a free one) or --host"
             ) from error
+
+    def _listen(self, server: grpc.aio.Server, port: int) -> int:
+        listen = join_host_port(self._config.host, port)
+        tls = TlsFiles.of(self._config)
+        if tls is None:
+            return server.add_insecure_port(listen)
+        return server.add_secure_port(listen, tls.server_credentials())
 
     async def set_ready(self, service_name: str, ready: bool) -> None:
         """What ``grpc.health.v1`` says of a name from now on. New names may come at any time."""

@@ -262,6 +262,17 @@ async def test_a_stream_that_nobody_reads_is_given_up():
         assert (await replies.read()).epoch == 1
 
 
+async def test_a_port_that_is_only_preferred_is_taken_while_it_is_free():
+    async with make_server() as free:
+        port = free.port
+    preferring = ServerConfig(preferred_port=port)
+    async with make_server(preferring) as first, make_server(preferring) as second:
+        assert first.port == port
+        assert second.port not in (0, port)
+        async with open_channel(second.address) as channel:
+            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+
+
 async def test_the_server_stops_while_a_stream_is_open():
     server = make_server()
     await server.start()
