@@ -168,7 +168,7 @@ def run_mesh(target: str, tasks: list[Task], concurrency: int) -> dict[str, floa
 
     async def measure() -> dict[str, Any]:
         async with AsyncClient(target) as client:
-            return summarize(*await run(client, tasks, concurrency=concurrency), None)
+            return summarize(*await run([client], tasks, concurrency=concurrency), None)
 
     report = asyncio.run(measure())
     if report["failed"]:

@@ -152,7 +152,7 @@ def monolith(settings: dict[str, Any], work: Work, where: str) -> dict[str, Any]
         if device.type == "cuda":
             graphs: Any = WholeStep(decoder, kv, experts, work.max_len)
             decoder.use_graphs(graphs)
-        side = Side(config, decoder, kv, experts, work, 1)
+        side = Side(config, decoder, kv, experts, work)
         return measure(side.run, work, 1)
 
 
@@ -286,7 +286,7 @@ def main(
     only: Annotated[bool, typer.Option(help="One side of one model, in this process.")] = False,
 ) -> None:
     """Compare, and print a line for each side."""
-    work = Work(8, 10_000, 1_000, 66, (1, 32, 128), 20_480)
+    work = Work(8, 10_000, 1_000, 66, (1, 32, 128), 10_240)
     if quick:
         work = Work(2, 200, 50, 10, (1, 4), 512)
     quiet()

@@ -23,6 +23,7 @@ from gateway.model.kv_cache import KvCache
 from gateway.request import Request, Sampling
 from gateway.sampler import Sampler
 from gateway.scheduler import Limits, Scheduler
+from mesh.config import GatewayConfig
 from mesh.model_config import ModelConfig
 from protos import engine_pb2 as pb
 
@@ -92,7 +93,7 @@ class Side:
         kv: KvCache,
         experts: MeshExperts,
         work: Work,
-        micro_batches: int,
+        overlap_tokens: int | None = None,
     ) -> None:
         self._config, self._work = config, work
         self._requests: dict[int, Request] = {}
@@ -104,7 +105,7 @@ class Side:
             lambda batches, rows: decoder.forward(batches, kv, rows),
             experts,
             Sampler(),
-            overlap_tokens=1 if micro_batches == 2 else None,
+            overlap_tokens=overlap_tokens,
         )
 
     def run(self, count: int, length: int, num_new: int) -> list[Ran]:
@@ -171,7 +172,10 @@ def meshed(
     micro_batches: int,
     engines: int = 1,
 ) -> Iterator[Side]:
-    """One of so many gateways, over the workers that ``admit`` knows."""
+    """One of so many gateways, over the workers that ``admit`` knows.
+
+    With one micro-batch large steps are two, as in a gateway that is served.
+    """
     with (
         decoder_of(config, device, work, engines) as (decoder, kv),
         dispatcher_to(
@@ -187,4 +191,5 @@ def meshed(
             from gateway.model.decode_graphs import DecodeGraphs
 
             decoder.use_graphs(DecodeGraphs(decoder, kv, dispatcher, work.max_len))
-        yield Side(config, decoder, kv, dispatcher, work, micro_batches)
+        served = GatewayConfig(device=device.type).overlap_tokens
+        yield Side(config, decoder, kv, dispatcher, work, 1 if micro_batches == 2 else served)

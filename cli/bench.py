@@ -1,4 +1,4 @@
-"""``expert-mesh bench serve``: requests at a gateway, and what became of them.
+"""``expert-mesh bench serve``: requests at gateways, and what became of them.
 
 TTFT is the time to the first token, TPOT the mean time per token after it, ITL each time
 between two tokens, E2EL the time to the end, all as the client sees them. Tokens that come in
@@ -13,7 +13,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, pstdev, quantiles
@@ -21,10 +21,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.generate import DEFAULT_TARGET, ApiKey, AsJson, Target, TlsCa, TlsCert, TlsKey
+from cli import engine_time
+from cli.generate import DEFAULT_TARGET, ApiKey, TlsCa, TlsCert, TlsKey
 from mesh.errors import ConfigError, MeshError, Unavailable
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from expert_mesh import AsyncClient
 
 _PERCENTILES = (50, 90, 99)
@@ -92,6 +95,17 @@ def parse_length(text: str, flag: str) -> tuple[int, int]:
     return bounds
 
 
+def parse_loads(text: str) -> list[int]:
+    """``8`` or ``1,8,32``. Raises ConfigError."""
+    try:
+        loads = [int(load) for load in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--concurrency {text!r} must be a number or several: 1,8,32") from error
+    if min(loads) < 1:
+        raise ConfigError(f"--concurrency {text!r} must be 1 or more")
+    return loads
+
+
 def random_tasks(
     count: int,
     input_len: tuple[int, int],
@@ -110,7 +124,7 @@ def random_tasks(
 
 
 async def run(
-    client: AsyncClient,
+    clients: Sequence[AsyncClient],
     tasks: Sequence[Task],
     *,
     concurrency: int | None,
@@ -120,15 +134,19 @@ async def run(
 ) -> tuple[list[Record], float]:
     """Make the requests, each greedy and past every end of sequence; records and seconds taken.
 
-    At most ``concurrency`` are in flight (None: any number); with ``rate`` they start at
-    random (Poisson), so many a second.
+    At most ``concurrency`` are in flight (None: any number), each by the client that has the
+    fewest; with ``rate`` they start at random (Poisson), so many a second.
     """
     slots = asyncio.Semaphore(concurrency or len(tasks))
+    in_flight = [0] * len(clients)
     began_s = time.perf_counter()
 
     async def one(task: Task) -> Record:
         async with slots:
-            record = await _request(client, task)
+            number = in_flight.index(min(in_flight))
+            in_flight[number] += 1
+            record = await _request(clients[number], task)
+            in_flight[number] -= 1
         on_done(record)
         return record
 
@@ -216,11 +234,42 @@ def file_tasks(
     return [Task(prompts[i % len(prompts)], rng.randint(*output_len)) for i in range(count)]
 
 
+async def measure(
+    clients: Sequence[AsyncClient],
+    tasks: Sequence[Task],
+    *,
+    concurrency: int | None,
+    rate: float | None = None,
+    rng: random.Random | None = None,
+    goal: Goal | None = None,
+    metrics: Sequence[str] = (),
+    on_done: Callable[[Record], None] = lambda record: None,
+) -> dict[str, Any]:
+    """:func:`run`, then :func:`summarize`; with the ``metrics`` of the gateways, the shares of
+    their engines' time too."""
+    before = await engine_time.read(metrics) if metrics else None
+    records, duration_s = await run(
+        clients, tasks, concurrency=concurrency, rate=rate, rng=rng, on_done=on_done
+    )
+    report = summarize(records, duration_s, goal)
+    if before is not None:
+        report |= (await engine_time.read(metrics)).shares_since(before)
+    return report
+
+
 def serve(
-    target: Target = DEFAULT_TARGET,
-    num_requests: Annotated[int, typer.Option(min=1, help="Requests to make.")] = 100,
+    target: Annotated[
+        str, typer.Option(help="host:port of a gateway; several by commas.")
+    ] = DEFAULT_TARGET,
+    num_requests: Annotated[
+        int, typer.Option(min=1, help="Requests to make, of each --concurrency.")
+    ] = 100,
     concurrency: Annotated[
-        int | None, typer.Option(min=1, help="Requests in flight.", show_default="8; any with rate")
+        str | None,
+        typer.Option(
+            help="Requests in flight; several by commas: a run of each.",
+            show_default="8; any with rate",
+        ),
     ] = None,
     rate: Annotated[
         float | None, typer.Option(min=1e-6, help="Requests that start a second (Poisson).")
@@ -234,7 +283,13 @@ def serve(
     seed: Annotated[int, typer.Option(help="Of prompts, lengths and arrivals.")] = 0,
     goal_ttft_ms: Annotated[float | None, typer.Option(help="Goodput: most TTFT.")] = None,
     goal_tpot_ms: Annotated[float | None, typer.Option(help="Goodput: most TPOT.")] = None,
-    as_json: AsJson = False,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(help="A gateway's HTTP /metrics: shows its engine's shares of time."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object, a line for each --concurrency.")
+    ] = False,
     api_key: ApiKey = None,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
@@ -245,38 +300,61 @@ def serve(
 
     rng = random.Random(seed)
     lengths = parse_length(input_len, "--input-len"), parse_length(output_len, "--output-len")
-    if concurrency is None and rate is None:
-        concurrency = 8
+    loads: list[int | None] = [None if rate is not None else 8]
+    if concurrency is not None:
+        loads = [*parse_loads(concurrency)]
+    if len(loads) > 1 and num_requests < max(load or 0 for load in loads):
+        raise ConfigError(f"--num-requests {num_requests} is less than --concurrency {concurrency}")
     goal = None
     if goal_ttft_ms is not None or goal_tpot_ms is not None:
         goal = Goal(*(ms / 1e3 if ms is not None else None for ms in (goal_ttft_ms, goal_tpot_ms)))
     options: Any = {"tls_cert": tls_cert, "tls_key": tls_key, "tls_ca": tls_ca}
 
-    async def measure() -> dict[str, Any]:
-        async with AsyncClient(target, api_key=api_key, **options) as client:
-            model = await client.model_info()
-            if prompt_file is not None:
-                tasks = file_tasks(prompt_file, num_requests, lengths[1], rng)
-            else:
-                if lengths[0][1] + lengths[1][1] > model.max_model_len:
-                    raise ConfigError(
-                        f"--input-len {input_len} and --output-len {output_len} do not fit the "
-                        f"context of {model.max_model_len} tokens"
+    async def reports() -> AsyncIterator[dict[str, Any]]:
+        async with AsyncExitStack() as stack:
+            clients = [
+                await stack.enter_async_context(AsyncClient(one, api_key=api_key, **options))
+                for one in target.split(",")
+            ]
+            model = await clients[0].model_info()
+            for load in loads:
+                if prompt_file is not None:
+                    tasks = file_tasks(prompt_file, num_requests, lengths[1], rng)
+                else:
+                    if lengths[0][1] + lengths[1][1] > model.max_model_len:
+                        raise ConfigError(
+                            f"--input-len {input_len} and --output-len {output_len} do not fit "
+                            f"the context of {model.max_model_len} tokens"
+                        )
+                    tasks = random_tasks(num_requests, *lengths, model.vocab_size, rng)
+                with _progress(num_requests) as on_done:
+                    report = await measure(
+                        clients,
+                        tasks,
+                        concurrency=load,
+                        rate=rate,
+                        rng=rng,
+                        goal=goal,
+                        metrics=metrics or (),
+                        on_done=on_done,
                     )
-                tasks = random_tasks(num_requests, *lengths, model.vocab_size, rng)
-            with _progress(num_requests) as on_done:
-                records, duration_s = await run(
-                    client, tasks, concurrency=concurrency, rate=rate, rng=rng, on_done=on_done
-                )
-            return summarize(records, duration_s, goal)
+                yield {"concurrency": load, **report} if len(loads) > 1 else report
 
-    report = asyncio.run(measure())
-    if as_json:
-        typer.echo(json.dumps(report))
-    else:
-        _print_table(report)
-    if report["completed"] == 0:
-        raise Unavailable(f"no request completed; the first error: {next(iter(report['errors']))}")
+    async def show() -> list[dict[str, Any]]:
+        found = []
+        async for report in reports():
+            found.append(report)
+            if as_json:
+                typer.echo(json.dumps(report))
+        return found
+
+    found = asyncio.run(show())
+    if not as_json:
+        _print(found)
+    for report in found:
+        if report["completed"] == 0:
+            first = next(iter(report["errors"]))
+            raise Unavailable(f"no request completed; the first error: {first}")
 
 
 @contextmanager
@@ -290,6 +368,49 @@ def _progress(total: int) -> Iterator[Callable[[Record], None]]:
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("requests", total=total)
         yield lambda record: progress.advance(bar)
+
+
+def loads_table(reports: Sequence[dict[str, Any]]) -> Table:
+    """A line for each load: latencies in ms, and of the engine's time what is known."""
+    from rich.table import Table
+
+    latencies = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL"}
+    shares = {"host_share": "host", "expert_wait_share": "experts"}
+    shown = {name: label for name, label in shares.items() if any(name in r for r in reports)}
+    table = Table(title="bench serve, ms", title_justify="left")
+    for column in (
+        *("in flight", "completed", "failed", "tok/s"),
+        *(f"{label} {p}" for label in latencies.values() for p in ("p50", "p99")),
+        *shown.values(),
+    ):
+        table.add_column(column, justify="right")
+    for report in reports:
+        cells = [str(report[name]) for name in ("concurrency", "completed", "failed")]
+        cells.append(f"{report['output_token_throughput']:.0f}")
+        for name in latencies:
+            times = report[name]
+            cells += [f"{times[p] * 1e3:.2f}" if times else "" for p in ("p50", "p99")]
+        cells += [_percent(report[name]) for name in shown]
+        table.add_row(*cells)
+    return table
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
+def _print(reports: Sequence[dict[str, Any]]) -> None:
+    from rich.console import Console
+
+    if len(reports) == 1:
+        _print_table(reports[0])
+        return
+    console = Console()
+    if not console.is_terminal:
+        console.width = 140  # columns that are cut tell nothing
+    console.print(loads_table(reports))
+    for error, times in sum((Counter(report["errors"]) for report in reports), Counter()).items():
+        console.print(f"[red]{times} x {error}[/]", highlight=False)
 
 
 def _print_table(report: dict[str, Any]) -> None:
@@ -315,6 +436,9 @@ def _print_table(report: dict[str, Any]) -> None:
             counts.add_row(
                 label, (f"{value:.2f}" if isinstance(value, float) else f"{value}") + unit
             )
+    for name in ("host_share", "expert_wait_share"):
+        if name in report:
+            counts.add_row("engine's " + name.replace("_", " "), _percent(report[name]))
     latencies = Table("ms", title_justify="left")
     names = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "e2el_s": "E2EL"}
     for column in ("mean", "std", "median", "p90", "p99"):

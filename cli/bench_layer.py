@@ -51,6 +51,10 @@ class Line:
     two: float
     """A step with two micro-batches of half the rows each, one after the other all the time."""
     two_p99: float
+    peers: int
+    """Workers that have rows."""
+    post: float
+    """Of a step's time, what posting to all of them took: their receives and sends."""
     reference: float = 0.0
     """The same layer by ``all_to_all_single``, see :mod:`cli.layer_reference`."""
     reference_p99: float = 0.0
@@ -109,7 +113,7 @@ def layer(
         typer.echo(json.dumps({**asdict(shape), "lines": [asdict(line) for line in found]}))
         return
     columns = "rows,busiest,floor us,ours us,p99,chained us,over,x floor,two us,p99"
-    columns += ",reference us,p99,chained us,ours / ref,chained / ref,error"
+    columns += ",peers,post us,reference us,p99,chained us,ours / ref,chained / ref,error"
     from rich.console import Console
     from rich.table import Table
 
@@ -121,14 +125,16 @@ def layer(
             *(str(n) for n in (line.rows, line.busiest)),
             *(f"{t:.0f}" for t in (line.floor, line.ours, line.ours_p99, line.chained, line.over)),
             f"{line.chained / line.floor:.2f}",
-            *(f"{t:.0f}" for t in (line.two, line.two_p99, line.reference, line.reference_p99)),
-            f"{line.reference_chained:.0f}",
+            *(f"{t:.0f}" for t in (line.two, line.two_p99)),
+            str(line.peers),
+            f"{line.post:.1f}",
+            *(f"{t:.0f}" for t in (line.reference, line.reference_p99, line.reference_chained)),
             f"{line.ours / line.reference:.2f}",
             f"{line.chained / line.reference_chained:.2f}",
             f"{line.error:.1e}",
         )
     console = Console()
-    console.width = max(console.width, 150)  # columns that are cut tell nothing
+    console.width = max(console.width, 165)  # columns that are cut tell nothing
     console.print(table)
 
 
@@ -258,7 +264,14 @@ def _measure(
         return error
 
     errors = [checked(step)]
-    ours = layer_times.each(step.run, device, repeat)
+    posts = []
+
+    def noted() -> None:
+        before_s = dispatcher.posted_s
+        step.run()
+        posts.append((dispatcher.posted_s - before_s) * 1e6)
+
+    ours = layer_times.each(noted, device, repeat)
     errors.append(checked(step))
     chain = Step(dispatcher, [(x_TD, ids_TK, weights_TK)])
     chained = layer_times.chained(chain.run_on, device, repeat)
@@ -279,6 +292,8 @@ def _measure(
         chained=chained,
         two=median(passing),
         two_p99=_p99(passing),
+        peers=sum(rows > 0 for rows in by_worker),
+        post=median(posts[-repeat:]),
     )
 
 

@@ -28,7 +28,7 @@ from mesh import native, wire
 from mesh.plan import ExpertId
 from mesh.transport.base import Asking, Request
 
-MAX_ROWS = 8192
+MAX_ROWS = 16384
 """Of a seat: up to here, comparing every pair of rows takes little beside their experts."""
 _PICK_EVERY = 64
 """After so many uses replicas are picked again; more where there are more, for what that takes."""
@@ -189,6 +189,7 @@ class Asks:
         self._seats: dict[tuple[int, int], Seat] = {}
         self._past: list[Seat] = []
         """Whose rows are still to be counted."""
+        self._past_posted_ns = 0
         self._held: dict[tuple[int, Peer], _Held] = {}
         self._away: dict[int, Seat] = {}
         """By micro-batch."""
@@ -202,6 +203,7 @@ class Asks:
         if seat is None or seat.num_experts != num_experts:
             if seat is not None:
                 self._past.append(seat)
+                self._past_posted_ns += seat.record.posted_ns
             seat = Seat(self, micro_batch, layer, num_experts, self._row_bytes, self._device)
             self._seats[micro_batch, layer] = seat
         return seat
@@ -278,6 +280,12 @@ class Asks:
         self._held.clear()
         for micro_batch in range(MAX_MICRO_BATCHES):
             self._unplan(micro_batch)
+
+    @property
+    def posted_s(self) -> float:
+        """What posting took, of all seats since the start."""
+        posted_ns: int = sum(seat.record.posted_ns for seat in self._seats.values())
+        return (self._past_posted_ns + posted_ns) / 1e9
 
     def take_rows(self) -> Iterator[tuple[ExpertId, int]]:
         """Rows that each expert was sent since the last call."""

@@ -211,6 +211,7 @@ class Dispatcher:
         self.failovers = 0
         self.expert_wait_s = 0.0
         self.pause_s = 0.0
+        self._posted_s = 0.0
 
     # Between steps.
 
@@ -279,6 +280,12 @@ class Dispatcher:
                 self._rows_by_expert[expert] += num_rows
         return self._rows_by_expert
 
+    @property
+    def posted_s(self) -> float:
+        """What it took, since the start, to post the messages of layers whose rows were laid out:
+        receives and sends, to all their workers. What is sent again is not in it."""
+        return self._posted_s + (0.0 if self._asks is None else self._asks.posted_s)
+
     def close(self) -> None:
         """End every endpoint."""
         self.peers.close()
@@ -335,7 +342,9 @@ class Dispatcher:
         pending.rows_TK = laid.scatter(
             x_TD, _rows_in_order(messages), headers, self._frames.send_RD
         )
+        began_s = time.perf_counter()
         self._post(pending, [(peer, runs) for peer, runs in messages if peer is not None])
+        self._posted_s += time.perf_counter() - began_s
         for peer, runs in messages:
             if peer is None:
                 for run in runs:

@@ -188,11 +188,15 @@ class GatewayConfig(ServerConfig):
     gateways_on_device: int = option(1, "Gateways that share this one's GPU; `up` says it.")
     kv_block_size: int = option(16, "Tokens of one KV block.")
     max_model_len: int = option(0, "Longest prompt + output in tokens; 0: the checkpoint's.")
-    max_batch_tokens: int = option(512, "Tokens of one step: decode rows and prefill chunks.")
-    max_running: int = option(64, "Requests that decode at once.")
+    max_batch_tokens: int = option(
+        0, "Tokens of one step: decode rows and prefill chunks; 0: 512, on a GPU 8192."
+    )
+    max_running: int = option(0, "Requests that decode at once; 0: 64, on a GPU 256.")
     max_waiting: int = option(1024, "Requests that may queue; past it, RESOURCE_EXHAUSTED.")
     overlap_tokens: int = option(
-        256, "Tokens from which a step's halves hide each other's transfers; 0: never halve it."
+        -1,
+        "Tokens from which a step's halves hide each other's transfers; 0: never halve it; "
+        "-1: 256, on a GPU 4096.",
     )
     prefix_cache: bool = option(True, "Reuse KV blocks of equal prompt prefixes.")
     expert_patience_s: float = option(
@@ -208,6 +212,15 @@ class GatewayConfig(ServerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        on_gpu = self.device != "cpu"
+        for name, unset, value in (
+            ("max_batch_tokens", 0, 8192 if on_gpu else 512),
+            ("max_running", 0, 256 if on_gpu else 64),
+            # Halves of fewer read an expert's weights twice and hide less than that takes.
+            ("overlap_tokens", -1, 4096 if on_gpu else 256),
+        ):
+            if getattr(self, name) == unset:
+                object.__setattr__(self, name, value)
         for name in (
             "kv_block_size",
             "max_batch_tokens",
@@ -228,7 +241,7 @@ class GatewayConfig(ServerConfig):
             self.expert_loading_patience_s >= self.expert_patience_s,
             "expert_loading_patience_s must not be below expert_patience_s",
         )
-        _require(self.overlap_tokens >= 0, "overlap_tokens must not be negative")
+        _require(self.overlap_tokens >= 0, "overlap_tokens must be -1 or more")
         _require(
             self.max_batch_tokens >= self.max_running,
             "max_batch_tokens must not be below max_running: every running request decodes",

@@ -381,7 +381,7 @@ def _choose_kernel(
     tl.store(weights + token * CHOICES + choice, weight * scale, mask=mine)
 
 
-_launch_choose = Launcher(_choose_kernel)
+_launch_choose = Launcher(_choose_kernel, num_warps=8)
 
 
 def choose(

@@ -89,8 +89,11 @@ int32_t asking_leave(asking *all, seat *one, uint64_t graph) {
     while (!(done = device_graph_done(all->device))) ucp_worker_progress(all->box->worker);
     if (done < 0) return FAILED;
     if (all->box->attention || !count(one)) return IRREGULAR;
-    one->sent_us = now_us();
-    return post(all, one) ? REGULAR : IRREGULAR;
+    int64_t began_ns = now_ns();
+    one->sent_us = began_ns / 1000;
+    int posted = post(all, one);
+    one->posted_ns += now_ns() - began_ns;
+    return posted ? REGULAR : IRREGULAR;
 }
 
 /* 1 when all is done, 0 while it is not, -1 when some of it failed. */

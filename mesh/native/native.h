@@ -125,6 +125,7 @@ EXPORT int32_t postbox_progress(postbox *box);
 /* 1 when a message is there that no receive was posted for; `remove` takes it off the queue. */
 EXPORT int32_t postbox_probe(postbox *box, int32_t remove, arrival *found);
 EXPORT int64_t now_us(void); /* CLOCK_MONOTONIC */
+int64_t now_ns(void);
 /* 1 when it is safe to sleep until UCX's descriptor is readable. */
 EXPORT int32_t postbox_arm(postbox *box);
 /* Give way once: yield for the first spin_us of idleness, then sleep until UCX has work. 0 when
@@ -234,11 +235,11 @@ typedef struct {
     int64_t step_us, period_us; /* when its step began, and how long the one before took; or 0 */
     int64_t came_us;            /* its last dispatch; 0: none yet */
     uint64_t batch;             /* what the one before that was computed in; 0: nothing */
-    int32_t layer, waits;
+    int32_t layer, waits, large;
 } pace;
 
 /* A dispatch for this layer has come, and waits; or it leaves, with a batch. */
-EXPORT void company_came(pace *one, int32_t layer, int64_t now);
+EXPORT void company_came(pace *one, int32_t layer, int32_t large, int64_t now);
 EXPORT void company_left(pace *one, uint64_t batch);
 /* Until when to hold what one has sent, as long as nothing changes; 0: nobody is worth that. */
 EXPORT int64_t company_until(const pace *one, const pace *const *others, int32_t count,
@@ -276,6 +277,7 @@ typedef struct {
     work *works;
     replays *replays;
     int32_t slot, graph;
+    int32_t with_next; /* it is answered when the next one is */
     int64_t rows;
 } batch;
 
@@ -368,6 +370,7 @@ typedef struct { /* a layer of a micro-batch */
     uint64_t row_bytes;
     int32_t num_experts, num_asks;
     int64_t sent_us;
+    int64_t posted_ns; /* what posting took, all times together */
 } seat;
 
 typedef struct {

@@ -194,11 +194,13 @@ int32_t postbox_probe(postbox *box, int32_t remove, arrival *found) {
     return 1;
 }
 
-int64_t now_us(void) {
+int64_t now_ns(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1000000LL + now.tv_nsec / 1000;
+    return now.tv_sec * 1000000000LL + now.tv_nsec;
 }
+
+int64_t now_us(void) { return now_ns() / 1000; }
 
 int32_t postbox_arm(postbox *box) {
     if (ucp_worker_arm(box->worker) == UCS_OK) {

@@ -21,6 +21,8 @@ def test_a_layer_over_two_workers_is_right_and_timed(kind: str) -> None:
     # Each worker holds two of the four experts that each of 40 tokens takes two of.
     assert 40 <= lines[1].busiest <= 80
     assert all(0 < line.ours <= line.ours_p99 for line in lines)
+    assert all(0 < line.post < line.ours for line in lines)
+    assert 1 <= lines[0].peers <= lines[1].peers == 2
     assert all(0 < line.reference <= line.reference_p99 for line in lines)
     assert all(line.reference_ranks == 2 and line.reference_error < 2e-5 for line in lines)
 

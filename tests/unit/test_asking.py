@@ -259,7 +259,9 @@ def test_an_expert_that_nobody_serves_makes_its_layer_leave_the_other_way(rig: R
     for ids_TK, by_seat in (([[0, 1], [1, 3], [2, 0]], False), ([[0, 1], [1, 2], [2, 0]], True)):
         step = (x_TD, torch.tensor(ids_TK), weights_TK)
         rig.dispatcher.begin_step(1)
+        posted_s = rig.dispatcher.posted_s
         assert one.leave(*step) == by_seat
+        assert rig.dispatcher.posted_s > posted_s
         got, want = one.come_back(), expected(LAYER, *step)
         torch.testing.assert_close(got[[0, 2]], want[[0, 2]])
         assert set(rig.dispatcher.void_rows()) == (set() if by_seat else {(0, 1)})

@@ -8,12 +8,15 @@ import random
 from pathlib import Path
 
 import pytest
+from prometheus_client import start_http_server
 
+from cli import engine_time
 from cli.bench import (
     Goal,
     Record,
     file_tasks,
     parse_length,
+    parse_loads,
     random_tasks,
     run,
     spread,
@@ -82,6 +85,32 @@ def test_lengths_are_numbers_or_ranges() -> None:
             parse_length(text, "--input-len")
 
 
+def test_loads_are_one_number_or_several() -> None:
+    assert (parse_loads("8"), parse_loads("1,8,32")) == ([8], [1, 8, 32])
+    for text in ("", "x", "0", "8,", "1,-4"):
+        with pytest.raises(ConfigError, match="--concurrency"):
+            parse_loads(text)
+
+
+def seconds(step: float, wait: float, host: float | None = None) -> str:
+    """What a gateway with a model of this name says of its engine."""
+    parts = {"engine_step_seconds": step, "expert_wait_seconds": wait, "engine_host_seconds": host}
+    return "".join(
+        f'# TYPE expert_mesh:{name} counter\nexpert_mesh:{name}_total{{model_name="m"}} {value}\n'
+        for name, value in parts.items()
+        if value is not None
+    )
+
+
+def test_shares_of_the_engines_time_are_of_all_gateways_and_of_what_they_count() -> None:
+    before = engine_time.parse([seconds(1, 0.5, 0), seconds(2, 1, 1)])
+    after = engine_time.parse([seconds(5, 2.5, 1), seconds(8, 3, 2)])
+    assert after.shares_since(before) == {"host_share": 0.2, "expert_wait_share": 0.4}
+    older = engine_time.parse([seconds(5, 2.5, 1), seconds(8, 3)])
+    assert older.shares_since(before) == {"host_share": None, "expert_wait_share": 0.4}
+    assert after.shares_since(after) == {"host_share": None, "expert_wait_share": None}
+
+
 def test_random_tasks_repeat_with_the_seed_and_keep_their_bounds() -> None:
     made = random_tasks(50, (2, 5), (1, 3), 10, random.Random(1))
     assert made == random_tasks(50, (2, 5), (1, 3), 10, random.Random(1))
@@ -112,7 +141,7 @@ def answer_all(rig: Rig) -> None:
 async def test_no_more_are_in_flight_than_asked_for() -> None:
     async with scripted_front() as rig, AsyncClient(rig.target) as client:
         tasks = random_tasks(3, (2, 2), (1, 1), 10, random.Random(0))
-        running = asyncio.create_task(run(client, tasks, concurrency=2))
+        running = asyncio.create_task(run([client], tasks, concurrency=2))
         first, second = await rig.engine.submitted(), await rig.engine.submitted()
         await client.model_info()
         assert rig.engine.nothing_new
@@ -136,6 +165,42 @@ async def test_a_run_against_a_gateway_is_reported_as_json(
     assert (report["completed"], report["failed"], report["output_tokens"]) == (5, 0, 15)
     assert 20 <= report["input_tokens"] <= 40
     assert set(report["ttft_s"]) == {"mean", "std", "p50", "p90", "p99"}
+
+
+async def test_several_loads_are_a_run_each_with_shares_of_the_engines_time(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_time, "_FRESH_S", 0.0)
+    async with scripted_front() as rig:
+        server, thread = start_http_server(0, "127.0.0.1", rig.registry)
+        stats = engine_pb2.EngineStats()
+
+        def answer(submit: engine_pb2.Submit) -> None:
+            stats.step_s += 1.0
+            stats.expert_wait_s += 0.25
+            rig.engine.send(engine_pb2.FromEngine(stats=stats))
+            rig.engine.say(submit, b"x" * submit.sampling.max_tokens, "length")
+
+        rig.engine.answer = answer
+        argv = ["bench", "serve", "--target", f"{rig.target},{rig.target}", "--num-requests", "4"]
+        argv += ["--input-len", "4", "--output-len", "3", "--concurrency", "1,4"]
+        argv += ["--metrics", f"127.0.0.1:{server.server_port}"]
+        assert await asyncio.to_thread(main, [*argv, "--json"]) == 0
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [(line["concurrency"], line["completed"]) for line in lines] == [(1, 4), (4, 4)]
+        assert [line["expert_wait_share"] for line in lines] == [0.25, 0.25]
+        assert await asyncio.to_thread(main, argv) == 0
+        shown = capsys.readouterr().out
+        assert "in flight" in shown
+        assert shown.count("25.0%") == 2
+        too_few = [*argv, "--num-requests", "3"]
+        assert await asyncio.to_thread(main, too_few) == 2
+        assert "--num-requests 3 is less" in capsys.readouterr().err
+        server.shutdown()
+        thread.join()
+        server.server_close()
+        assert await asyncio.to_thread(main, argv) == 1
+        assert "no metrics at http://127.0.0.1" in capsys.readouterr().err
 
 
 async def test_a_table_for_a_person_and_refusals_for_nobody_served(

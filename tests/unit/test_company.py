@@ -22,6 +22,7 @@ class Gateway:
     asks_at: int
     attend: int = ATTEND
     sample: int = SAMPLE
+    large: bool = False
     layer: int = 0
     pace: native.Pace = field(default_factory=native.Pace)
     steps: list[int] = field(default_factory=list)
@@ -58,7 +59,7 @@ class Mesh:
             for one in self.gateways:
                 if one.asked_at is None and now >= one.asks_at and one not in computing:
                     one.asked_at = now
-                    native.short.company_came(one.pace, one.layer, now)
+                    native.short.company_came(one.pace, one.layer, one.large, now)
             if computing and now >= done_at:
                 for one in computing:
                     one.answered(now, rng.randrange(40))
@@ -133,3 +134,18 @@ def test_who_has_another_pace_costs_little(attend: int) -> None:
     mesh = Mesh([Gateway(*one) for one in gateways]).run(60 * STEP)
     alone = Mesh([Gateway(*one) for one in gateways], waits=False).run(60 * STEP)
     assert mesh.pace_of(0) < 1.02 * alone.pace_of(0)
+
+
+def test_a_step_that_took_half_as_long_again_is_no_other_pace() -> None:
+    """Two that were out of step for once: the early one still waits for the other."""
+    early, late = native.Pace(), native.Pace()
+    paces = (ctypes.c_void_p * 2)(ctypes.addressof(early), ctypes.addressof(late))
+    for began in (1000, 15000, 29000):
+        native.short.company_came(early, 0, 0, began)
+        native.short.company_came(late, 0, 0, began + 500)
+        native.short.company_came(early, 1, 0, began + 800)
+        native.short.company_came(late, 1, 0, began + 1300)
+    native.short.company_came(late, 0, 0, 50500)
+    native.short.company_came(late, 1, 0, 51300)
+    native.short.company_came(early, 0, 0, 64000)
+    assert native.short.company_until(early, paces, 2, EXPERT, 64000) > 64000

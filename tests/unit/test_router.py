@@ -78,3 +78,10 @@ def test_half_precision_rows_are_scored_in_float32():
     router = Router(RouterConfig(), 1, torch.eye(2, dtype=torch.bfloat16))
     _, weights_TK = router(torch.tensor([[0.0, 1.0]], dtype=torch.bfloat16))
     assert weights_TK.dtype == torch.float32
+
+
+def test_rows_that_are_not_there_are_nobodys() -> None:
+    router = Router(RouterConfig(normalize=True), 2, torch.eye(3))
+    there_T = torch.tensor([5, 0, 1], dtype=torch.int32)
+    ids_TK, _ = router(torch.tensor([[3.0, 1, 2]] * 3), there_T)
+    assert ids_TK.tolist() == [[0, 2], [3, 3], [0, 2]]
