@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from cli.child import command_of
 from mesh.errors import Unavailable
 from mesh.plan import ExpertId
 
@@ -45,7 +45,7 @@ class Child:
     """A module in a process of its own, which is told and answers one JSON object a line."""
 
     def __init__(self, module: str, order: Mapping[str, Any]) -> None:
-        command = [sys.executable, "-m", module, json.dumps(order)]
+        command = command_of(module, json.dumps(order))
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
         self._module = module

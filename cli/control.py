@@ -89,9 +89,11 @@ def listening(name: str) -> Iterator[Control]:
         raise ConfigError(f"--mesh {name!r}: 1 to 48 letters, digits, '.', '_' or '-'")
     folder = _folder()
     for old in folder.glob("*.sock"):
-        # Of an `up` that was killed. A young one may be about to listen.
-        if time.time() - old.lstat().st_mtime > _YOUNG_S and not _answers(old):
-            old.unlink(missing_ok=True)
+        # Of an `up` that was killed. A young one may be about to listen, and one that ends
+        # takes its own away.
+        with suppress(FileNotFoundError):
+            if time.time() - old.lstat().st_mtime > _YOUNG_S and not _answers(old):
+                old.unlink()
     path = folder / f"{name}.sock"
     if _answers(path):
         raise ConfigError(f"a mesh {name} is running already: choose another --mesh")

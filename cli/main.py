@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
+import resource
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -28,6 +29,7 @@ from mesh.config import GatewayConfig, PlacementConfig, WorkerConfig
 from mesh.errors import ConfigError, MeshError
 
 _STDERR = 2
+_OPEN_FILES = 65536
 
 app = typer.Typer(
     name="expert-mesh",
@@ -95,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. What a person did wrong is one line, no traceback."""
     # A crash in compiled code says where it was; processes that are forked from this one do too.
     faulthandler.enable(_STDERR)
+    _allow_open_files()
     try:
         app(args=argv, prog_name="expert-mesh")
     except SystemExit as exit:
@@ -105,6 +108,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     return 0
+
+
+def _allow_open_files() -> None:
+    """As many as the system lets us have: the usual 1024 are not enough for a thousand clients."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 if __name__ == "__main__":

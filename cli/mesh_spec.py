@@ -4,22 +4,25 @@ first of them starts."""
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import math
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.gpu_memory import reserved_bytes
 from cli.options import build, options_of
-from mesh.config import GatewayConfig, PlacementConfig, WorkerConfig, option
+from mesh.config import GatewayConfig, PlacementConfig, ServerConfig, WorkerConfig, option
 from mesh.errors import ConfigError, PlacementError
 
 if TYPE_CHECKING:
     from placement.rules import Rules
 
 _MANAGED = (
+    "preferred_port",
     "http_port",
     "placement",
     "worker_id",
@@ -40,7 +43,9 @@ class UpConfig:
     model: Path = option(Path("."), "Checkpoint directory.")
     workers: int = option(0, "Expert workers; 0: as many as the placement rules need.")
     gateways: int = option(1, "Gateways, each with an engine of its own.")
-    port: int = option(0, "gRPC port of the first gateway; 0 takes a free one.")
+    port: int | None = option(
+        None, "gRPC port of the first gateway; 0 takes a free one, as where 50051 is taken."
+    )
     mesh: str | None = option(
         None, "Name by which `scale` and `roll` find it; made from the pid if absent."
     )
@@ -91,7 +96,10 @@ class MeshSpec:
         from placement.rules import Rules
 
         config = build(UpConfig, values)
-        placement = build(PlacementConfig, {**values, "port": 0})
+        # Where every command looks for a mesh, unless another one is there.
+        preferred = {"port": 0, "preferred_port": PlacementConfig.port}
+        inner = {**values, **_inside(values)}
+        placement = build(PlacementConfig, {**inner, **preferred})
         model = ModelConfig.from_hf(placement.model)
         rules = Rules(
             model.moe_layers,
@@ -100,7 +108,7 @@ class MeshSpec:
             placement.experts_per_worker,
             placement.expert_shards or 1,
         )
-        worker = build(WorkerConfig, {**values, "port": 0, "drain_s": config.drain_s})
+        worker = build(WorkerConfig, {**inner, "port": 0, "drain_s": config.drain_s})
         patience = {"expert_patience_s": _RESTART_PATIENCE_S} if config.restart else {}
         gateway = build(GatewayConfig, {**patience, **values, "port": 0})
         num_workers = config.workers or rules.workers_needed
@@ -125,7 +133,8 @@ class MeshSpec:
                     gateway,
                     gateway_id=f"gateway-{i}",
                     device=device,
-                    port=config.port if i == 0 else 0,
+                    port=(config.port or 0) if i == 0 else 0,
+                    preferred_port=GatewayConfig.port if i == 0 and config.port is None else 0,
                     reserved_bytes=reserved[i],
                     gateways_on_device=gateway_devices.count(device),
                 )
@@ -153,6 +162,26 @@ class MeshSpec:
             worker_id=f"worker-{number:0{max(2, len(str(self.num_workers - 1)))}}",
             device=self._device_of(self.up.gateways + number),
         )
+
+
+def _inside(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Where placement and workers listen if not where gateways do: nobody asks them for a key, so
+    strangers may not reach them. ConfigError where that cannot be had."""
+    public = build(ServerConfig, {k: v for k, v in values.items() if k != "port"})
+    if public.tls_ca is not None or _is_loopback(public.host):
+        return {}
+    if public.tls_cert is not None:
+        raise ConfigError(
+            f"--host {public.host} with --tls-cert but no --tls-ca leaves placement and workers "
+            "open to strangers: give --tls-ca too, or let a proxy speak TLS with clients"
+        )
+    return {"host": ServerConfig.host, "advertise_host": None}
+
+
+def _is_loopback(host: str) -> bool:
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 def _devices(device: str) -> Callable[[int], str]:

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from cli.child import command_of
 from cli.options import without_variables
 from mesh.errors import Unavailable
 
@@ -82,8 +82,7 @@ class Supervisor:
         entry: str = "cli.main:main",
         grace_s: float = 10.0,
     ) -> None:
-        self._command = [sys.executable, "-m", "cli.fork_server", "--entry", entry]
-        self._command += ["--grace-s", str(grace_s)]
+        self._command = command_of("cli.fork_server", "--entry", entry, "--grace-s", str(grace_s))
         for module in preload:
             self._command += ["--preload", module]
         self.log_dir = log_dir

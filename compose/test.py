@@ -215,8 +215,8 @@ def use_and_break(cluster: Cluster) -> None:
 
     wait_until("the plan lost the worker's experts", plan_has_a_hole, FOLLOW_TIMEOUT_S)
     wait_until(
-        "placement's health says so",
-        lambda: cluster.all_are("unhealthy", [placement]),
+        "placement's and the gateway's health say so",
+        lambda: cluster.all_are("unhealthy", [placement, gateway]),
         FOLLOW_TIMEOUT_S,
     )
     run("docker", "start", victim)

@@ -5,13 +5,16 @@ Errors are those of :mod:`mesh.errors`, chosen by the status of the call.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator, Sequence
+import reprlib
+from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypedDict, Unpack
 
 import grpc
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from expert_mesh.types import Chunk, Completion, Sampling, chunk_of, completion_of
@@ -90,21 +93,53 @@ class _Base:
 def _request(
     prompt: str | Sequence[int], sampling: Sampling, stream: bool, request_id: str, model: str
 ) -> pb.GenerateRequest:
-    try:
-        request = pb.GenerateRequest(
-            request_id=request_id,
-            model=model,
-            sampling=pb.SamplingParams(**sampling),
-            stream=stream,
-        )
-        if isinstance(prompt, str):
-            request.prompt = prompt
-        else:
-            request.prompt_token_ids.ids.extend(prompt)
-            request.prompt_token_ids.SetInParent()
-    except (TypeError, ValueError) as error:
-        raise InvalidInput(str(error)) from error
+    request = pb.GenerateRequest(stream=stream)
+    _put(request, "request_id", request_id)
+    _put(request, "model", model)
+    for name, value in sampling.items():
+        _put(request.sampling, name, value)
+    if isinstance(prompt, str):
+        _put(request, "prompt", prompt)
+    else:
+        _put(request.prompt_token_ids, "ids", prompt, called="prompt")
+        request.prompt_token_ids.SetInParent()
     return request
+
+
+_Field = FieldDescriptor
+_WANTED = {
+    _Field.CPPTYPE_INT32: "a whole number from -2147483648 to 2147483647",
+    _Field.CPPTYPE_UINT32: "a whole number from 0 to 4294967295",
+    _Field.CPPTYPE_UINT64: "a whole number from 0 to 18446744073709551615",
+    _Field.CPPTYPE_FLOAT: "a number",
+    _Field.CPPTYPE_BOOL: "true or false",
+    _Field.CPPTYPE_STRING: "text in Unicode",
+}
+
+
+def _put(message: Message, name: str, value: object, called: str = "") -> None:
+    """Set a field. InvalidInput, which names it and what it takes, where it cannot be sent."""
+    values: Any = {name: value}
+    try:
+        message.MergeFrom(type(message)(**values))
+    except (TypeError, ValueError) as error:
+        field = message.DESCRIPTOR.fields_by_name.get(name)
+        if field is None:
+            raise InvalidInput(f"there is no option {name}") from error
+        wanted = _WANTED[field.cpp_type]
+        if field.is_repeated and isinstance(value, Iterable):
+            value = next((one for one in value if not _fits(message, {name: [one]})), value)
+        elif field.is_repeated:
+            wanted = f"a list, each {wanted}"
+        raise InvalidInput(f"{called or name}: {reprlib.repr(value)} is not {wanted}") from error
+
+
+def _fits(message: Message, values: Any) -> bool:
+    try:
+        type(message)(**values)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 class Client(_Base):

@@ -11,6 +11,10 @@ from mesh.errors import error_from_code
 from protos import engine_pb2
 from protos import inference_pb2 as pb
 
+# A reply takes no more once it is so long: with one more output it is far below what a message
+# may be.
+_FULL_BYTES = 1 << 20
+
 
 class Choice:
     """One of a call's n outputs: one request of the engine."""
@@ -23,7 +27,9 @@ class Choice:
         self._text = text
         self._call = call
         self._arrived: list[tuple[engine_pb2.Output, float]] = []
+        self._full: list[pb.GenerateReply] = []
         self._reply = pb.GenerateReply()
+        self._reply_bytes = 0
         self._cached_tokens = 0
 
     def deliver(self, output: engine_pb2.Output, now: float) -> None:
@@ -53,6 +59,10 @@ class Choice:
             stopped_by_token=output.finish_reason == "stop",
         )
         count = piece.num_tokens
+        if self._reply_bytes > _FULL_BYTES:
+            self._full.append(self._reply)
+            self._reply, self._reply_bytes = pb.GenerateReply(), 0
+        self._reply_bytes += output.ByteSize() + len(piece.text.encode())
         self._reply.text += piece.text
         self._reply.token_ids.extend(output.token_ids[:count])
         self._reply.logprobs.extend(output.logprobs[:count])
@@ -72,18 +82,22 @@ class Choice:
         """Whether there are tokens that the client has not seen."""
         return len(self._reply.token_ids) > 0
 
-    def take_reply(self) -> pb.GenerateReply:
-        """All since the last reply; the last one says how it ended."""
-        reply, self._reply = self._reply, pb.GenerateReply()
-        reply.request_id = self._call.request_id
-        reply.index = self.index
+    def take_replies(self) -> list[pb.GenerateReply]:
+        """All since the last ones; the very last says how it ended. More than one where one
+        message could not hold it."""
+        replies = [*self._full, self._reply]
+        self._full, self._reply, self._reply_bytes = [], pb.GenerateReply(), 0
+        for reply in replies:
+            reply.request_id = self._call.request_id
+            reply.index = self.index
         if self.finish_reason:
-            reply.finish_reason = self.finish_reason
-            reply.usage.prompt_tokens = len(self._call.prompt_token_ids)
-            reply.usage.completion_tokens = self.times.num_tokens
-            reply.usage.cached_tokens = self._cached_tokens
-            reply.timing.CopyFrom(self.times.timing())
-        return reply
+            last = replies[-1]
+            last.finish_reason = self.finish_reason
+            last.usage.prompt_tokens = len(self._call.prompt_token_ids)
+            last.usage.completion_tokens = self.times.num_tokens
+            last.usage.cached_tokens = self._cached_tokens
+            last.timing.CopyFrom(self.times.timing())
+        return replies
 
 
 class Call:

@@ -249,7 +249,8 @@ class Front(pb_grpc.InferenceServicer):
                 if choice.finish_reason:
                     self._link.forget([choice.engine_id])
                 if choice.finish_reason or (stream and choice.has_news):
-                    yield choice.take_reply()
+                    for reply in choice.take_replies():
+                        yield reply
             call.pause(min(len(self._calls) / _MESSAGES_PER_S, _LONGEST_PAUSE_S))
             running = [choice for choice in running if not choice.finish_reason]
 

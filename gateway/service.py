@@ -265,10 +265,14 @@ class Gateway:
 
 
 def read_tokens(path: Path | None) -> list[str]:
-    """The API keys of a file, one a line. ConfigError when it holds none."""
+    """The API keys of a file, one a line. ConfigError when it holds none or cannot be read."""
     if path is None:
         return []
-    tokens = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"--api-key-file {path}: {error}; it must be UTF-8 text") from error
+    tokens = [line.strip() for line in text.splitlines() if line.strip()]
     if not tokens:
         raise ConfigError(f"{path} holds no API key: write one a line, or drop --api-key-file")
     return tokens

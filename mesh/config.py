@@ -48,6 +48,7 @@ class ServerConfig:
 
     host: str = option("127.0.0.1", "Address to listen on; loopback unless you say otherwise.")
     port: int = option(0, "gRPC port; 0 takes a free one.")
+    preferred_port: int = option(0, "Where port is 0: the one to take if nobody has it.")
     http_port: int = option(0, "Port of /healthz, /readyz and /metrics; 0 takes a free one.")
     advertise_host: str | None = option(
         None, "Address that others reach this process by, where it is not the one listened on."
@@ -63,7 +64,7 @@ class ServerConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("port", "http_port"):
+        for name in ("port", "preferred_port", "http_port"):
             _require(0 <= getattr(self, name) <= 65535, f"{name} must be 0 to 65535")
         _require(
             (self.tls_cert is None) == (self.tls_key is None),

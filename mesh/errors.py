@@ -26,10 +26,14 @@ class InvalidInput(MeshError):
     status = grpc.StatusCode.INVALID_ARGUMENT
 
 
-class ModelNotFound(MeshError):
-    """A model name that this gateway does not serve."""
+class NotFound(MeshError):
+    """A name that nothing here has."""
 
     status = grpc.StatusCode.NOT_FOUND
+
+
+class ModelNotFound(NotFound):
+    """A model name that this gateway does not serve."""
 
 
 class AlreadyExists(MeshError):

@@ -9,10 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import resource
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterator,
+    Sequence,
+)
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,11 +30,13 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import structlog
 from google.protobuf.message import DecodeError
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from mesh.config import ServerConfig
-from mesh.errors import ConfigError, InvalidInput, MeshError, Unauthenticated
+from mesh.errors import Cancelled, ConfigError, InvalidInput, MeshError, Unauthenticated
+from mesh.health import SERVICE_NAME as HEALTH_NAME
+from mesh.health import Health
 
 if TYPE_CHECKING:  # generic in the type stubs alone
     _Handler = grpc.RpcMethodHandler[Any, Any]
@@ -34,7 +45,10 @@ if TYPE_CHECKING:  # generic in the type stubs alone
 log = structlog.get_logger()
 
 MAX_MESSAGE_BYTES = 4 << 20
-_HEALTH_PREFIX = f"/{health.SERVICE_NAME}/"
+_HEALTH_PREFIX = f"/{HEALTH_NAME}/"
+_MAX_CONNECTIONS = 4096
+# A client that leaves its stream unread for so long loses what the stream holds of the server.
+_LONGEST_WRITE_S = 30.0
 
 # A client may ping as often as every 5 s, ours do every 20 s and only while a call is open, so
 # that nobody is ever sent away for too many pings.
@@ -177,6 +191,7 @@ class GrpcServer:
         tokens: Sequence[str] = (),
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         max_concurrent_rpcs: int = 10_000,
+        longest_write_s: float = _LONGEST_WRITE_S,
     ) -> None:
         self._config = config
         self._services = services
@@ -184,8 +199,9 @@ class GrpcServer:
         self._tokens = tuple(token.encode() for token in tokens)
         self._max_message_bytes = max_message_bytes
         self._max_concurrent_rpcs = max_concurrent_rpcs
+        self._longest_write_s = longest_write_s
         self._server: grpc.aio.Server | None = None
-        self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._health = Health()
         self.port = 0
         self.address = ""
         """``host:port`` to reach it by, valid after :meth:`start`."""
@@ -193,15 +209,19 @@ class GrpcServer:
     async def start(self) -> None:
         """Bind and serve. ConfigError when the port is taken or the TLS files don't fit."""
         server = grpc.aio.server(
-            interceptors=[_Interceptor(self._tokens)],
-            options=[*_SERVER_OPTIONS, *_size_options(self._max_message_bytes)],
+            interceptors=[_Interceptor(self._tokens, self._longest_write_s)],
+            options=[
+                *_SERVER_OPTIONS,
+                *_size_options(self._max_message_bytes),
+                ("grpc.max_allowed_incoming_connections", _max_connections()),
+            ],
             maximum_concurrent_rpcs=self._max_concurrent_rpcs,
         )
         for add_to, servicer in self._services:
             add_to(servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(
-            [*self._service_names, health.SERVICE_NAME, reflection.SERVICE_NAME], server
+            [*self._service_names, HEALTH_NAME, reflection.SERVICE_NAME], server
         )
         for name in self._service_names:
             await self.set_ready(name, False)
@@ -212,28 +232,34 @@ class GrpcServer:
 
     def _bind(self, server: grpc.aio.Server) -> int:
         config = self._config
-        listen = join_host_port(config.host, config.port)
-        tls = TlsFiles.of(config)
+        if config.port == 0 and config.preferred_port:
+            with suppress(RuntimeError):
+                return self._listen(server, config.preferred_port)
         try:
-            if tls is None:
-                return server.add_insecure_port(listen)
-            return server.add_secure_port(listen, tls.server_credentials())
+            return self._listen(server, config.port)
         except RuntimeError as error:
+            listen = join_host_port(config.host, config.port)
             raise ConfigError(
                 f"cannot listen for gRPC on {listen}: {_why_bind_failed(config)}; "
                 "choose another --port (0 takes a free one) or --host"
             ) from error
 
+    def _listen(self, server: grpc.aio.Server, port: int) -> int:
+        listen = join_host_port(self._config.host, port)
+        tls = TlsFiles.of(self._config)
+        if tls is None:
+            return server.add_insecure_port(listen)
+        return server.add_secure_port(listen, tls.server_credentials())
+
     async def set_ready(self, service_name: str, ready: bool) -> None:
         """What ``grpc.health.v1`` says of a name from now on. New names may come at any time."""
-        status = health_pb2.HealthCheckResponse
-        await self._health.set(service_name, status.SERVING if ready else status.NOT_SERVING)
+        self._health.set_ready(service_name, ready)
 
     async def stop(self, grace_s: float = 2.0) -> None:
         """Say NOT_SERVING, take no new call, give those that run ``grace_s``, then cut them."""
         if self._server is not None:
             server, self._server = self._server, None
-            await self._health.enter_graceful_shutdown()
+            self._health.end()
             await server.stop(grace_s)
 
     async def __aenter__(self) -> GrpcServer:
@@ -249,6 +275,14 @@ class GrpcServer:
         await self.stop()
 
 
+def _max_connections() -> int:
+    """Clients may take half of this process's files; the rest is for itself and its peers."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (
+        _MAX_CONNECTIONS if files == resource.RLIM_INFINITY else min(_MAX_CONNECTIONS, files // 2)
+    )
+
+
 def _why_bind_failed(config: ServerConfig) -> str:
     """gRPC only says that it failed; the system says why."""
     try:
@@ -262,10 +296,12 @@ def _why_bind_failed(config: ServerConfig) -> str:
 
 
 class _Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Asks for the token and turns errors into status, for every RPC but health."""
+    """Asks for the token, for every RPC but health, turns errors into status, and ends streams
+    that nobody reads."""
 
-    def __init__(self, tokens: tuple[bytes, ...]) -> None:
+    def __init__(self, tokens: tuple[bytes, ...], longest_write_s: float) -> None:
         self._tokens = tokens
+        self._longest_write_s = longest_write_s
 
     async def intercept_service(
         self,
@@ -273,10 +309,11 @@ class _Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler:
         handler = await continuation(handler_call_details)
-        if handler is None or handler_call_details.method.startswith(_HEALTH_PREFIX):
+        if handler is None:
             return handler
-        authorized = self._authorized(handler_call_details.invocation_metadata)
         method = handler_call_details.method
+        is_health = method.startswith(_HEALTH_PREFIX)
+        authorized = is_health or self._authorized(handler_call_details.invocation_metadata)
         behavior: Any = (
             handler.unary_unary
             or handler.unary_stream
@@ -310,8 +347,11 @@ class _Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         async def stream(request: Any, context: _Context) -> None:
             # Closed here and now when the client vanishes, not when the collector comes by.
             async with guard(context), aclosing(behavior(_readable(request), context)) as replies:
-                async for reply in replies:
-                    await context.write(reply)
+                if is_health:  # A watcher keeps its place, of which there are so many, to the end.
+                    async for reply in replies:
+                        await context.write(reply)
+                else:
+                    await _write_all(replies, context, method, self._longest_write_s)
 
         wrap = _WRAPPERS[handler.request_streaming, handler.response_streaming]
         return wrap(
@@ -330,6 +370,36 @@ class _Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         given = _bearer(metadata)
         # Every token is compared, in constant time, so that time tells nothing about any.
         return any([hmac.compare_digest(given, token) for token in self._tokens])
+
+
+async def _write_all(
+    replies: AsyncGenerator[Any, None], context: _Context, method: str, longest_write_s: float
+) -> None:
+    """Write what comes. Once a write takes too long, ``replies`` are closed, and with them what
+    they hold; the client is told (Cancelled) when it reads again.
+
+    gRPC can neither take a write back nor cut a call from this side: it stays until its client
+    reads, or is gone.
+    """
+    loop = asyncio.get_running_loop()
+    closing: list[asyncio.Task[None]] = []
+
+    def give_up() -> None:
+        log.warning("client_does_not_read", method=method, after_s=longest_write_s)
+        closing.append(asyncio.create_task(replies.aclose()))
+
+    async for reply in replies:
+        timer = loop.call_later(longest_write_s, give_up)
+        try:
+            await context.write(reply)
+        finally:
+            timer.cancel()
+            for closed in closing:
+                await closed
+        if closing:
+            raise Cancelled(
+                f"cancelled: for {longest_write_s:.0f} s the client read nothing of its stream"
+            )
 
 
 def _or_its_error(deserialize: Any) -> Callable[[bytes], Any]:

@@ -7,6 +7,7 @@ import json
 import socketserver
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from socket import AF_INET, AF_INET6, SHUT_RDWR, socket
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ Trouble = Callable[[], str | None]
 """Says in words what is wrong; None when nothing is. Called from the HTTP threads."""
 
 _MAX_CONNECTIONS = 32
-_SLOWEST_CLIENT_S = 5.0
+_LONGEST_REQUEST_S = 10.0
 
 
 class HttpServer:
@@ -125,17 +126,25 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
     def process_request_thread(
         self, request: socket | tuple[bytes, socket], client_address: Any
     ) -> None:
+        # Of all of it: whoever sends a byte now and then would hold a slot for ever.
+        deadline = threading.Timer(_LONGEST_REQUEST_S, _cut, [request])
+        deadline.daemon = True
+        deadline.start()
         try:
             super().process_request_thread(request, client_address)
         finally:
+            deadline.cancel()
             self._slots.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away is nobody's error."""
 
 
-class _Handler(WSGIRequestHandler):
-    timeout = _SLOWEST_CLIENT_S
+def _cut(connection: socket) -> None:
+    with suppress(OSError):  # It has ended meanwhile.
+        connection.shutdown(SHUT_RDWR)
 
+
+class _Handler(WSGIRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Probes come every few seconds: no event."""

@@ -160,6 +160,7 @@ async def scripted_front(
     with_tokenizer: bool = True,
     max_running: int = 64,
     max_waiting: int = 8,
+    **of_server: Any,
 ) -> AsyncIterator[Rig]:
     """A front behind a real gRPC socket, its engine scripted."""
     config = GatewayConfig(port=0, max_running=max_running, max_waiting=max_waiting)
@@ -178,7 +179,7 @@ async def scripted_front(
             num_workers=lambda: 3,
         )
         services = [(add_InferenceServicer_to_server, front)]
-        server = GrpcServer(config, services, ["expertmesh.v1.Inference"])
+        server = GrpcServer(config, services, ["expertmesh.v1.Inference"], **of_server)
         await stack.enter_async_context(server)
         if started:
             engine.start()

@@ -136,6 +136,14 @@ def test_what_a_killed_mesh_left_is_no_mesh(folder: Path) -> None:
         assert [path.name for path in folder.iterdir()] == ["m.sock"]
 
 
+def test_a_mesh_that_ends_while_another_starts_takes_its_socket_away(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: [folder / "gone.sock"])
+    with control.listening("m"):
+        assert (folder / "m.sock").exists()
+
+
 @pytest.mark.parametrize("name", ["", "../m", "a b", "x" * 49])
 def test_a_name_is_a_plain_word(name: str) -> None:
     with pytest.raises(ConfigError, match="letters, digits"), control.listening(name):

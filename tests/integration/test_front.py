@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from typing import Any
 
 import grpc
@@ -29,8 +29,10 @@ from mesh.errors import (
 from mesh.grpc_server import open_channel
 from protos import engine_pb2, placement_pb2
 from protos import inference_pb2 as pb
+from protos.inference_pb2_grpc import InferenceStub
 from tests.byte_tokenizer import EOS
 from tests.scripted_engine import MAX_MODEL_LEN, Rig, scripted_front
+from tests.unread import Unread
 
 
 @pytest.fixture
@@ -87,6 +89,41 @@ async def test_without_stream_there_is_one_message_a_choice(rig: Rig, client: As
     rig.engine.say(submit, b"x")
     rig.engine.say(submit, b"y", "length")
     assert (await whole).text == "xy"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_an_answer_too_long_for_one_message_comes_in_several(
+    stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.calls._FULL_BYTES", 500)
+    async with (
+        scripted_front(max_message_bytes=2000) as rig,
+        AsyncClient(rig.target) as client,
+    ):
+        top = [pb.TokenLogprob(token_id=i, logprob=-1.5) for i in range(20)]
+
+        def answer(submit: engine_pb2.Submit) -> None:
+            outputs = [
+                engine_pb2.Output(
+                    request_id=submit.request_id,
+                    token_ids=[c],
+                    logprobs=[pb.PositionLogprobs(chosen=top[0], top=top)],
+                )
+                for c in b"x" * 50
+            ]
+            outputs[-1].finish_reason = "length"
+            rig.engine.send(engine_pb2.FromEngine(outputs=engine_pb2.Outputs(outputs=outputs)))
+
+        rig.engine.answer = answer
+        request = pb.GenerateRequest(prompt="ab", stream=stream)
+        request.sampling.max_tokens, request.sampling.logprobs = 50, 20
+        async with open_channel(rig.target) as channel:
+            replies = await collect(InferenceStub(channel).Generate(request))
+        assert len(replies) > 2
+        assert [reply.finish_reason for reply in replies[-2:]] == ["", "length"]
+        assert b"".join(bytes(reply.token_ids) for reply in replies) == b"x" * 50
+        assert sum(len(reply.logprobs) for reply in replies) == 50
+        assert (await client.complete("ab", max_tokens=50, logprobs=20)).text == "x" * 50
 
 
 async def test_half_a_character_waits_for_the_other_half(rig: Rig, client: AsyncClient) -> None:
@@ -267,6 +304,21 @@ async def test_past_the_queue_requests_are_refused_at_the_door() -> None:
         for submit in (*submits[1:], await rig.engine.submitted()):
             rig.engine.say(submit, b"x", "length")
         await asyncio.gather(*running, fits)
+
+
+async def test_a_client_that_does_not_read_frees_its_request() -> None:
+    async with (
+        scripted_front(max_running=1, max_waiting=0, longest_write_s=0.05) as rig,
+        AsyncClient(rig.target) as client,
+    ):
+        rig.engine.answer = lambda submit: rig.engine.say(submit, b"x")
+        with closing(Unread(rig.target)) as unread:
+            request = pb.GenerateRequest(prompt="ab", stream=True)
+            unread.call("/expertmesh.v1.Inference/Generate", request.SerializeToString())
+            submit = await rig.engine.submitted()
+            assert await asyncio.wait_for(rig.engine.cancelled(), 10) == submit.request_id
+            rig.engine.answer = lambda submit: rig.engine.say(submit, b"y", "length")
+            assert (await client.complete("ab")).text == "y"
 
 
 async def test_until_the_model_is_loaded_calls_are_told_to_come_back() -> None:
@@ -484,7 +536,7 @@ async def test_in_a_pause_tokens_gather_and_the_end_is_told_at_once() -> None:
     choice.deliver(engine_pb2.Output(token_ids=[7], finish_reason="length"), now)
     await told
     choice.advance(GatewayMetrics(CollectorRegistry(), "tiny", engine_pb2.EngineStats))
-    assert list(choice.take_reply().token_ids) == [5, 6, 7]
+    assert list(choice.take_replies()[0].token_ids) == [5, 6, 7]
     call.close()
 
 

@@ -8,12 +8,14 @@ import socket
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
+from contextlib import closing, suppress
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client import Gauge
+from structlog.testing import capture_logs
 
 from mesh.config import ServerConfig
 from mesh.errors import ConfigError, PlacementError
@@ -23,6 +25,7 @@ from mesh.plan import ExpertId
 from mesh.telemetry import announce_ready, bound_expert_series, new_registry
 from protos import placement_pb2 as pb
 from protos import placement_pb2_grpc as rpc
+from tests.unread import Unread
 
 NAME = "expertmesh.v1.Placement"
 
@@ -113,6 +116,62 @@ async def test_liveness_is_there_from_the_start_and_readiness_when_said():
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
+async def test_all_of_health_in_one_list():
+    async with make_server() as server, open_channel(server.address) as channel:
+        await server.set_ready("expert/0.7", True)
+        reply = await health_pb2_grpc.HealthStub(channel).List(health_pb2.HealthListRequest())
+    status = health_pb2.HealthCheckResponse
+    assert {name: of.status for name, of in reply.statuses.items()} == {
+        "": status.SERVING,
+        NAME: status.NOT_SERVING,
+        "expert/0.7": status.SERVING,
+    }
+
+
+async def test_a_watcher_is_told_of_every_change_and_of_the_end():
+    status = health_pb2.HealthCheckResponse
+    async with make_server() as server, open_channel(server.address) as channel:
+        replies = health_pb2_grpc.HealthStub(channel).Watch(
+            health_pb2.HealthCheckRequest(service="expert/0.7")
+        )
+        told = [(await replies.read()).status]
+        for ready in (True, False, True):
+            await server.set_ready("expert/0.7", ready)
+            told.append((await replies.read()).status)
+        await server.stop()
+        told.append((await replies.read()).status)
+        assert await replies.read() is grpc.aio.EOF
+    assert told == [
+        status.SERVICE_UNKNOWN,
+        status.SERVING,
+        status.NOT_SERVING,
+        status.SERVING,
+        status.NOT_SERVING,
+    ]
+
+
+async def test_watchers_that_never_read_hold_nobody_up(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mesh.health.MAX_WATCHERS", 2)
+    status = health_pb2.HealthCheckResponse
+    request = health_pb2.HealthCheckRequest(service=NAME)
+    server = make_server()
+    await server.start()
+    async with open_channel(server.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        replies = stub.Watch(request)
+        await replies.read()
+        with closing(Unread(server.address)) as unread:
+            unread.call("/grpc.health.v1.Health/Watch", request.SerializeToString())
+            await asyncio.to_thread(unread.wait_stalled)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.Watch(request).read()
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            for ready in (True, False, True):
+                await asyncio.wait_for(server.set_ready(NAME, ready), 10)
+            assert (await stub.Check(request)).status == status.SERVING
+            await asyncio.wait_for(server.stop(grace_s=0.1), 10)
+
+
 async def test_reflection_names_the_services():
     async with make_server() as server, open_channel(server.address) as channel:
         call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo()
@@ -158,6 +217,21 @@ async def test_a_message_over_the_limit_is_refused_and_the_server_serves_on():
         assert (await stub.Drain(pb.DrainRequest(worker_id="x" * 900))).epoch == 900
 
 
+async def test_past_so_many_connections_more_are_refused_until_one_ends(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("mesh.grpc_server._MAX_CONNECTIONS", 2)
+    async with make_server() as server, open_channel(server.address) as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        with closing(Unread(server.address)) as first, closing(Unread(server.address)) as second:
+            for holding in (first, second):
+                await asyncio.to_thread(holding.wait_connected)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await check(health_pb2.HealthCheckRequest())
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        await check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=20)
+
+
 async def test_a_taken_port_is_an_error_that_names_it():
     async with make_server() as server:
         with pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{server.port}: Address already"):
@@ -169,6 +243,34 @@ async def test_a_taken_port_is_an_error_that_names_it():
         http = HttpServer(ServerConfig(http_port=port), new_registry(), why_not_ready=lambda: None)
         with pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{port}: Address already.*http-port"):
             http.start()
+
+
+async def test_a_stream_that_nobody_reads_is_given_up():
+    servicer = Servicer()
+    adds = [(rpc.add_PlacementServicer_to_server, servicer)]
+    server = GrpcServer(ServerConfig(), adds, [NAME], longest_write_s=0.05)
+    async with server, open_channel(server.address) as channel:
+        with closing(Unread(server.address)) as unread, capture_logs() as events:
+            stream = unread.call("/expertmesh.v1.Placement/WatchPlan", b"")
+            await asyncio.wait_for(servicer.watchers_gone.wait(), 10)
+            assert [(event["event"], event["method"]) for event in events] == [
+                ("client_does_not_read", "/expertmesh.v1.Placement/WatchPlan")
+            ]
+            # Should it read after all, it hears how its stream ended.
+            await asyncio.to_thread(unread.read, stream, b"read nothing of its stream")
+        replies = rpc.PlacementStub(channel).WatchPlan(pb.WatchPlanRequest())
+        assert (await replies.read()).epoch == 1
+
+
+async def test_a_port_that_is_only_preferred_is_taken_while_it_is_free():
+    async with make_server() as free:
+        port = free.port
+    preferring = ServerConfig(preferred_port=port)
+    async with make_server(preferring) as first, make_server(preferring) as second:
+        assert first.port == port
+        assert second.port not in (0, port)
+        async with open_channel(second.address) as channel:
+            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
 
 
 async def test_the_server_stops_while_a_stream_is_open():
@@ -216,6 +318,30 @@ async def test_http_tells_alive_from_ready_and_serves_metrics():
         assert (await get(f"{url}/readyz"))[0] == 200
         assert "expert_mesh:plan_epoch 7.0" in (await get(f"{url}/metrics"))[1]
         assert (await get(f"{url}/other"))[0] == 404
+
+
+def test_an_http_client_that_sends_a_byte_now_and_then_is_cut_off(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("mesh.http._LONGEST_REQUEST_S", 0.2)
+    monkeypatch.setattr("mesh.http._MAX_CONNECTIONS", 1)
+    http = HttpServer(ServerConfig(), new_registry(), why_not_ready=lambda: None)
+    http.start()
+    host, port = http.address.split(":")
+    slow = socket.create_connection((host, int(port)), timeout=0.02)
+    with closing(slow), suppress(ConnectionError):
+        while True:
+            slow.sendall(b"X")
+            with suppress(TimeoutError):
+                if not slow.recv(1):
+                    break
+    while True:  # its slot is free a moment later
+        with closing(socket.create_connection((host, int(port)), timeout=10)) as client:
+            client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+            with suppress(ConnectionError):
+                if client.recv(100).startswith(b"HTTP/1.0 200"):
+                    break
+    http.stop()
 
 
 def test_series_of_experts_are_bounded():

@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2_grpc
 
 import expert_worker.service
+from gateway.service import read_tokens
 from mesh.config import PlacementConfig, ServerConfig, WorkerConfig
 from mesh.errors import ConfigError
 from mesh.grpc_server import GrpcServer, TlsFiles, open_channel, open_sync_channel
@@ -231,3 +232,14 @@ async def test_files_that_do_not_fit_are_an_error_at_the_start(
         ServerConfig(tls_cert=member.cert)
     with pytest.raises(ConfigError, match="needs tls_cert"):
         ServerConfig(tls_ca=member.ca)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"), [(b" \n\n", "holds no API key"), (b"key\xff\n", "must be UTF-8")]
+)
+def test_a_file_of_keys_that_holds_none_is_an_error_at_the_start(
+    tmp_path: Path, content: bytes, complaint: str
+):
+    (tmp_path / "keys").write_bytes(content)
+    with pytest.raises(ConfigError, match=complaint):
+        read_tokens(tmp_path / "keys")

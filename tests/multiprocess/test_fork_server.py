@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,17 @@ from typing import Any
 import psutil
 import pytest
 
+from cli.child import command_of
+
 
 class Server:
     """A fork server as its supervisor sees it."""
 
-    def __init__(self, grace_s: float = 5.0) -> None:
-        command = [sys.executable, "-m", "cli.fork_server", "--grace-s", str(grace_s)]
+    def __init__(self, grace_s: float = 5.0, cwd: Path | None = None) -> None:
+        flags = ["--grace-s", str(grace_s), "--entry", "tests.multiprocess.children:main"]
         self.process = subprocess.Popen(
-            [*command, "--entry", "tests.multiprocess.children:main"],
+            command_of("cli.fork_server", *flags),
+            cwd=cwd,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -59,6 +61,17 @@ def test_a_child_runs_with_its_argv_and_its_end_is_told(server: Server, tmp_path
     pid = server.spawn("a", "say", "hello", "there", log=tmp_path / "a.log")
     assert server.hear("exited") == {"name": "a", "pid": pid, "code": 0, "signal": None}
     assert (tmp_path / "a.log").read_text() == "hello there\n"
+
+
+def test_what_lies_in_the_current_directory_is_not_run(tmp_path: Path) -> None:
+    for name in ("cli", "mesh", "tests", "json"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a stranger was run')")
+    server = Server(cwd=tmp_path)
+    server.spawn("a", "say", "hello", log=tmp_path / "a.log")
+    assert server.hear("exited")["code"] == 0
+    server.process.terminate()
+    server.process.communicate()
+    assert (tmp_path / "a.log").read_text() == "hello\n"
 
 
 @pytest.mark.parametrize(("verb", "code"), [("exit", 7), ("raise", 1)])

@@ -112,6 +112,27 @@ async def test_errors_are_those_of_the_server(rig: Rig) -> None:
             await with_client(rig, lambda c, p=prompt, f=fields: c.complete(p, **f))
 
 
+@pytest.mark.parametrize(
+    ("prompt", "fields", "complaint"),
+    [
+        ("a", {"seed": -1}, "seed: -1 is not a whole number from 0 to 18446744073709551615"),
+        ("a", {"max_tokens": 1 << 32}, "max_tokens: 4294967296 is not a .* 0 to 4294967295"),
+        ("a", {"temperature": "hot"}, "temperature: 'hot' is not a number"),
+        ("a", {"stop": ["a", 3]}, "stop: 3 is not text"),
+        ("a", {"stop_token_ids": 5}, "stop_token_ids: 5 is not a list, each a whole number"),
+        ("a", {"heat": 1}, "no option heat"),
+        ([1, -2, 3], {}, "prompt: -2 is not a whole number from 0 to 4294967295"),
+        ("\ud800", {}, "prompt: .* is not text in Unicode"),
+    ],
+)
+async def test_what_cannot_be_sent_is_refused_by_name(
+    rig: Rig, prompt: Any, fields: Any, complaint: str
+) -> None:
+    async with AsyncClient(rig.target) as client:
+        with pytest.raises(InvalidInput, match=complaint):
+            await client.complete(prompt, **fields)
+
+
 async def test_a_status_without_an_error_of_its_own_keeps_its_status(rig: Rig) -> None:
     def use(client: Client) -> None:
         client._call(client._channel.unary_unary("/no.Such/Method"), b"")
