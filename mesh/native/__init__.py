@@ -154,7 +154,6 @@ class Pace(Structure):
         ("batch", c_uint64),
         ("layer", c_int32),
         ("waits", c_int32),
-        ("large", c_int32),
     ]
 
 
@@ -261,7 +260,7 @@ _SHORT: dict[str, tuple[Any, list[Any]]] = {
     "answering_free": (None, [POINTER(Answering)]),
     "answering_open": (None, [POINTER(Answering), c_int32, c_uint64, c_uint64]),
     "answering_close": (None, [POINTER(Answering), c_int32]),
-    "company_came": (None, [POINTER(Pace), c_int32, c_int32, c_int64]),
+    "company_came": (None, [POINTER(Pace), c_int32, c_int64]),
     "company_left": (None, [POINTER(Pace), c_uint64]),
     "company_until": (c_int64, [POINTER(Pace), c_void_p, c_int32, c_uint32, c_int64]),
     "answering_trace": (c_int32, [POINTER(Answering), c_int32]),

@@ -329,7 +329,9 @@ static int stands(answering *all, work *one) {
 
 /* Whether to wait for others in step with its gateway. */
 static int held(const answering *all, const work *one, int64_t now) {
-    if (all->num_sessions < 2 || all->num_sessions > MAX_COMPANY || IS_SEVERAL(one->tag)) return 0;
+    if (all->num_sessions < 2 || all->num_sessions > MAX_COMPANY || IS_SEVERAL(one->tag) ||
+        ROWS(one->tag) >= BESIDE_ROWS)
+        return 0;
     return now < company_until(&all->sessions[SESSION(one->tag)].pace, all->paces,
                                all->num_sessions, all->took_us, now);
 }
@@ -425,69 +427,44 @@ static void wait_for_turn(answering *all, work *one) {
     *all->waiting_end = one;
     all->waiting_end = &one->next;
     all->computing++;
-    if (!IS_SEVERAL(one->tag))
+    if (!IS_SEVERAL(one->tag) && ROWS(one->tag) < BESIDE_ROWS)
         company_came(&all->sessions[SESSION(one->tag)].pace, (int32_t)(EXPERT(one->tag) / EXPERTS),
-                     ROWS(one->tag) >= BESIDE_ROWS, one->trail.received_us);
-}
-
-/* 0 where it is not under way now: there is no room yet, or it failed. */
-static int launch(answering *all, batch *one) {
-    transfer parts[MAX_MERGED];
-    int32_t count = 0;
-    int64_t at = 0;
-    int room = find_room(all, one);
-    if (room == LATER) {
-        put_back(all, one);
-        return 0;
-    }
-    if (room == NEVER) {
-        all->computing -= num_works(one);
-        refuse_all(all, one, DEVICE_FAILED);
-        return 0;
-    }
-    int64_t launched_us = now_us();
-    for (work *of = one->works; of; of = of->next) {
-        company_left(&all->sessions[SESSION(of->tag)].pace, all->batch);
-        if (of->slot != one->slot) parts[count++] = transfer_of(all, of, at);
-        at += ROWS(of->tag);
-    }
-    if (!device_launch(all->device, one->slot, one->replays->graphs[one->graph], parts, count,
-                       count && one->rows >= BESIDE_ROWS)) {
-        all->computing -= num_works(one);
-        give_back(all, one);
-        fail(all, one);
-        return 0;
-    }
-    if (!all->num_batches) all->turned_us = launched_us;
-    all->batches[all->num_batches++] = *one;
-    return 1;
-}
-
-/* What waits for the same expert from another gateway, and is too large to be computed with it, comes
- * right behind it, and both are answered together: then their gateways attend at one time, and not
- * while an expert works beside them. */
-static void launch_companion(answering *all) {
-    batch *last = &all->batches[all->num_batches - 1], next = {0};
-    work **end = &next.works, **link = &all->waiting;
-    uint64_t tag = last->works->tag;
-    if (all->num_batches == UNDER_WAY || last->rows < BESIDE_ROWS || IS_SEVERAL(tag)) return;
-    while (*link && (EXPERT((*link)->tag) != EXPERT(tag) || SESSION((*link)->tag) == SESSION(tag) ||
-                     (*link)->replays != last->replays || ROWS((*link)->tag) < BESIDE_ROWS))
-        link = &(*link)->next;
-    if (*link) take_along(all, &next, &end, link);
-    find_end(all);
-    if (next.works) last->with_next = launch(all, &next);
+                     one->trail.received_us);
 }
 
 static void launch_waiting(answering *all) {
     while (all->waiting && time_has_come(all)) {
+        transfer parts[MAX_MERGED];
+        int32_t count = 0;
+        int64_t at = 0;
         batch one = next_batch(all);
-        all->batch++;
         if (!one.works) return;
-        if (launch(all, &one))
-            launch_companion(all);
-        else if (all->waiting == one.works)
-            return; /* it was put back */
+        int room = find_room(all, &one);
+        if (room == LATER) {
+            put_back(all, &one);
+            return;
+        }
+        if (room == NEVER) {
+            all->computing -= num_works(&one);
+            refuse_all(all, &one, DEVICE_FAILED);
+            continue;
+        }
+        int64_t launched_us = now_us();
+        all->batch++;
+        for (work *of = one.works; of; of = of->next) {
+            company_left(&all->sessions[SESSION(of->tag)].pace, all->batch);
+            if (of->slot != one.slot) parts[count++] = transfer_of(all, of, at);
+            at += ROWS(of->tag);
+        }
+        if (!device_launch(all->device, one.slot, one.replays->graphs[one.graph], parts, count,
+                           count && one.rows >= BESIDE_ROWS)) {
+            all->computing -= num_works(&one);
+            give_back(all, &one);
+            fail(all, &one);
+            return;
+        }
+        if (!all->num_batches) all->turned_us = launched_us;
+        all->batches[all->num_batches++] = one;
     }
 }
 
@@ -496,7 +473,6 @@ static void look_at_device(answering *all) {
     int32_t done;
     while (all->num_batches && (done = device_done(all->device, all->batches[0].slot))) {
         batch one = all->batches[0];
-        if (one.with_next && !device_done(all->device, all->batches[1].slot)) return;
         for (int32_t i = 1; i < all->num_batches; i++) all->batches[i - 1] = all->batches[i];
         all->num_batches--;
         all->computing -= num_works(&one);

@@ -4,14 +4,13 @@
  * same time their rows are computed together, and none attends while an expert that works for
  * another takes the memory's bandwidth. So who comes early is held for those who are about to come:
  * where a step begins for a part of it, which brings together who is apart, and within it, where it
- * is a matter of moments, for those who were computed together the last time. Who brings a prompt and
- * who decodes do not wait for each other.
+ * is a matter of moments, for those who were computed together the last time.
  */
 #include "native.h"
 
 enum { PART_OF_STEP = 8, PART_OF_BATCH = 1 };
 
-void company_came(pace *one, int32_t layer, int32_t large, int64_t now) {
+void company_came(pace *one, int32_t layer, int64_t now) {
     if (layer <= one->layer || !one->came_us) {
         int64_t period_us = one->came_us ? now - one->step_us : 0;
         /* Steps out of step take longer: they must not look like another pace. */
@@ -20,7 +19,6 @@ void company_came(pace *one, int32_t layer, int32_t large, int64_t now) {
         one->step_us = now;
     }
     one->layer = layer;
-    one->large = large;
     one->came_us = now;
     one->waits = 1;
 }
@@ -46,7 +44,6 @@ int64_t company_until(const pace *one, const pace *const *others, int32_t count,
     const pace *first = NULL; /* it and each of the others come together: else all would chase all */
     for (int32_t i = 0; i < count; i++) {
         const pace *other = others[i];
-        if (other->large != one->large) continue;
         if (!first && (other == one || is_active(other, now))) first = other;
         if (other == one) continue;
         missing |= beginning ? (one == first || other == first) && comes_soon(one, other, now)

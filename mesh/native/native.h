@@ -235,11 +235,11 @@ typedef struct {
     int64_t step_us, period_us; /* when its step began, and how long the one before took; or 0 */
     int64_t came_us;            /* its last dispatch; 0: none yet */
     uint64_t batch;             /* what the one before that was computed in; 0: nothing */
-    int32_t layer, waits, large;
+    int32_t layer, waits;
 } pace;
 
 /* A dispatch for this layer has come, and waits; or it leaves, with a batch. */
-EXPORT void company_came(pace *one, int32_t layer, int32_t large, int64_t now);
+EXPORT void company_came(pace *one, int32_t layer, int64_t now);
 EXPORT void company_left(pace *one, uint64_t batch);
 /* Until when to hold what one has sent, as long as nothing changes; 0: nobody is worth that. */
 EXPORT int64_t company_until(const pace *one, const pace *const *others, int32_t count,
@@ -277,7 +277,6 @@ typedef struct {
     work *works;
     replays *replays;
     int32_t slot, graph;
-    int32_t with_next; /* it is answered when the next one is */
     int64_t rows;
 } batch;
 

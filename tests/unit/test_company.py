@@ -22,7 +22,6 @@ class Gateway:
     asks_at: int
     attend: int = ATTEND
     sample: int = SAMPLE
-    large: bool = False
     layer: int = 0
     pace: native.Pace = field(default_factory=native.Pace)
     steps: list[int] = field(default_factory=list)
@@ -59,7 +58,7 @@ class Mesh:
             for one in self.gateways:
                 if one.asked_at is None and now >= one.asks_at and one not in computing:
                     one.asked_at = now
-                    native.short.company_came(one.pace, one.layer, one.large, now)
+                    native.short.company_came(one.pace, one.layer, now)
             if computing and now >= done_at:
                 for one in computing:
                     one.answered(now, rng.randrange(40))
@@ -141,11 +140,11 @@ def test_a_step_that_took_half_as_long_again_is_no_other_pace() -> None:
     early, late = native.Pace(), native.Pace()
     paces = (ctypes.c_void_p * 2)(ctypes.addressof(early), ctypes.addressof(late))
     for began in (1000, 15000, 29000):
-        native.short.company_came(early, 0, 0, began)
-        native.short.company_came(late, 0, 0, began + 500)
-        native.short.company_came(early, 1, 0, began + 800)
-        native.short.company_came(late, 1, 0, began + 1300)
-    native.short.company_came(late, 0, 0, 50500)
-    native.short.company_came(late, 1, 0, 51300)
-    native.short.company_came(early, 0, 0, 64000)
+        native.short.company_came(early, 0, began)
+        native.short.company_came(late, 0, began + 500)
+        native.short.company_came(early, 1, began + 800)
+        native.short.company_came(late, 1, began + 1300)
+    native.short.company_came(late, 0, 50500)
+    native.short.company_came(late, 1, 51300)
+    native.short.company_came(early, 0, 64000)
     assert native.short.company_until(early, paces, 2, EXPERT, 64000) > 64000

@@ -81,8 +81,8 @@ class Worker:
     def launched(self) -> int:
         return ctypes.c_int32.in_dll(self.knobs, "launched").value
 
-    def dispatch(self, slot: int, expert: int, x_RD: torch.Tensor, gateway: int = 0) -> Dispatch:
-        return Dispatch(self, slot, expert, x_RD, gateway=gateway)
+    def dispatch(self, slot: int, expert: int, x_RD: torch.Tensor) -> Dispatch:
+        return Dispatch(self, slot, expert, x_RD)
 
     @property
     def mapped(self) -> int:
@@ -127,22 +127,16 @@ class Dispatch:
     """Rows on their way, and their reply; ``count`` of them where they are referred to."""
 
     def __init__(
-        self,
-        worker: Worker,
-        slot: int,
-        expert: int,
-        x_RD: torch.Tensor,
-        count: int = 0,
-        gateway: int = 0,
+        self, worker: Worker, slot: int, expert: int, x_RD: torch.Tensor, count: int = 0
     ) -> None:
         ahead = HEADER_ROWS if expert == wire.SEVERAL else 0
         self.y_RD = x_RD.new_zeros(0) if count else torch.zeros_like(x_RD[ahead:])
         key = (slot, 0, expert, count or len(self.y_RD))
-        tag = wire.encode(wire.Kind.REPLY, REPLY_SESSION + gateway, *key)
+        tag = wire.encode(wire.Kind.REPLY, REPLY_SESSION, *key)
         self.reply = worker.to_worker.post_receive(worker.gateway.wrap(self.y_RD), tag)
         self.x_RD = x_RD
         kind = wire.Kind.REFERENCE if count else wire.Kind.DISPATCH
-        tag = wire.encode(kind, SESSION + gateway, *key)
+        tag = wire.encode(kind, SESSION, *key)
         self.sent = worker.to_worker.send(worker.gateway.wrap(self.x_RD), tag)
 
     @property
@@ -334,39 +328,6 @@ def test_where_others_may_send_more_it_is_waited_for_until_the_device_is_about_t
     # Both were computed as one: each was brought there and back.
     assert worker.launched == 3 + 1 + 4
     assert [one.y_RD[0, 0].item() for one in sent] == [4, 6, 8]
-
-
-@pytest.mark.parametrize("gateway", [0, 1])
-def test_what_is_too_large_to_be_computed_with_another_gateways_is_answered_with_it(
-    worker: Worker, gateway: int
-) -> None:
-    worker.capture(0, 300)
-    worker.capture(1, 1)
-    worker.answering.open(SESSION + 1, worker.to_gateway, REPLY_SESSION + 1)
-    slowly = ctypes.c_float.in_dll(worker.knobs, "milliseconds")
-    slowly.value = 1e4
-    worker.allow(1)
-    known = worker.dispatch(0, 1, rows(1))
-    worker.turn_until(lambda: known.answered)
-    # While this one is expected to take long, the others wait for it and for each other.
-    slow = worker.dispatch(3, 1, rows(1))
-    worker.turn_until(lambda: worker.answering.computing == 1)
-    one = worker.dispatch(1, 0, rows(300, 5))
-    worker.turn_until(lambda: worker.answering.computing == 2)
-    other = worker.dispatch(2, 0, rows(300, 6), gateway)
-    worker.turn_until(lambda: worker.answering.computing == 3)
-    slowly.value = 0.5
-    worker.allow(3)
-    if gateway:
-        worker.turn_until(lambda: worker.launched == 4)
-        worker.turn(20)
-        assert not one.answered
-    else:
-        worker.turn_until(lambda: one.answered)
-    worker.allow(4)
-    worker.turn_until(lambda: slow.answered and one.answered and other.answered)
-    assert torch.equal(one.y_RD, 2 * rows(300, 5))
-    assert torch.equal(other.y_RD, 2 * rows(300, 6))
 
 
 def test_trails_say_when_a_dispatch_went_through_its_stages(worker: Worker) -> None:
