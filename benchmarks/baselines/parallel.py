@@ -277,7 +277,7 @@ class Stage:
         def step(given: Tensor) -> Tensor:
             nonlocal slices
             made = self._run(given, slices, rows_N)
-            slices = tuple(replace(one, num_cached=one.num_cached + 1) for one in slices)
+            slices = tuple(one._replace(num_cached=one.num_cached + 1) for one in slices)
             return made
 
         return step
