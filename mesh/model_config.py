@@ -575,12 +575,13 @@ def _deepseek(keys: _Keys) -> dict[str, Any]:
     """What DeepSeek-V2 and -V3 have in common. Layers past the last, for predicting several
     tokens at once (``num_nextn_predict_layers``), are not part of the decoder."""
     keys.raw("num_nextn_predict_layers")
-    keys.raw("head_dim"), keys.raw("qk_head_dim")  # sums of the parts that are read below
     keys.only("moe_layer_freq", 1, because="every layer past the dense ones must have experts")
     keys.only("mlp_bias", False, because="MLPs must have no biases")
     heads = keys.integer("num_attention_heads")
     keys.only("num_key_value_heads", heads, because="it must be num_attention_heads")
     nope, rope_dim = keys.integer("qk_nope_head_dim"), keys.integer("qk_rope_head_dim")
+    keys.only("head_dim", rope_dim, nope + rope_dim, because="the parts of a head must add up")
+    keys.only("qk_head_dim", nope + rope_dim, because="the parts of a head must add up")
     rope = _rope(keys, rope_dim)
     attention = LatentAttention(
         num_heads=heads,

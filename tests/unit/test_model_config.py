@@ -368,6 +368,15 @@ def test_the_papers_shapes_are_read(tmp_path, model, heads, moe_layers, matrix):
     assert config.expert_bytes(config.dtype) == 2 * matrix * 2
 
 
+@pytest.mark.parametrize(
+    ("key", "right", "wrong"), [("head_dim", 64, 99), ("qk_head_dim", 192, 64)]
+)
+def test_a_latent_head_whose_parts_do_not_add_up_is_refused(tmp_path, key, right, wrong):
+    assert isinstance(read(tmp_path, "DeepSeek-V3", **{key: right}).attention, LatentAttention)
+    with pytest.raises(UnsupportedModel, match=f"{key} = {wrong}"):
+        read(tmp_path, "DeepSeek-V3", **{key: wrong})
+
+
 def test_new_and_old_rope_styles_are_the_same(tmp_path):
     old = read(tmp_path, "DeepSeek-V2-Lite")
     scaling = HUB["DeepSeek-V2-Lite"]["rope_scaling"]
