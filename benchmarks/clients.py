@@ -17,6 +17,7 @@ from contextlib import AsyncExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from benchmarks.work import shares
 from cli.bench import Record, random_tasks, run, summarize
 from cli.bench_mesh import Child, children
 from expert_mesh import AsyncClient
@@ -43,10 +44,10 @@ class Clients:
     def start(self, asked: Asked) -> None:
         """Ask; all begin at a word."""
         self._busy = list(self._processes[: asked.concurrency])
-        requests = _shares(asked.requests, len(self._busy))
-        concurrency = _shares(asked.concurrency, len(self._busy))
+        requests = shares(asked.requests, len(self._busy))
+        concurrency = shares(asked.concurrency, len(self._busy))
         for number, client in enumerate(self._busy):
-            mine = {"requests": requests[number], "concurrency": concurrency[number]}
+            mine = {"requests": len(requests[number]), "concurrency": len(concurrency[number])}
             client.tell(asdict(asked) | mine | {"seed": f"{asked.seed}.{number}"})
         for client in self._busy:
             client.hear()
@@ -77,10 +78,6 @@ def clients_of(targets: Sequence[str], count: int) -> Iterator[Clients]:
     orders = [{"targets": turned[n % len(targets)]} for n in range(count)]
     with children("benchmarks.clients", orders) as processes:
         yield Clients(processes)
-
-
-def _shares(total: int, parts: int) -> list[int]:
-    return [len(range(n, total, parts)) for n in range(parts)]
 
 
 async def _serve(targets: Sequence[str]) -> None:

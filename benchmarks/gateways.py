@@ -21,8 +21,8 @@ import structlog
 import torch
 
 from benchmarks.random_model import config_of
-from benchmarks.sides import Ran, Run, meshed, shares
-from benchmarks.work import Work
+from benchmarks.sides import Ran, Run, meshed
+from benchmarks.work import Work, shares
 from cli.bench_mesh import BenchWorkers, Child, children
 from mesh.device import open_device
 from protos import engine_pb2 as pb

@@ -40,8 +40,8 @@ import typer
 from benchmarks.baselines.shards import Split
 from benchmarks.gateways import gateways_of, quiet
 from benchmarks.random_model import checkpoint_on, config_of, save_random, workers_of
-from benchmarks.sides import Side, decoder_of, dtype_on, measure, meshed, shares
-from benchmarks.work import Work
+from benchmarks.sides import Side, decoder_of, dtype_on, measure, meshed
+from benchmarks.work import Work, shares
 from cli import mps
 from cli.ranks import run_ranks
 from mesh.device import open_device

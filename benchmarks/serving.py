@@ -45,6 +45,7 @@ from benchmarks.sides import dtype_on
 from benchmarks.work import prompt
 from cli import engine_time
 from cli.bench import loads_table, parse_loads
+from cli.child import command_of
 from expert_mesh import Client
 from mesh.config import GatewayConfig
 from mesh.device import open_device
@@ -86,7 +87,7 @@ class Plan:
 @contextmanager
 def serving(flags: Sequence[str]) -> Iterator[dict[str, Any]]:
     """A mesh for the length of a block; what it says when it is ready. No process of it is left."""
-    command = [sys.executable, "-m", "cli.main", "up", "--json", *flags]
+    command = command_of("cli.main", "up", "--json", *flags)
     up = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     root = psutil.Process(up.pid)
     family = {root}

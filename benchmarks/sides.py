@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.random_model import checkpoint_on
-from benchmarks.work import Work, prompt
+from benchmarks.work import Work, prompt, shares
 from cli.bench_mesh import dispatcher_to
 from gateway.engine import Engine, MeshExperts
 from gateway.kv_blocks import BlockAllocator
@@ -50,11 +50,6 @@ class Ran:
 Run = Callable[[int, int, int], list[Ran]]
 """``count`` sequences behind prompts of ``length`` tokens are given ``num_new`` each; what every
 engine did that had any."""
-
-
-def shares(count: int, engines: int) -> list[range]:
-    """Which sequences each engine has, of those that have any: as equally many as can be."""
-    return [range(n, count, engines) for n in range(min(count, engines))]
 
 
 def measure(run: Run, work: Work, engines: int) -> dict[str, Any]:

@@ -27,3 +27,8 @@ def prompt(length: int, vocab_size: int, seed: int) -> list[int]:
     """The same tokens for the same seed."""
     rng = random.Random(seed)
     return [rng.randrange(vocab_size) for _ in range(length)]
+
+
+def shares(count: int, engines: int) -> list[range]:
+    """Which sequences each engine has, of those that have any: as equally many as can be."""
+    return [range(n, count, engines) for n in range(min(count, engines))]

@@ -142,9 +142,8 @@ class WholeStep:
 
         device = self._kv.rows[0].device
         batch = _Batch(size, -(-self._max_model_len // self._kv.block_size), device)
-        batch.facts_4B[2].fill_(-1)
         decoding = Decoding(
-            self._kv, batch.facts_4B[2], batch.tables_BM, batch.lengths_B, self._max_model_len
+            self._kv, batch.slots_B, batch.tables_BM, batch.lengths_B, self._max_model_len
         )
         made: dict[str, Tensor] = {}
 

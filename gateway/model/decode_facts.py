@@ -30,6 +30,7 @@ class DecodeFacts:
         self._on_host_4B = on_host(4, size)
         self._as_array_4B = self._on_host_4B.numpy()
         self.facts_4B = torch.zeros(4, size, dtype=torch.int32, device=device)
+        self.slots_B.fill_(-1)  # what runs before a batch is there writes nowhere
         self.tables_BM = torch.zeros(size, width, dtype=torch.int32, device=device)
         self._tables_on_host_BM = np.zeros((size, width), dtype=np.int32)
         self._staged = on_host(size * width)

@@ -127,7 +127,6 @@ class DecodeGraphs:
         began_s = time.monotonic()
         width = -(-self._max_model_len // self._kv.block_size)
         batch = _Batch(size, width, self._device)
-        batch.facts_4B[2].fill_(-1)
         torch.cuda.synchronize(self._device)
         with torch.cuda.stream(self._stream):
             # Once for real: kernels are compiled and libraries set up. It writes nowhere.
@@ -176,7 +175,7 @@ class _Capturing:
         self._capture = capture
         longest = graphs._max_model_len
         self._decoding = Decoding(
-            graphs._kv, batch.facts_4B[2], batch.tables_BM, batch.lengths_B, longest
+            graphs._kv, batch.slots_B, batch.tables_BM, batch.lengths_B, longest
         )
         self._cis_T1C = torch.empty(0)
 

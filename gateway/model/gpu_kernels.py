@@ -391,6 +391,7 @@ def choose(
     *,
     scoring: str,
     normalize: bool,
+    softmax_of_chosen: bool,
     scale: float,
     num_experts: int,
     bias_E: Tensor | None = None,
@@ -423,8 +424,7 @@ def choose(
             0 if router_ED is None else triton.next_power_of_2(width),
             scoring,
             normalize,
-            # A softmax over all, normalized over the chosen, is the softmax over the chosen.
-            scoring == "softmax" and normalize,
+            softmax_of_chosen,
             bias_E is not None and router_ED is not None,
             correction_E is not None,
             there_T is not None,

@@ -33,13 +33,12 @@ class Router:
         self._softmax_of_chosen = (
             config.scoring == "softmax" and config.normalize and config.num_groups == 1
         )
-        narrow_ED = self._weight_ED.bfloat16()
-        self._narrow_ED = (
-            narrow_ED
-            if weight_ED.is_cuda and torch.equal(narrow_ED.float(), self._weight_ED)
-            else None
-        )
-        """The same weights, where bfloat16 has them all: their products are exact in float32."""
+        self._narrow_ED: Tensor | None = None
+        """The same weights on a GPU, where bfloat16 has them all: products are exact in float32."""
+        if weight_ED.is_cuda:
+            narrow_ED = self._weight_ED.bfloat16()
+            if torch.equal(narrow_ED.float(), self._weight_ED):
+                self._narrow_ED = narrow_ED
 
     def __call__(self, x_TD: Tensor, there_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``expert_ids_TK`` (int64) and ``weights_TK`` (float32).
@@ -73,6 +72,7 @@ class Router:
             self._top_k,
             scoring=config.scoring,
             normalize=config.normalize,
+            softmax_of_chosen=self._softmax_of_chosen,
             scale=config.scale,
             num_experts=num_experts,
             bias_E=self._bias_E,

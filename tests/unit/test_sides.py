@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.papers import agreeing
-from benchmarks.sides import Ran, measure, shares
-from benchmarks.work import Work
+from benchmarks.sides import Ran, measure
+from benchmarks.work import Work, shares
 
 WORK = Work(
     prefill_prompts=3,
