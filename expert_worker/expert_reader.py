@@ -187,8 +187,12 @@ class ExpertReader:
         async with open_channel(address, self._tls) as channel:
             call = worker_pb2_grpc.ExpertWorkerStub(channel).SendExpert(request)
             try:
-                async with asyncio.timeout(_ANSWER_TIMEOUT_S):
-                    offer = await call.read()
+                try:
+                    async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+                        offer = await call.read()
+                except TimeoutError as error:
+                    words = f"worker {address} did not answer within {_ANSWER_TIMEOUT_S:g} s"
+                    raise Unavailable(words) from error
                 if not isinstance(offer, worker_pb2.ExpertOffer):
                     raise PeerLost(f"worker {address} hung up before it gave expert {expert}")
                 tensors = empty_expert(

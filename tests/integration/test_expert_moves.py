@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -183,6 +184,25 @@ async def test_what_a_giver_refuses(
         absent = {"layer": model.moe_layers[0], "index": 1}
         assert await code(expert=absent) is grpc.StatusCode.UNAVAILABLE
         assert await code(ucx_address=b"no address") is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_giver_that_does_not_answer_is_named(
+    directory: Path,
+    model: ModelConfig,
+    placement: ScriptedPlacement,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("expert_worker.expert_reader._ANSWER_TIMEOUT_S", 0.2)
+    bare = without_weights(directory, tmp_path / "bare")
+    held = units(model)[:1]
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        async with running_worker(bare, placement.address):
+            await placement.until_registered("w0")
+            placement.order("w0", held, sources={held[0]: address})
+            error = await placement.until_error("w0")
+            assert f"worker {address} did not answer within 0.2 s" in error
 
 
 async def test_a_giver_that_ends_half_way_leaves_it_to_the_file(
