@@ -227,8 +227,15 @@ def spread(values: Sequence[float]) -> dict[str, float] | None:
 def file_tasks(
     path: Path, count: int, output_len: tuple[int, int], rng: random.Random
 ) -> list[Task]:
-    """Requests with the lines of a file as prompts, from the top again when they run out."""
-    prompts = [line for line in path.read_text().splitlines() if line.strip()]
+    """Requests with the lines of a file as prompts, from the top again when they run out.
+
+    Raises ConfigError for a file that holds none.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"--prompt-file {path}: {error}; it must be UTF-8 text") from error
+    prompts = [line for line in text.splitlines() if line.strip()]
     if not prompts:
         raise ConfigError(f"{path} holds no prompt: write one a line")
     return [Task(prompts[i % len(prompts)], rng.randint(*output_len)) for i in range(count)]

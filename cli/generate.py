@@ -32,7 +32,10 @@ def generate(
     max_tokens: Annotated[
         int | None, typer.Option(help="Tokens to generate at most; else what the context leaves.")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 1.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="0 takes the likeliest token; else the checkpoint's default, or 1."),
+    ] = None,
     top_p: Annotated[
         float | None,
         typer.Option(help="Sample from the likeliest tokens of this probability in all."),

@@ -53,6 +53,7 @@ class Front(pb_grpc.InferenceServicer):
         model_name: str,
         gateway_id: str,
         tokenizer: Tokenizer | None,
+        defaults: pb.SamplingParams,
         link: EngineLink,
         metrics: GatewayMetrics,
         num_workers: Callable[[], int],
@@ -62,6 +63,7 @@ class Front(pb_grpc.InferenceServicer):
         self._model_name = model_name
         self._gateway_id = gateway_id
         self._tokenizer = tokenizer
+        self._defaults = defaults
         self._longest_token = max(map(len, tokenizer.get_vocab())) if tokenizer is not None else 0
         self._link = link
         self._metrics = metrics
@@ -190,6 +192,7 @@ class Front(pb_grpc.InferenceServicer):
             vocab_size=self._model.vocab_size,
             max_model_len=max_model_len,
             max_characters=max_model_len * self._longest_token,
+            defaults=self._defaults,
         )
 
     @contextmanager

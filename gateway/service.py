@@ -14,6 +14,7 @@ import structlog
 
 from gateway.engine_link import DEAD_AFTER_S, SILENT_AFTER_S, EngineLink
 from gateway.front import Front
+from gateway.generation import read_defaults
 from gateway.ipc import AsyncChannel
 from gateway.metrics import GatewayMetrics
 from gateway.routing import Router
@@ -25,6 +26,7 @@ from mesh.http import HttpServer
 from mesh.model_config import ModelConfig
 from mesh.telemetry import announce_ready, configure_logging, new_registry
 from protos import inference_pb2, placement_pb2
+from protos.inference_pb2 import SamplingParams
 from protos.inference_pb2_grpc import add_InferenceServicer_to_server
 
 log = structlog.get_logger()
@@ -155,6 +157,7 @@ class Gateway:
             model_name=model_name,
             gateway_id=gateway_id,
             tokenizer=load_tokenizer(config.model),
+            defaults=read_defaults(config.model) if config.generation_config else SamplingParams(),
             link=link,
             metrics=GatewayMetrics(registry, model_name, lambda: link.stats),
             num_workers=lambda: self._router.num_workers,

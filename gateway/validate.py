@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mesh.errors import InvalidInput, ModelNotFound
 from protos import inference_pb2 as pb
@@ -21,6 +21,17 @@ MAX_STOP_CHARACTERS = 256
 MAX_STOP_TOKEN_IDS = 64
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _SEEDS = 1 << 64
+_DEFAULTS = pb.SamplingParams(
+    temperature=1.0,
+    top_p=1.0,
+    top_k=0,
+    min_p=0.0,
+    repetition_penalty=1.0,
+    presence_penalty=0.0,
+    frequency_penalty=0.0,
+    n=1,
+    skip_special_tokens=True,
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,8 @@ class Limits:
     """Tokens of prompt and output together."""
     max_characters: int
     """Of a text: no longer one fits the context. 0: there is no tokenizer, and no text."""
+    defaults: pb.SamplingParams = field(default_factory=pb.SamplingParams)
+    """The checkpoint's own, before ours."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -122,26 +135,19 @@ def check_prompt(token_ids: Sequence[int], sampling: pb.SamplingParams, limits: 
 
 def check_sampling(sampling: pb.SamplingParams, limits: Limits) -> pb.SamplingParams:
     """Check each field by itself; a copy with every default filled in but max_tokens."""
-    checked = pb.SamplingParams()
-    checked.CopyFrom(sampling)
-    defaults = {
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "top_k": 0,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        "n": 1,
-        "skip_special_tokens": True,
-    }
-    for name, value in defaults.items():
-        if not checked.HasField(name):
-            setattr(checked, name, value)
+    checked = filled(limits.defaults, sampling)
     check_numbers(checked)
     check_stop(checked, limits)
     checked.top_k = max(checked.top_k, 0)
     return checked
+
+
+def filled(*given: pb.SamplingParams) -> pb.SamplingParams:
+    """What the last one says, else the one before it, else our defaults."""
+    merged = pb.SamplingParams()
+    for one in (_DEFAULTS, *given):
+        merged.MergeFrom(one)
+    return merged
 
 
 def check_numbers(sampling: pb.SamplingParams) -> None:

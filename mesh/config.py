@@ -198,6 +198,10 @@ class GatewayConfig(ServerConfig):
         "Tokens from which a step's halves hide each other's transfers; 0: never halve it; "
         "-1: 256, on a GPU 4096.",
     )
+    generation_config: bool = option(
+        True,
+        "Defaults of temperature, top_p, top_k, min_p and repetition_penalty are the checkpoint's.",
+    )
     prefix_cache: bool = option(True, "Reuse KV blocks of equal prompt prefixes.")
     expert_patience_s: float = option(
         0.4, "How long a request waits for an expert that nobody serves and nobody will."

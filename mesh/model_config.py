@@ -256,11 +256,13 @@ _HARMLESS = frozenset(
 
 
 class _Keys:
-    """The keys of a config.json, each asked for by name; null is the same as absent."""
+    """The keys of a config.json, each asked for by name; null is the same as absent, unless
+    :meth:`is_null` is asked."""
 
     def __init__(self, values: Mapping[str, Any], path: Path, prefix: str = "") -> None:
         self.path = path
         self._values = {key: value for key, value in values.items() if value is not None}
+        self._nulls = values.keys() - self._values.keys()
         self._prefix = prefix
         self._read: set[str] = set()
 
@@ -268,6 +270,11 @@ class _Keys:
         """Whether the key is there with a value; counts as asking for it."""
         self._read.add(key)
         return key in self._values
+
+    def is_null(self, key: str) -> bool:
+        """Whether the key is there without a value; counts as asking for it."""
+        self._read.add(key)
+        return key in self._nulls
 
     def raw(self, key: str) -> Any:
         """The value as it is, None if absent."""
@@ -655,12 +662,12 @@ def _gpt_oss(keys: _Keys) -> dict[str, Any]:
     rope = _rope(keys, attention.head_dim, theta=150000.0, default=yarn)
     keys.choice("hidden_act", ("silu",), "silu")
     types = ["sliding_attention", "full_attention"] * keys.integer("num_hidden_layers")
+    no_window = keys.is_null("sliding_window")
+    window = None if no_window else keys.integer("sliding_window", 128)
     return {
         "attention": attention,
         "rope": rope,
-        "windows": _windows_by_type(
-            keys, types[: keys.integer("num_hidden_layers")], keys.integer("sliding_window", 128)
-        ),
+        "windows": _windows_by_type(keys, types[: keys.integer("num_hidden_layers")], window),
         "norm_eps": keys.number("rms_norm_eps", 1e-5),
         "num_experts": _aliased(keys, "num_local_experts", "num_experts"),
         "experts_per_token": _aliased(keys, "num_experts_per_tok", "experts_per_token"),

@@ -21,6 +21,7 @@ from mesh.config import GatewayConfig
 from mesh.grpc_server import GrpcServer
 from mesh.model_config import ModelConfig
 from protos import engine_pb2 as pb
+from protos import inference_pb2
 from protos.inference_pb2_grpc import add_InferenceServicer_to_server
 from tests.byte_tokenizer import EOS, VOCAB_SIZE, byte_tokenizer
 
@@ -158,6 +159,7 @@ async def scripted_front(
     *,
     started: bool = True,
     with_tokenizer: bool = True,
+    defaults: inference_pb2.SamplingParams | None = None,
     max_running: int = 64,
     max_waiting: int = 8,
     **of_server: Any,
@@ -174,6 +176,7 @@ async def scripted_front(
             model_name="tiny",
             gateway_id="gateway-1",
             tokenizer=byte_tokenizer() if with_tokenizer else None,
+            defaults=defaults or inference_pb2.SamplingParams(),
             link=link,
             metrics=GatewayMetrics(registry, "tiny", lambda: link.stats),
             num_workers=lambda: 3,

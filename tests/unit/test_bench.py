@@ -127,6 +127,9 @@ def test_prompts_of_a_file_come_round_again(tmp_path: Path) -> None:
     path.write_text("\n")
     with pytest.raises(ConfigError, match="holds no prompt"):
         file_tasks(path, 3, (4, 4), random.Random(0))
+    path.write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match="must be UTF-8 text"):
+        file_tasks(path, 3, (4, 4), random.Random(0))
 
 
 def answer_all(rig: Rig) -> None:

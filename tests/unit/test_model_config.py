@@ -332,6 +332,8 @@ def test_gpt_oss_is_read(tmp_path):
     assert config.expert_bytes("bfloat16") == 2 * (3 * 2880 * 2880 + 2 * 2880 + 2880)
     bare = read(tmp_path, "gpt-oss-20b", "layer_types", "rope_scaling", "swiglu_limit")
     assert (bare.windows, bare.clamp, bare.rope) == (config.windows, config.clamp, config.rope)
+    with pytest.raises(UnsupportedModel, match="needs a sliding_window"):
+        read(tmp_path, "gpt-oss-20b", sliding_window=None)
 
 
 def test_qwens_dense_layers_and_windows_are_read(tmp_path):
