@@ -24,7 +24,6 @@ import random
 import signal
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cli.bench import Task, random_tasks, run, summarize
+from cli.child import command_of
 from expert_mesh import AsyncClient, Client
 from expert_worker.expert_mlp import load_expert
 from gateway.model.batch import ForwardBatch, SequenceSlice
@@ -149,7 +149,7 @@ class Transformers:
 @contextmanager
 def mesh(model: Path, workers: int) -> Iterator[str]:
     """A mesh for the length of a block; its gateway's address."""
-    command = [sys.executable, "-m", "cli.main", "up", "--json"]
+    command = command_of("cli.main", "up", "--json")
     command += ["--model", str(model), "--workers", str(workers)]
     up = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:

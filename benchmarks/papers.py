@@ -23,7 +23,6 @@ from __future__ import annotations
 import gc
 import json
 import subprocess
-import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
@@ -43,6 +42,7 @@ from benchmarks.random_model import checkpoint_on, config_of, save_random, worke
 from benchmarks.sides import Side, decoder_of, dtype_on, measure, meshed
 from benchmarks.work import Work, shares
 from cli import mps
+from cli.child import command_of
 from cli.ranks import run_ranks
 from mesh.device import open_device
 
@@ -312,7 +312,7 @@ def main(
         first_whole: list[list[int]] | None = None
         for one in (*(["floor"] if device != "cpu" else []), *side):
             # A process for each: what one leaves on the GPU, or in its queue, is not the next's.
-            command = [sys.executable, "-m", "benchmarks.papers", "--only", "--model", name]
+            command = command_of("benchmarks.papers", "--only", "--model", name)
             command += ["--side", one, "--device", device, "--layers", str(layers)]
             command += ["--gateways", str(gateways)]
             command += ["--quick"] if quick else []

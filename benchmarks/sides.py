@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.random_model import checkpoint_on
-from benchmarks.work import Work, prompt, shares
+from benchmarks.work import Work, prompt, say, shares
 from cli.bench_mesh import dispatcher_to
 from gateway.engine import Engine, MeshExperts
 from gateway.kv_blocks import BlockAllocator
@@ -55,7 +55,9 @@ engine did that had any."""
 def measure(run: Run, work: Work, engines: int) -> dict[str, Any]:
     """Every cell. Prefill lasts from the first engine's start to the last one's end; a token's
     time is the median over the steps of all engines, each of which is its own."""
+    say("ready")
     run(2 * engines, work.prefill_len, 1)
+    say("warm")
     ran = run(work.prefill_prompts, work.prefill_len, 1)
     prefill_s = max(one.ended_s for one in ran) - min(one.began_s for one in ran)
     found: dict[str, Any] = {
@@ -63,12 +65,14 @@ def measure(run: Run, work: Work, engines: int) -> dict[str, Any]:
         "tpot_ms": {},
         "decode_tokens_per_s": {},
     }
+    say(f"prefill {found['prefill_tokens_per_s']:,.0f} tokens/s")
     for batch in work.batches:
         run(batch, 32, 6)
         ran = run(batch, work.decode_len, work.num_new)
         # Behind the steps with prompts, each gives every sequence a token.
         decoding = [one.steps_s[-(work.num_new - 2) :] for one in ran]
         found["tpot_ms"][batch] = median([step_s for steps in decoding for step_s in steps]) * 1e3
+        say(f"TPOT {found['tpot_ms'][batch]:.2f} ms at {batch}")
         found["decode_tokens_per_s"][batch] = sum(
             len(one.sequences) / median(steps) for one, steps in zip(ran, decoding, strict=True)
         )

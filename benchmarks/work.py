@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import random
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+_BEGAN_S = time.monotonic()
+
+
+def say(words: str) -> None:
+    """Where a side is, and since when it runs; of several ranks the first speaks for all."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{time.monotonic() - _BEGAN_S:10.1f} s  {words}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,10 @@ class Engine:
         self._scheduler = scheduler
         self._forward = forward
         self._experts = experts
-        experts.on_away = self.catch_up
+        experts.on_away = self._while_away
+        self.on_away: Callable[[], None] = lambda: None
+        """Called in every layer while rows are away, once this engine has caught up: time for a
+        little of what nobody waits for."""
         self._sampler = sampler
         self._overlap_tokens = math.inf if overlap_tokens is None else overlap_tokens
         self._clock = clock
@@ -236,6 +239,12 @@ class Engine:
         for request in ended:
             _log_end(request)
         self._scheduler.publish()
+
+    def _while_away(self) -> None:
+        if self._unsaid is not None:
+            self.catch_up()
+        else:
+            self.on_away()
 
     def _say_end(self, request: Request) -> None:
         self.catch_up()

@@ -144,7 +144,7 @@ class EngineLoop:
         """When to send statistics; never while nothing has changed."""
         self._pong = 0
         """The last ping that is to be answered with them."""
-        dispatcher.on_away = self._tell_a_piece
+        engine.on_away = self._tell_a_piece
         dispatcher.on_late = self._attend
 
     def run(self) -> None:

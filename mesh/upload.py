@@ -19,8 +19,8 @@ _kept = threading.local()
 
 
 def fill(target: Tensor, source: Tensor) -> None:
-    """Copy a tensor of the same shape from the host; everything is there when this returns."""
-    if not target.is_cuda:
+    """Copy a tensor of the same shape; from the host, everything is there when this returns."""
+    if not target.is_cuda or source.is_cuda:
         target.copy_(source)
         return
     turns = [(buffer, _event()) for buffer in _buffers()]

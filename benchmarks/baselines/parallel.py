@@ -29,7 +29,7 @@ from torch import Tensor
 from benchmarks.baselines.monolith import Computed, ExpertsHere, through_layers
 from benchmarks.baselines.shards import Split, checkpoint_part, part_of
 from benchmarks.random_model import checkpoint_on, config_of
-from benchmarks.work import Work, prompt
+from benchmarks.work import Work, prompt, say
 from gateway.model.attention import AttentionBlock, PagedAttention
 from gateway.model.batch import SequenceSlice
 from gateway.model.decoder import Decoder, Layer
@@ -355,16 +355,20 @@ def measure(rank: int, device: torch.device, order: dict[str, Any]) -> dict[str,
     def prompts(count: int, length: int) -> list[list[int]]:
         return [prompt(length, config.vocab_size, n) for n in range(count)]
 
+    say("ready")
     stage.generate(prompts(2, work.prefill_len), 1)
+    say("warm")
     seconds, _, _ = stage.generate(prompts(work.prefill_prompts, work.prefill_len), 1)
     found: dict[str, Any] = {
         "prefill_tokens_per_s": work.prefill_prompts * work.prefill_len / seconds,
         "tpot_ms": {},
     }
+    say(f"prefill {found['prefill_tokens_per_s']:,.0f} tokens/s")
     for batch in work.batches:
         stage.generate(prompts(batch, 32), 6)
         _, steps, tokens = stage.generate(prompts(batch, work.decode_len), work.num_new)
         found["tpot_ms"][batch] = median(steps[1:]) * 1e3
+        say(f"TPOT {found['tpot_ms'][batch]:.2f} ms at {batch}")
         if tokens:
             found.setdefault("tokens", tokens[0])
             found["batch_tokens"] = tokens

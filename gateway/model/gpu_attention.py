@@ -24,12 +24,17 @@ from gateway.model.attention import KvLayout, PagedAttention, _Group
 from gateway.model.batch import SequenceSlice
 from gateway.model.kv_cache import KvCache
 
-MAX_KEY_DIM = 256
+MAX_KEY_DIM = 512
 """Of what the kernel that decodes keeps on chip; latents are longer."""
 _LONG_PROMPT = 4096
 """From here on cuDNN's attention is so much quicker (573 to 309 TFLOP/s at 10,000 tokens on an
 H200) that planning it for another length is worth while."""
-_FOR_LONG = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+_FOR_LONG = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,  # which alone takes heads of more than 256
+    SDPBackend.MATH,
+]
 
 
 class Decoding:

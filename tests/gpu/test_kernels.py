@@ -176,7 +176,14 @@ def test_queries_and_keys_turn_and_keys_and_values_are_kept(dtype: torch.dtype) 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "window", "sinks"),
-    [(4, 4, 64, None, False), (8, 2, 16, None, True), (32, 1, 128, 70, False), (6, 2, 80, 9, True)],
+    [
+        (4, 4, 64, None, False),
+        (8, 2, 16, None, True),
+        (32, 1, 128, 70, False),
+        (6, 2, 80, 9, True),
+        (2, 2, 512, None, False),
+        (4, 1, 320, 40, True),
+    ],
 )
 def test_decode_reads_pages(
     dtype: torch.dtype, heads: int, kv_heads: int, dim: int, window: int | None, sinks: bool
