@@ -10,12 +10,13 @@ and all) without the front; ``transformers`` by hand with a growing cache.
 The floor of TPOT is the bytes that a step must read (weights that have rows, keys and values)
 over the bandwidth that a copy reaches in the same run.
 
-On one GPU the papers' "experts per layer = number of GPUs" is one expert: a dense model. ``many``
-is their 16 x 16 with as many workers, which share the GPU under MPS. The baseline is *monolith*
-there; on n GPUs it is every TP x PP = n (``--baseline tp2pp2`` for one), a rank a GPU, and ours
-has n gateways (``--gateways``), each with its share of the sequences. With ``--device cpu``
-everything runs small and in float32, ranks over gloo:
-``--model tiny --quick --device cpu --baseline tp2pp2``.
+``plain``, ``wide`` and ``deep`` are the papers' three models, their experts two matrices; ``one``
+is the first with gated experts, which other systems have too. Each has an expert a GPU, as in the
+papers: on one GPU that is a dense model. ``many`` is their 16 x 16 with as many workers, which
+share the GPU under MPS. The baseline is *monolith* on one GPU; on n it is every TP x PP = n
+(``--baseline tp2pp2`` for one), a rank a GPU, and ours has n gateways (``--gateways``), each with
+its share of the sequences. With ``--device cpu`` everything runs small and in float32, ranks over
+gloo: ``--model tiny --quick --device cpu --baseline tp2pp2``.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ from cli import mps
 from cli.child import command_of
 from cli.ranks import run_ranks
 from mesh.device import open_device
+from mesh.errors import ConfigError, MeshError
+from mesh.model_config import GroupedAttention
 
 _PAPERS = {
     "model_type": "mixtral",
@@ -63,7 +66,45 @@ _PAPERS = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
+_PLAIN = {
+    "model_type": "expert_mesh_plain",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 16384,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "head_dim": 128,
+    "max_position_embeddings": 16384,
+    "num_local_experts": 1,
+    "num_experts_per_tok": 1,
+    "torch_dtype": "bfloat16",
+}
 MODELS: dict[str, tuple[dict[str, Any], int]] = {
+    "plain": (_PLAIN, 1),
+    "wide": (
+        _PLAIN
+        | {
+            "hidden_size": 8192,
+            "intermediate_size": 32768,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 16,
+            "head_dim": 512,
+            "torch_dtype": "float16",
+        },
+        1,
+    ),
+    "deep": (
+        _PLAIN
+        | {
+            "hidden_size": 7168,
+            "intermediate_size": 2048,
+            "dense_intermediate_size": 18432,
+            "num_hidden_layers": 61,
+            "first_k_dense_replace": 3,
+            "num_attention_heads": 128,
+        },
+        1,
+    ),
     "one": (_PAPERS | {"num_local_experts": 1, "num_experts_per_tok": 1}, 1),
     "many": (_PAPERS | {"num_local_experts": 16, "num_experts_per_tok": 2}, 16),
     "colocated": (
@@ -107,17 +148,24 @@ _SMALL = {
 }
 
 
-def model_of(name: str, device: str) -> tuple[dict[str, Any], int]:
-    """Its settings and number of workers: with several GPUs one each, and of ``one`` an expert
-    each, as the papers have it. On a CPU it is narrow and shallow, its experts as many."""
+def model_of(name: str, device: str, layers: int = 0) -> tuple[dict[str, Any], int]:
+    """Its settings and number of workers: with several GPUs one each, and of models of one expert
+    an expert each. On a CPU it is narrow and shallow, its experts as many. ``layers``: fewer."""
     settings, workers = MODELS[name]
     if device == "cpu":
-        kv_heads = min(8, settings["num_key_value_heads"])
-        return settings | _SMALL | {"num_key_value_heads": kv_heads}, workers
-    gpus = torch.cuda.device_count()
-    if name == "one" and gpus > 1:
-        settings = settings | {"num_local_experts": gpus}
-    return settings, max(workers, gpus)
+        dense = settings.get("first_k_dense_replace", 0)
+        small = _SMALL | {"num_hidden_layers": dense + _SMALL["num_hidden_layers"]}
+        if "dense_intermediate_size" in settings:
+            small["dense_intermediate_size"] = 192
+        if "num_key_value_heads" in settings:
+            small["num_key_value_heads"] = min(8, settings["num_key_value_heads"])
+        settings = settings | small
+    else:
+        gpus = torch.cuda.device_count()
+        if settings["num_local_experts"] == 1:
+            settings = settings | {"num_local_experts": max(1, gpus)}
+        workers = max(workers, gpus)
+    return settings | ({"num_hidden_layers": layers} if layers else {}), workers
 
 
 def ours(
@@ -129,12 +177,12 @@ def ours(
     gateways: int = 1,
 ) -> dict[str, Any]:
     """The mesh, its gateways data-parallel; one alone is in this process."""
-    device = open_device(where)
-    dtype_name = str(dtype_on(device)).removeprefix("torch.")
+    device, config = open_device(where), config_of(settings)
+    dtype_name = str(dtype_on(device, config)).removeprefix("torch.")
     with workers_of(settings, workers, device, dtype_name, work.max_batch_tokens) as mesh:
         if gateways == 1:
             admit = partial(mesh.admit, "bench")
-            with meshed(admit, config_of(settings), device, work, micro_batches) as side:
+            with meshed(admit, config, device, work, micro_batches) as side:
                 return measure(side.run, work, 1)
         with gateways_of(mesh, settings, work, micro_batches, device.type, gateways) as run:
             found = measure(run, work, gateways)
@@ -148,7 +196,7 @@ def monolith(settings: dict[str, Any], work: Work, where: str) -> dict[str, Any]
 
     device, config = open_device(where), config_of(settings)
     with decoder_of(config, device, work) as (decoder, kv):
-        experts: Any = ExpertsHere(config, checkpoint_on(device), device, dtype_on(device))
+        experts: Any = ExpertsHere(config, checkpoint_on(device), device, dtype_on(device, config))
         if device.type == "cuda":
             graphs: Any = WholeStep(decoder, kv, experts, work.max_len)
             decoder.use_graphs(graphs)
@@ -160,7 +208,7 @@ def parallel(settings: dict[str, Any], work: Work, split: Split, where: str) -> 
     """The baseline on as many devices as the split has ranks."""
     from benchmarks.baselines.parallel import measure
 
-    dtype = str(dtype_on(torch.device(where))).removeprefix("torch.")
+    dtype = str(dtype_on(torch.device(where), config_of(settings))).removeprefix("torch.")
     order = {"settings": settings, "work": asdict(work), "split": split.name, "dtype": dtype}
     found: dict[str, Any] = run_ranks(measure, split.num_ranks, where, order)
     return found
@@ -173,8 +221,9 @@ def transformers(settings: dict[str, Any], work: Work, where: str) -> dict[str, 
 
     from benchmarks.baselines.transformers_peer import measure_model
 
+    _require_peer(settings)
     device = open_device(where)
-    dtype = dtype_on(device)
+    dtype = dtype_on(device, config_of(settings))
     kept = {k: v for k, v in settings.items() if k not in ("architectures", "torch_dtype")}
     config = MixtralConfig(**kept, dtype=dtype, attn_implementation="sdpa")
     config._experts_implementation = "grouped_mm"
@@ -205,12 +254,18 @@ def transformers_tp(settings: dict[str, Any], work: Work, ranks: int, where: str
     """The peer by its own tensor plan, from a checkpoint that it reads itself."""
     from benchmarks.baselines.transformers_peer import measure
 
+    _require_peer(settings)
     with tempfile.TemporaryDirectory() as directory:
         device = open_device(where)
-        save_random(settings, Path(directory), device, dtype_on(device))
+        save_random(settings, Path(directory), device, dtype_on(device, config_of(settings)))
         order = {"directory": directory, "work": asdict(work)}
         found: dict[str, Any] = run_ranks(measure, ranks, where, order)
     return found
+
+
+def _require_peer(settings: dict[str, Any]) -> None:
+    if settings["model_type"] != "mixtral":
+        raise ConfigError("transformers has no model whose experts are two matrices")
 
 
 def _stored(block: str, index: int, part: str) -> str:
@@ -225,22 +280,25 @@ def floors(settings: dict[str, Any], work: Work) -> dict[str, Any]:
     square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     copy_s, gemm_s = _seconds(lambda: b.copy_(a)), _seconds(lambda: square @ square)
     bytes_per_s, flops = 2 * a.nbytes / copy_s, 2 * 8192**3 / gemm_s
-    d, h, layers = (settings[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers"))
-    experts, k = settings["num_local_experts"], settings["num_experts_per_tok"]
-    heads = settings["num_attention_heads"]
-    head_dim = settings.get("head_dim", d // heads)
-    kv_width = 2 * settings["num_key_value_heads"] * head_dim
-    attention = d * (heads * head_dim * 2 + kv_width)
-    head = settings["vocab_size"] * d
+    config, attention = config_of(settings), config_of(settings).attention
+    assert isinstance(attention, GroupedAttention)
+    d, layers, k = config.hidden_size, config.num_layers, config.experts_per_token
+    matrices = 3 if config.expert_kind == "gated" else 2
+    expert, dense = (
+        matrices * d * h for h in (config.expert_hidden_size, config.dense_hidden_size)
+    )
+    num_moe, experts = len(config.moe_layers), config.num_experts
+    q_width = attention.num_heads * attention.head_dim
+    kv_width = 2 * attention.num_kv_heads * attention.head_dim
+    here = layers * d * (2 * q_width + kv_width) + (layers - num_moe) * dense
     tpot = {}
     for batch in work.batches:
         touched = experts * (1 - (1 - k / experts) ** batch)
-        weights = layers * (attention + touched * 3 * d * h) + head
+        weights = here + num_moe * touched * expert + config.vocab_size * d
         context = work.decode_len + work.num_new / 2
         kv = batch * layers * kv_width * context
         tpot[batch] = 2 * (weights + kv) / bytes_per_s * 1e3
-    length = work.prefill_len
-    per_token = 2 * layers * (attention + k * 3 * d * h) + 2 * layers * heads * head_dim * length
+    per_token = 2 * (here + num_moe * k * expert + layers * q_width * work.prefill_len)
     return {
         "tpot_ms": tpot,
         "prefill_tokens_per_s": flops / per_token,
@@ -293,11 +351,11 @@ def main(
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     gateways = gateways or max(1, gpus)
     if only:
+        if device == "cpu":
+            torch.set_num_threads(1)  # the other sides' processes have one each, too
         # Before this process has a context: it must be a client of the service like its workers.
         alone = side[0] in ("ours", "two")
-        settings, workers = model_of(model[0], device)
-        if layers:
-            settings = {**settings, "num_hidden_layers": layers}
+        settings, workers = model_of(model[0], device, layers)
         with mps.sharing() if alone else nullcontext(), torch.inference_mode():
             found = _measured(side[0], settings, workers, work, device, gateways)
             found["device"] = device if device == "cpu" else torch.cuda.get_device_name()
@@ -360,6 +418,8 @@ def _measured(
             ranks = int(side.removeprefix("transformers-tp"))
             return transformers_tp(settings, work, ranks, device)
         return parallel(settings, work, Split.parse(side), device)
+    except MeshError as error:  # it says what is not to be had
+        return {"failed": str(error)}
     except (Exception, SystemExit) as error:  # the other sides are still worth having
         traceback.print_exc()
         return {"failed": repr(error)[:300]}

@@ -23,7 +23,7 @@ from expert_worker.expert_mlp import load_expert
 from expert_worker.expert_store import ExpertStore
 from mesh.checkpoint import INDEX_FILE, Checkpoint
 from mesh.device import open_device
-from mesh.model_config import ModelConfig
+from mesh.model_config import GroupedAttention, ModelConfig
 from mesh.plan import ExpertId
 
 
@@ -71,30 +71,18 @@ def checkpoint_on(device: torch.device) -> Checkpoint:
 def save_random(
     settings: dict[str, Any], directory: Path, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """The same weights as files, a layer in each, for who must read them: of Mixtral's kind."""
+    """The same weights as files, a layer in each, for who must read them: of Mixtral's kind or
+    with plain experts."""
     checkpoint = RandomCheckpoint(device)
-    width, heads = settings["hidden_size"], settings["num_attention_heads"]
-    dim = settings.get("head_dim", width // heads)
-    q, kv = heads * dim, settings["num_key_value_heads"] * dim
-    hidden, vocab = settings["intermediate_size"], settings["vocab_size"]
-    of_layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm": (width,),
-        "post_attention_layernorm": (width,),
-        "self_attn.q_proj": (q, width),
-        "self_attn.k_proj": (kv, width),
-        "self_attn.v_proj": (kv, width),
-        "self_attn.o_proj": (width, q),
-        "block_sparse_moe.gate": (settings["num_local_experts"], width),
-    }
-    for index in range(settings["num_local_experts"]):
-        prefix = f"block_sparse_moe.experts.{index}"
-        of_layer |= {f"{prefix}.{part}": (hidden, width) for part in ("w1", "w3")}
-        of_layer[f"{prefix}.w2"] = (width, hidden)
+    config = config_of(settings)
+    width, vocab = config.hidden_size, config.vocab_size
+
     files: list[dict[str, tuple[int, ...]]] = [
         {"model.embed_tokens": (vocab, width), "model.norm": (width,), "lm_head": (vocab, width)}
     ]
-    for layer in range(settings["num_hidden_layers"]):
-        files.append({f"model.layers.{layer}.{name}": shape for name, shape in of_layer.items()})
+    for layer in range(config.num_layers):
+        shapes = _layer_shapes(config, layer)
+        files.append({f"model.layers.{layer}.{name}": shape for name, shape in shapes.items()})
     where = {}
     for number, file in enumerate(files):
         tensors = {f"{n}.weight": shape for n, shape in file.items()}
@@ -110,6 +98,33 @@ def save_random(
     (directory / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": where}))
     name = str(dtype).removeprefix("torch.")
     (directory / "config.json").write_text(json.dumps(settings | {"torch_dtype": name}))
+
+
+def _layer_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
+    attention, width = config.attention, config.hidden_size
+    assert isinstance(attention, GroupedAttention)
+    q, kv = (n * attention.head_dim for n in (attention.num_heads, attention.num_kv_heads))
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm": (width,),
+        "post_attention_layernorm": (width,),
+        "self_attn.q_proj": (q, width),
+        "self_attn.k_proj": (kv, width),
+        "self_attn.v_proj": (kv, width),
+        "self_attn.o_proj": (width, q),
+    }
+    gated = config.expert_kind == "gated"
+    into, back = (("w1", "w3"), "w2") if gated else (("up_proj",), "down_proj")
+    if layer not in config.moe_layers:
+        mlps, hidden = ["mlp"], config.dense_hidden_size
+    else:
+        block = "block_sparse_moe" if gated else "mlp"
+        shapes[f"{block}.gate"] = (config.num_experts, width)
+        mlps = [f"{block}.experts.{index}" for index in range(config.num_experts)]
+        hidden = config.expert_hidden_size
+    for mlp in mlps:
+        shapes |= {f"{mlp}.{part}": (hidden, width) for part in into}
+        shapes[f"{mlp}.{back}"] = (width, hidden)
+    return shapes
 
 
 def config_of(settings: dict[str, Any]) -> ModelConfig:

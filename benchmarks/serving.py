@@ -40,7 +40,7 @@ import typer
 
 from benchmarks.clients import Asked, Clients, clients_of
 from benchmarks.papers import MODELS, agreeing, model_of
-from benchmarks.random_model import save_random
+from benchmarks.random_model import config_of, save_random
 from benchmarks.sides import dtype_on
 from benchmarks.work import prompt
 from cli import engine_time
@@ -146,7 +146,7 @@ def limited(seconds: float) -> Iterator[None]:
 def _write(settings: Mapping[str, Any], directory: Path, where: str) -> None:
     device = open_device(where)
     with torch.inference_mode():
-        save_random(dict(settings), directory, device, dtype_on(device))
+        save_random(dict(settings), directory, device, dtype_on(device, config_of(dict(settings))))
 
 
 def write_model(settings: Mapping[str, Any], directory: Path, where: str) -> None:

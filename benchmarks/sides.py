@@ -141,9 +141,10 @@ class Side:
         return Ran(list(self._requests), first_s, times, tokens)
 
 
-def dtype_on(device: torch.device) -> torch.dtype:
-    """A CPU is for seeing that it runs, and that tokens are the same."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+def dtype_on(device: torch.device, config: ModelConfig) -> torch.dtype:
+    """The model's; a CPU is for seeing that it runs, and that tokens are the same."""
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    return dtype if device.type == "cuda" else torch.float32
 
 
 @contextmanager
@@ -151,12 +152,12 @@ def decoder_of(
     config: ModelConfig, device: torch.device, work: Work, engines: int = 1
 ) -> Iterator[tuple[Decoder, KvCache]]:
     """The gateway's part of the model and room for its share of the sequences."""
-    decoder = Decoder.load(config, checkpoint_on(device), device, dtype_on(device))
+    decoder = Decoder.load(config, checkpoint_on(device), device, dtype_on(device, config))
     blocks = max(
         len(shares(max(work.batches), engines)[0]) * -(-(work.decode_len + work.num_new) // _BLOCK),
         2 * -(-(work.prefill_len + 1) // _BLOCK) + 2,
     )
-    yield decoder, KvCache(config, blocks, _BLOCK, device, dtype_on(device))
+    yield decoder, KvCache(config, blocks, _BLOCK, device, dtype_on(device, config))
     del decoder
     gc.collect()
     torch.cuda.empty_cache()
@@ -181,7 +182,7 @@ def meshed(
             admit,
             config,
             device=device,
-            dtype=dtype_on(device),
+            dtype=dtype_on(device, config),
             max_tokens=work.max_batch_tokens,
             reply_timeout_s=_REPLY_TIMEOUT_S,
         ) as dispatcher,

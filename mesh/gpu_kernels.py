@@ -1,11 +1,13 @@
 """Kernels in Triton that gateway and worker share. Imported only where there is a GPU.
 
-Legend: R rows, H hidden size of an MLP, E experts of a layer, G of them that are here.
+Legend: R rows, H hidden size of an MLP, E experts of a layer, G of them that are here, K and N
+widths of what goes into a matrix and comes out.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -69,3 +71,77 @@ def group_ends(counts_E: Tensor, here_G: Tensor, num_rows: int) -> Tensor:
         counts_E, here_G, ends_G, len(here_G), num_rows, G_PAD=triton.next_power_of_2(len(here_G))
     )
     return ends_G
+
+
+@triton.jit
+def _grouped_kernel(
+    x,
+    weights,
+    out,
+    ends,
+    num_groups,
+    n_size,
+    k_size,
+    G_PAD: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    g = tl.arange(0, G_PAD)
+    there = g < num_groups
+    begins = tl.load(ends + g - 1, mask=there & (g > 0), other=0)
+    tiles = tl.where(there, tl.cdiv(tl.load(ends + g, mask=there, other=0) - begins, M), 0)
+    group = tl.sum((tl.cumsum(tiles, axis=0) <= tile).to(tl.int32), axis=0)
+    if group < num_groups:
+        before = tl.sum(tl.where(g < group, tiles, 0), axis=0)
+        begin = tl.sum(tl.where(g == group, begins, 0), axis=0)
+        row = begin + (tile - before) * M + tl.arange(0, M)
+        inside = row < tl.load(ends + group)
+        column = tl.program_id(1) * N + tl.arange(0, N)
+        k_at = tl.arange(0, K)
+        x_at = x + row.to(tl.int64)[:, None] * k_size + k_at[None, :]
+        w_row = group.to(tl.int64) * n_size + column
+        w_at = weights + w_row[None, :] * k_size + k_at[:, None]
+        acc = tl.zeros([M, N], dtype=tl.float32)
+        for start in range(0, k_size, K):
+            left = k_at < k_size - start
+            part = tl.load(x_at + start, mask=inside[:, None] & left[None, :], other=0.0)
+            weight = tl.load(
+                w_at + start, mask=left[:, None] & (column < n_size)[None, :], other=0.0
+            )
+            acc += tl.dot(part, weight, input_precision="ieee")
+        at = out + row.to(tl.int64)[:, None] * n_size + column[None, :]
+        tl.store(at, acc, mask=inside[:, None] & (column < n_size)[None, :])
+
+
+def grouped_linear(x_RK: Tensor, weights_GNK: Tensor, ends_G: Tensor) -> Tensor:
+    """``out_RN``: rows of each group by its matrix; those past the last end are left undefined.
+
+    By torch's grouped GEMM where it has one that a graph may hold, which is bfloat16's.
+    """
+    if x_RK.dtype == torch.bfloat16:
+        return F.grouped_mm(x_RK, weights_GNK.transpose(1, 2), offs=ends_G)
+    x_RK = x_RK.contiguous()
+    groups, n_size, k_size = weights_GNK.shape
+    out_RN = x_RK.new_empty(len(x_RK), n_size)
+    # Twice the mean, so that most groups are a tile: the weights of one are read once a tile.
+    rows = min(128, max(16, triton.next_power_of_2(2 * len(x_RK) // groups)))
+    columns = 128 if rows == 128 else 64
+    grid = (triton.cdiv(len(x_RK), rows) + groups, triton.cdiv(n_size, columns))
+    _grouped_kernel[grid](
+        x_RK,
+        weights_GNK,
+        out_RN,
+        ends_G,
+        groups,
+        n_size,
+        k_size,
+        G_PAD=triton.next_power_of_2(groups),
+        M=rows,
+        N=columns,
+        K=64,
+        num_warps=8 if rows == 128 else 4,
+        num_stages=4,
+    )
+    return out_RN

@@ -41,16 +41,16 @@ class PlainMlp:
     """Two matrices with an activation between them."""
 
     def __init__(self, up_HD: Tensor, down_DH: Tensor, activation: str) -> None:
-        self._up_HD = up_HD
+        self._into_HD = up_HD
         self._down_DH = down_DH
-        self._act = _ACTIVATIONS[activation]
+        self._between = _ACTIVATIONS[activation]
 
     def __call__(self, x_RD: Tensor) -> Tensor:
-        return F.linear(self._act(F.linear(x_RD, self._up_HD)), self._down_DH)
+        return F.linear(self._between(F.linear(x_RD, self._into_HD)), self._down_DH)
 
     def tensors(self) -> dict[str, Tensor]:
         """See :class:`Mlp`."""
-        return {"up": self._up_HD, "down": self._down_DH}
+        return {"up": self._into_HD, "down": self._down_DH}
 
 
 class NativeMlp:
@@ -87,10 +87,9 @@ class GatedMlp:
     """``down(act(gate(x)) * up(x))``; gate and up lie in one matrix, gate first: one GEMM."""
 
     def __init__(self, gate_up_HD: Tensor, down_DH: Tensor, activation: str) -> None:
-        self._gate_up_HD = gate_up_HD
+        self._into_HD = gate_up_HD
         self._down_DH = down_DH
-        self._activation = activation
-        self._gate = _gate_on(gate_up_HD.device, activation)
+        self._between = _gate_on(gate_up_HD.device, activation)
         self.native: NativeMlp | None = None
         if (
             _ACTIVATIONS[activation] is F.silu
@@ -103,11 +102,11 @@ class GatedMlp:
     def __call__(self, x_RD: Tensor) -> Tensor:
         if self.native is not None:
             return self.native(x_RD)
-        return F.linear(self._gate(F.linear(x_RD, self._gate_up_HD)), self._down_DH)
+        return F.linear(self._between(F.linear(x_RD, self._into_HD)), self._down_DH)
 
     def tensors(self) -> dict[str, Tensor]:
         """See :class:`Mlp`."""
-        return {"gate_up": self._gate_up_HD, "down": self._down_DH}
+        return {"gate_up": self._into_HD, "down": self._down_DH}
 
 
 def _gate_on(device: torch.device, activation: str) -> Callable[[Tensor], Tensor]:
@@ -127,48 +126,47 @@ def _gate_on(device: torch.device, activation: str) -> Callable[[Tensor], Tensor
 
 
 class StackedMlps:
-    """Gated MLPs of one layer as one: a grouped GEMM a matrix, however many there are.
+    """MLPs of one layer and kind as one: a grouped GEMM a matrix, however many there are.
 
     Their weights move into one tensor each, of which the MLPs keep views.
     """
 
-    _gate_up_HD: Tensor
+    _into_HD: Tensor
     _down_DH: Tensor
 
-    def __init__(self, mlps: Mapping[int, GatedMlp]) -> None:
+    def __init__(self, mlps: Mapping[int, PlainMlp | GatedMlp]) -> None:
         first = next(iter(mlps.values()))
-        self._gate = first._gate
-        device = first._gate_up_HD.device
+        self._between = first._between
+        device = first._into_HD.device
         self._here_G = torch.tensor(list(mlps), dtype=torch.int32, device=device)
-        for name in ("_gate_up_HD", "_down_DH"):
+        for name in ("_into_HD", "_down_DH"):
             like = getattr(first, name)
             stack = torch.empty(len(mlps), *like.shape, dtype=like.dtype, device=device)
             for place, mlp in zip(stack, mlps.values(), strict=True):
                 place.copy_(getattr(mlp, name))
                 setattr(mlp, name, place)
-            setattr(self, name, stack.transpose(1, 2))
+            setattr(self, name, stack)
 
     @classmethod
     def of(cls, mlps: Mapping[int, Any]) -> StackedMlps | None:
         """The MLPs by their index in the layer; None where no grouped kernel takes them."""
-        found = {index: mlp for index, mlp in sorted(mlps.items()) if type(mlp) is GatedMlp}
-        weights = [mlp._gate_up_HD for mlp in found.values()]
-        if not weights or len(found) < len(mlps):
+        if {type(mlp) for mlp in mlps.values()} not in ({PlainMlp}, {GatedMlp}):
             return None
-        if not weights[0].is_cuda or any(w.dtype != torch.bfloat16 for w in weights):
+        weights = [mlp._into_HD for mlp in mlps.values()]
+        if not all(w.is_cuda and w.dtype in (torch.bfloat16, torch.float16) for w in weights):
             return None
-        return cls(found)
+        return cls(dict(sorted(mlps.items())))
 
     def __call__(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
         """``y_RD`` of rows in order of expert, with how many each has: int32, on the device.
 
         Counts that do not add up are nobody's harm: rows past them come back as anything.
         """
-        from mesh.gpu_kernels import group_ends
+        from mesh.gpu_kernels import group_ends, grouped_linear
 
         ends_G = group_ends(counts_E, self._here_G, len(x_RD))
-        gate_up_RH = F.grouped_mm(x_RD, self._gate_up_HD, offs=ends_G)
-        return F.grouped_mm(self._gate(gate_up_RH), self._down_DH, offs=ends_G)
+        hidden_RH = self._between(grouped_linear(x_RD, self._into_HD, ends_G))
+        return grouped_linear(hidden_RH, self._down_DH, ends_G)
 
 
 class ClampedMlp:

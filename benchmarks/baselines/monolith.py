@@ -2,11 +2,13 @@
 
 TP = 1 and PP = 1. Every kernel is the mesh's own; a decode step is one CUDA graph from embedding
 to the last layer, so nothing of it waits for Python. Experts are dense GEMMs where a layer has
-one, grouped ones where it has several.
+one, grouped ones where it has several; of many rows in float16, for which torch has no grouped
+one, a dense GEMM an expert.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,10 @@ from mesh.model_config import ModelConfig
 
 if TYPE_CHECKING:
     from gateway.model.decode_graphs import _Batch
+
+
+_GROUPED_ROWS = 1024
+"""More than a decode step has, whose graph cannot ask the device how many rows an expert has."""
 
 
 class Computed:
@@ -56,7 +62,8 @@ class ExpertsHere:
     ) -> None:
         """With ``shards``, slice ``shard`` of each expert's hidden units."""
         self._num_experts = config.num_experts
-        self._layers: dict[int, Any] = {}
+        self._layers: dict[int, tuple[Mapping[int, Mlp], StackedMlps | None]] = {}
+        self._grouped_rows = _GROUPED_ROWS if dtype == torch.float16 else math.inf
         for layer in config.moe_layers:
             mlps = {
                 index: load_expert(
@@ -64,7 +71,7 @@ class ExpertsHere:
                 )
                 for index in range(config.num_experts)
             }
-            self._layers[layer] = mlps[0] if len(mlps) == 1 else StackedMlps.of(mlps) or mlps
+            self._layers[layer] = mlps, StackedMlps.of(mlps) if len(mlps) > 1 else None
 
     def begin_step(self, num_micro_batches: int) -> None: ...
 
@@ -74,14 +81,14 @@ class ExpertsHere:
     def set_routing(self, routing: Any) -> None: ...
 
     def dispatch(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Computed:
-        mlp = self._layers[layer]
+        mlps, stack = self._layers[layer]
         if self._num_experts == 1:
-            return Computed((mlp(x_TD) * weights_TK).to(x_TD.dtype))
-        if isinstance(mlp, dict):
-            return Computed(_one_by_one(mlp, x_TD, ids_TK, weights_TK))
+            return Computed((mlps[0](x_TD) * weights_TK).to(x_TD.dtype))
+        num_rows = ids_TK.numel()
+        if stack is None or num_rows > self._grouped_rows:
+            return Computed(_one_by_one(mlps, x_TD, ids_TK, weights_TK))
         from gateway import gpu_kernels
 
-        num_rows = ids_TK.numel()
         new = {"dtype": torch.int32, "device": x_TD.device}
         positions_R, counts_E = torch.empty(num_rows, **new), torch.empty(self._num_experts, **new)
         gpu_kernels.sort_by_expert(ids_TK.reshape(-1), positions_R, counts_E)
@@ -89,13 +96,13 @@ class ExpertsHere:
         x_RD = x_TD.new_empty(num_rows, x_TD.shape[1])
         identity_R = torch.arange(num_rows, **new)
         gpu_kernels.scatter(x_TD, positions_R, identity_R, rows_TK, x_RD)
-        return Computed(gpu_kernels.combine(mlp(x_RD, counts_E), rows_TK, weights_TK))
+        return Computed(gpu_kernels.combine(stack(x_RD, counts_E), rows_TK, weights_TK))
 
 
 def _one_by_one(
     mlps: Mapping[int, Mlp], x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
 ) -> Tensor:
-    """Where no grouped kernel takes them."""
+    """Where no grouped kernel takes them, or none as quick."""
     y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
     for index in ids_TK.unique().tolist():
         tokens, ranks = (ids_TK == index).nonzero(as_tuple=True)
@@ -110,8 +117,12 @@ def through_layers(
     for index, layer in enumerate(decoder.layers):
         x_TD = layer.attention(index, layer.attention_norm(x_TD), x_TD, cis_T1C, paged)
         normed_TD = layer.mlp_norm(x_TD)
-        assert layer.router is not None
-        x_TD = x_TD + experts.dispatch(index, normed_TD, *layer.router(normed_TD)).combine()
+        if layer.router is not None:
+            y_TD = experts.dispatch(index, normed_TD, *layer.router(normed_TD)).combine()
+        else:
+            assert layer.dense is not None
+            y_TD = layer.dense(normed_TD)
+        x_TD = x_TD + y_TD
     return x_TD
 
 

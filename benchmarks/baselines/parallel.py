@@ -1,10 +1,10 @@
 """The papers' baseline: tensor parallel times pipeline parallel, experts colocated.
 
-Every rank has its stage's layers and of each layer ``1 / tp`` of the heads and of every expert's
-hidden units; two sums over the stage's ranks a layer. Prompts go through the stages one micro-batch
-behind the other; decoding sequences in as many groups as there are stages, so that each stage has
-one in hand: a stage's step of a group is one CUDA graph, sums and all, that also moves the group's
-positions on, so that between two steps the host does nothing but queue.
+Every rank has its stage's layers and of each layer ``1 / tp`` of the heads and of the hidden units
+of every expert, or dense MLP; two sums over the stage's ranks a layer. Prompts go through the
+stages one micro-batch behind the other; decoding sequences in as many groups as there are stages,
+so that each stage has one in hand: a stage's step of a group is one CUDA graph, sums and all, that
+also moves the group's positions on, so that between two steps the host does nothing but queue.
 
 Kernels are the mesh's own and the monolith's. Batches are static: no scheduler, greedy tokens.
 
@@ -35,6 +35,7 @@ from gateway.model.batch import SequenceSlice
 from gateway.model.decoder import Decoder, Layer
 from gateway.model.kv_cache import KvCache
 from mesh.checkpoint import Checkpoint
+from mesh.mlp import Mlp
 from mesh.model_config import ModelConfig
 
 _BLOCK = 16
@@ -137,6 +138,17 @@ class _SummedExperts:
     def dispatch(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Computed:
         y_TD = self._part.dispatch(layer, x_TD, ids_TK, weights_TK).combine()
         return Computed(self._links.sum_(y_TD))
+
+
+class _SummedMlp:
+    """See :class:`mesh.mlp.Mlp`: of a part of the hidden units, summed over the ranks."""
+
+    def __init__(self, part: Mlp, links: _Links) -> None:
+        self._part, self._links = part, links
+        self.tensors = part.tensors
+
+    def __call__(self, x_RD: Tensor) -> Tensor:
+        return self._links.sum_(self._part(x_RD))
 
 
 class _Group(Protocol):
@@ -338,7 +350,8 @@ class Stage:
 
 
 def _summed(layer: Layer, links: _Links) -> Layer:
-    return replace(layer, attention=_SummedAttention(layer.attention, links))
+    dense = None if layer.dense is None else _SummedMlp(layer.dense, links)
+    return replace(layer, attention=_SummedAttention(layer.attention, links), dense=dense)
 
 
 def measure(rank: int, device: torch.device, order: dict[str, Any]) -> dict[str, Any]:

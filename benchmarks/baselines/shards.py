@@ -56,8 +56,10 @@ def part_of(config: ModelConfig, split: Split, tp_rank: int, stage: int) -> Mode
     attention, tp = config.attention, split.tp
     if not isinstance(attention, GroupedAttention) or config.shared_hidden_size:
         raise ConfigError("the baseline takes grouped attention and no shared experts")
-    if config.moe_layers != tuple(range(config.num_layers)) or config.num_layers < split.pp:
-        raise ConfigError("the baseline takes experts in every layer, and a layer a stage or more")
+    if config.num_layers < split.pp:
+        raise ConfigError(f"{config.num_layers} layers are not to be shared by {split.pp} stages")
+    if config.dense_hidden_size % tp:
+        raise ConfigError(f"a dense layer of {config.dense_hidden_size} is not to be cut in {tp}")
     heads, kv_heads = attention.num_heads, attention.num_kv_heads
     if heads % tp or (kv_heads % tp and tp % kv_heads):
         raise ConfigError(f"{heads} heads over {kv_heads} of keys are not to be shared by {tp}")
@@ -65,7 +67,8 @@ def part_of(config: ModelConfig, split: Split, tp_rank: int, stage: int) -> Mode
     return replace(
         config,
         num_layers=len(layers),
-        moe_layers=tuple(range(len(layers))),
+        moe_layers=tuple(n - layers.start for n in layers if n in config.moe_layers),
+        dense_hidden_size=config.dense_hidden_size // tp,
         windows=config.windows[layers.start : layers.stop],
         attention=replace(attention, num_heads=heads // tp, num_kv_heads=max(1, kv_heads // tp)),
     )
@@ -107,6 +110,10 @@ class PartOfCheckpoint:
         elif ".self_attn." in name and last in ("q", "k", "v", "o"):
             dim = 1 if last == "o" else 0
             begin, end, whole[dim] = self._heads(last, shape[dim])
+        elif ".mlp." in name and last in ("gate", "up", "down"):
+            dim = 1 if last == "down" else 0
+            part = shape[dim]
+            begin, end, whole[dim] = self._rank * part, (self._rank + 1) * part, self._tp * part
         else:
             return self._whole.tensor(stored, shape, device=device, dtype=dtype)
         read = self._whole.tensor(stored, tuple(whole), device=device, dtype=dtype)

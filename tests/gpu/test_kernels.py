@@ -13,7 +13,7 @@ from gateway.gpu_kernels import combine, place, scatter, sort_by_expert
 from gateway.model.gpu_kernels import num_splits, paged_decode, rms_norm, turn_and_store
 from gateway.model.rope import rotate_
 from gateway.model.router import Router
-from mesh.gpu_kernels import gated
+from mesh.gpu_kernels import gated, group_ends, grouped_linear
 from mesh.model_config import RouterConfig
 from tests.gpu.device import DEVICE, DTYPES, close
 
@@ -27,6 +27,26 @@ def test_gated_is_activation_times_up(dtype: torch.dtype, rows: int, hidden: int
     gate, up = gate_up.chunk(2, dim=-1)
     close(gated(gate_up, "silu"), F.silu(gate) * up)
     close(gated(gate_up, "gelu_new"), F.gelu(gate, approximate="tanh") * up)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "counts", [[1], [0, 1, 0], [5, 0, 33, 2], [200, 0, 16], [0, 0], [64] * 9], ids=str
+)
+def test_each_group_of_rows_goes_through_its_own_matrix(
+    dtype: torch.dtype, counts: list[int]
+) -> None:
+    groups, spare = len(counts), 3
+    weights = torch.randn(groups, 144, 80, device=DEVICE, dtype=dtype) / 9
+    x = torch.randn(sum(counts) + spare, 80, device=DEVICE, dtype=dtype)
+    counts_E = torch.tensor(counts, dtype=torch.int32, device=DEVICE)
+    here_G = torch.arange(groups, dtype=torch.int32, device=DEVICE)
+    got = grouped_linear(x, weights, group_ends(counts_E, here_G, len(x)))
+    begin = 0
+    for weight, count in zip(weights, counts, strict=True):
+        rows = slice(begin, begin + count)
+        close(got[rows], F.linear(x[rows].double(), weight.double()), of=dtype)
+        begin += count
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

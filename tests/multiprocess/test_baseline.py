@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,26 +10,43 @@ import torch
 
 from benchmarks.baselines.shards import Split
 from benchmarks.papers import MODELS, monolith, ours, parallel, transformers, transformers_tp
+from benchmarks.random_model import checkpoint_on, save_random
 from benchmarks.work import Work
+from expert_worker.expert_mlp import load_expert
+from gateway.model.decoder import Decoder
+from mesh.checkpoint import Checkpoint
 from mesh.errors import ConfigError
+from mesh.model_config import ModelConfig
 
 WORK = Work(3, 40, 20, 8, (1, 3), 128)
 SETTINGS = MODELS["tiny"][0]
 GROUPED = SETTINGS | {"num_key_value_heads": 2, "num_hidden_layers": 3}
+DEEP = MODELS["deep"][0] | {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "dense_intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+    "vocab_size": 256,
+    "num_local_experts": 4,
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "split"),
-    [(SETTINGS, "tp1pp2"), (GROUPED, "tp2pp2"), (GROUPED, "tp4pp1")],
-    ids=["two stages", "two stages of two", "more ranks than heads of keys"],
+    [(SETTINGS, "tp1pp2"), (GROUPED, "tp2pp2"), (GROUPED, "tp4pp1"), (DEEP, "tp2pp2")],
+    ids=["two stages", "two stages of two", "more ranks than heads of keys", "a dense stage"],
 )
 def test_tokens_are_those_of_one_process_and_of_transformers(
     settings: dict[str, Any], split: str
 ) -> None:
     with torch.inference_mode():
         alone = monolith(settings, WORK, "cpu")
-        peer = transformers(settings, WORK, "cpu")
+        has_peer = settings["model_type"] == "mixtral"
+        peer = transformers(settings, WORK, "cpu") if has_peer else alone
     found = parallel(settings, WORK, Split.parse(split), "cpu")
     assert len(alone["tokens"]) == WORK.num_new
     assert found["tokens"] == alone["tokens"] == peer["tokens"]
@@ -46,6 +64,32 @@ def test_two_gateways_on_four_workers_write_what_one_process_writes() -> None:
     assert found["batch_tokens"] == alone["batch_tokens"]
     assert found["tokens"] == alone["tokens"]
     assert found["gateways_of_batch"] == {1: 1, 3: 2}
+
+
+@pytest.mark.slow
+def test_two_gateways_serve_a_model_with_a_dense_layer_and_plain_experts() -> None:
+    with torch.inference_mode():
+        alone = monolith(DEEP, WORK, "cpu")
+    found = ours(DEEP, 4, WORK, 1, "cpu", gateways=2)
+    assert found["batch_tokens"] == alone["batch_tokens"]
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, DEEP], ids=["gated", "plain, one layer dense"])
+def test_a_random_model_on_disk_is_the_one_in_memory(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    device = torch.device("cpu")
+    save_random(settings, tmp_path, device, torch.float32)
+    config = ModelConfig.from_hf(tmp_path)
+    found = []
+    for checkpoint in (Checkpoint(tmp_path), checkpoint_on(device)):
+        decoder = Decoder.load(config, checkpoint, device, torch.float32)
+        expert = load_expert(checkpoint, config, config.moe_layers[-1], 3, device, torch.float32)
+        x_TD = torch.ones(1, config.hidden_size)
+        dense = decoder.layers[0].dense
+        routers = [layer.router(x_TD)[1] for layer in decoder.layers if layer.router is not None]
+        found.append([*routers, expert(x_TD), x_TD if dense is None else dense(x_TD)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 @pytest.mark.slow
