@@ -14,9 +14,9 @@ over the bandwidth that a copy reaches in the same run.
 is the first with gated experts, which other systems have too. Each has an expert a GPU, as in the
 papers: on one GPU that is a dense model. ``many`` is their 16 x 16 with as many workers, which
 share the GPU under MPS. The baseline is *monolith* on one GPU; on n it is every TP x PP = n
-(``--baseline tp2pp2`` for one), a rank a GPU, and ours has n gateways (``--gateways``), each with
-its share of the sequences. With ``--device cpu`` everything runs small and in float32, ranks over
-gloo: ``--model tiny --quick --device cpu --baseline tp2pp2``.
+(``--side tp2pp2`` for one), a rank a GPU, and ours has n gateways (``--gateways``), each with its
+share of the sequences. With ``--device cpu`` everything runs small and in float32, ranks over gloo:
+``--model tiny --quick --device cpu --side ours --side tp2pp2``.
 """
 
 from __future__ import annotations
@@ -36,12 +36,15 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich.console import Console
 
 from benchmarks.baselines.shards import Split
 from benchmarks.gateways import gateways_of, quiet
+from benchmarks.models import MODELS, model_of
 from benchmarks.random_model import checkpoint_on, config_of, save_random, workers_of
+from benchmarks.report import agreeing, plot, table_of
 from benchmarks.sides import Side, decoder_of, dtype_on, measure, meshed
-from benchmarks.work import Work, shares
+from benchmarks.work import Work, say, shares
 from cli import mps
 from cli.child import command_of
 from cli.ranks import run_ranks
@@ -49,123 +52,13 @@ from mesh.device import open_device
 from mesh.errors import ConfigError, MeshError
 from mesh.model_config import GroupedAttention
 
-_PAPERS = {
-    "model_type": "mixtral",
-    "architectures": ["MixtralForCausalLM"],
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 16384,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 16384,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "hidden_act": "silu",
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
-_PLAIN = {
-    "model_type": "expert_mesh_plain",
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 16384,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "head_dim": 128,
-    "max_position_embeddings": 16384,
-    "num_local_experts": 1,
-    "num_experts_per_tok": 1,
-    "torch_dtype": "bfloat16",
-}
-MODELS: dict[str, tuple[dict[str, Any], int]] = {
-    "plain": (_PLAIN, 1),
-    "wide": (
-        _PLAIN
-        | {
-            "hidden_size": 8192,
-            "intermediate_size": 32768,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 16,
-            "head_dim": 512,
-            "torch_dtype": "float16",
-        },
-        1,
-    ),
-    "deep": (
-        _PLAIN
-        | {
-            "hidden_size": 7168,
-            "intermediate_size": 2048,
-            "dense_intermediate_size": 18432,
-            "num_hidden_layers": 61,
-            "first_k_dense_replace": 3,
-            "num_attention_heads": 128,
-        },
-        1,
-    ),
-    "one": (_PAPERS | {"num_local_experts": 1, "num_experts_per_tok": 1}, 1),
-    "many": (_PAPERS | {"num_local_experts": 16, "num_experts_per_tok": 2}, 16),
-    "colocated": (
-        _PAPERS
-        | {
-            "num_local_experts": 128,
-            "num_experts_per_tok": 8,
-            "hidden_size": 2048,
-            "intermediate_size": 768,
-            "num_hidden_layers": 48,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 4,
-            "head_dim": 128,
-        },
-        1,
-    ),
-    "tiny": (
-        _PAPERS
-        | {
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "vocab_size": 256,
-        },
-        2,
-    ),
-}
 
-
-_SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "head_dim": 8,
-    "vocab_size": 256,
-}
-
-
-def model_of(name: str, device: str, layers: int = 0) -> tuple[dict[str, Any], int]:
-    """Its settings and number of workers: with several GPUs one each, and of models of one expert
-    an expert each. On a CPU it is narrow and shallow, its experts as many. ``layers``: fewer."""
-    settings, workers = MODELS[name]
-    if device == "cpu":
-        dense = settings.get("first_k_dense_replace", 0)
-        small = _SMALL | {"num_hidden_layers": dense + _SMALL["num_hidden_layers"]}
-        if "dense_intermediate_size" in settings:
-            small["dense_intermediate_size"] = 192
-        if "num_key_value_heads" in settings:
-            small["num_key_value_heads"] = min(8, settings["num_key_value_heads"])
-        settings = settings | small
-    else:
-        gpus = torch.cuda.device_count()
-        if settings["num_local_experts"] == 1:
-            settings = settings | {"num_local_experts": max(1, gpus)}
-        workers = max(workers, gpus)
-    return settings | ({"num_hidden_layers": layers} if layers else {}), workers
+def sides_on(gpus: int) -> list[str]:
+    """What is worth comparing on so many: a model that one GPU holds is not spread over them."""
+    if gpus < 2:
+        return ["ours", "two", "monolith", "transformers"]
+    splits = [split.name for split in Split.all_of(gpus)]
+    return ["ours", "two", *splits, f"transformers-tp{gpus}"]
 
 
 def ours(
@@ -322,15 +215,15 @@ def _seconds(run: Callable[[], object]) -> float:
 def main(
     model: Annotated[list[str], typer.Option(help=", ".join(MODELS))] = ["one"],  # noqa: B006
     side: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
-            help="ours, two, monolith, transformers, transformers-tp2, a baseline such as tp2pp2"
+            help="ours, two (always two micro-batches), monolith, transformers, transformers-tp2, "
+            "a baseline such as tp2pp2; without, what there is to compare on so many GPUs."
         ),
-    ] = ["ours", "two", "monolith", "transformers"],  # noqa: B006
-    baseline: Annotated[
-        list[str] | None, typer.Option(help="Splits; without, all of the number of GPUs.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the JSON goes too.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for papers.json and papers.png.")
+    ] = None,
     device: Annotated[
         str, typer.Option(help="cpu: small and in float32, to see that it runs.")
     ] = "cuda",
@@ -341,9 +234,10 @@ def main(
     gateways: Annotated[
         int, typer.Option(min=0, help="Of our own side; 0: one a GPU, on a CPU one.")
     ] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     only: Annotated[bool, typer.Option(help="One side of one model, in this process.")] = False,
 ) -> None:
-    """Compare, and print a line for each side."""
+    """Compare, and print a table for each model."""
     work = Work(8, 10_000, 1_000, 66, (1, 32, 128), 10_000)
     if quick:
         work = Work(2, 200, 50, 10, (1, 4), 512)
@@ -353,55 +247,55 @@ def main(
     if only:
         if device == "cpu":
             torch.set_num_threads(1)  # the other sides' processes have one each, too
+        (one,) = side or ()
         # Before this process has a context: it must be a client of the service like its workers.
-        alone = side[0] in ("ours", "two")
+        alone = one in ("ours", "two")
         settings, workers = model_of(model[0], device, layers)
         with mps.sharing() if alone else nullcontext(), torch.inference_mode():
-            found = _measured(side[0], settings, workers, work, device, gateways)
+            found = _measured(one, settings, workers, work, device, gateways)
+            found["layers"] = settings["num_hidden_layers"]
             found["device"] = device if device == "cpu" else torch.cuda.get_device_name()
         print(json.dumps(found), flush=True)
         return
-    splits = baseline or [split.name for split in Split.all_of(gpus) if gpus > 1]
-    peers = [f"transformers-tp{gpus}"] if gpus > 1 else []
-    side = [*side, *peers, *(Split.parse(split).name for split in splits)]
-    results: dict[str, Any] = {}
+    flags = ["--device", device, "--layers", str(layers), "--gateways", str(gateways)]
+    flags += ["--quick"] if quick else []
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    results = {}
     for name in model:
-        results[name] = {}
-        first_whole: list[list[int]] | None = None
-        for one in (*(["floor"] if device != "cpu" else []), *side):
-            # A process for each: what one leaves on the GPU, or in its queue, is not the next's.
-            command = command_of("benchmarks.papers", "--only", "--model", name)
-            command += ["--side", one, "--device", device, "--layers", str(layers)]
-            command += ["--gateways", str(gateways)]
-            command += ["--quick"] if quick else []
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-            lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-            found = results[name][one] = json.loads(lines[-1]) if lines else {"failed": "no word"}
-            if layers:
-                found["layers"] = layers
-            # Of the largest batch a side's are many: they are compared, not kept.
-            whole = found.pop("batch_tokens", None)
-            if "tokens" in found:
-                first = next(
-                    other["tokens"] for other in results[name].values() if "tokens" in other
-                )
-                found["tokens_agree"] = agreeing([first], [found["tokens"]])
-            if whole is not None:
-                first_whole = first_whole or whole
-                found["batch_tokens_agree"] = agreeing(first_whole, whole)
-            print(f"{name:10} {one:13}", json.dumps(found)[:700], flush=True)
-            if out is not None:
-                out.write_text(json.dumps(results, indent=1))
+        floor = [] if device == "cpu" else ["floor"]
+        results[name] = compared(name, [*floor, *(side or sides_on(gpus))], flags)
+        if not as_json:
+            Console().print(table_of(name, results[name], work.batches))
+        if out is not None:
+            (out / "papers.json").write_text(json.dumps(results, indent=1))
+            plot(results, out / "papers.png")
+    if as_json:
+        print(json.dumps(results))
 
 
-def agreeing(some: Sequence[Sequence[int]], others: Sequence[Sequence[int]]) -> str:
-    """How many tokens are equal from the start of each sequence on, of how many both have."""
-    equal = total = 0
-    for one, other in zip(some, others, strict=True):
-        pairs = list(zip(one, other, strict=False))
-        equal += next((n for n, (a, b) in enumerate(pairs) if a != b), len(pairs))
-        total += len(pairs)
-    return f"{equal} of {total}"
+def compared(model: str, sides: Sequence[str], flags: Sequence[str]) -> dict[str, Any]:
+    """What each side found, and how many of its tokens are those of the first one that has any."""
+    results: dict[str, Any] = {}
+    first_tokens: list[int] | None = None
+    first_whole: list[list[int]] | None = None
+    for side in sides:
+        say(f"{model}: {side}")
+        # A process for each: what one leaves on the GPU, or in its queue, is not the next's.
+        command = command_of("benchmarks.papers", "--only", "--model", model, "--side", side)
+        done = subprocess.run([*command, *flags], stdout=subprocess.PIPE, text=True)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        found = results[side] = json.loads(lines[-1]) if lines else {"failed": "no word"}
+        if "tokens" in found:
+            first_tokens = first_tokens or found["tokens"]
+            found["tokens_agree"] = agreeing([first_tokens], [found["tokens"]])
+        # Of the largest batch a side's are many: they are compared, not kept.
+        whole = found.pop("batch_tokens", None)
+        if whole is not None:
+            first_whole = first_whole or whole
+            found["batch_tokens_agree"] = agreeing(first_whole, whole)
+        say(json.dumps(found)[:700])
+    return results
 
 
 def _measured(

@@ -2,7 +2,7 @@
 
     python -m benchmarks.serving --model demo --model one
 
-``demo`` is the demo checkpoint; else a model of the papers (:data:`benchmarks.papers.MODELS`) with
+``demo`` is the demo checkpoint; else a model of the papers (:data:`benchmarks.models.MODELS`) with
 random weights, which are written to a temporary directory first. Each load is warmed up, then run:
 its requests in flight at all times, prompts of random token ids, greedy. A line for each:
 throughput, times as a client sees them, the shares of the engines' step time in which they had
@@ -39,8 +39,9 @@ import torch
 import typer
 
 from benchmarks.clients import Asked, Clients, clients_of
-from benchmarks.papers import MODELS, agreeing, model_of
+from benchmarks.models import MODELS, model_of
 from benchmarks.random_model import config_of, save_random
+from benchmarks.report import agreeing
 from benchmarks.sides import dtype_on
 from benchmarks.work import prompt
 from cli import engine_time

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from benchmarks.baselines.shards import Split
-from benchmarks.papers import MODELS, monolith, ours, parallel, transformers, transformers_tp
+from benchmarks.models import MODELS
+from benchmarks.papers import monolith, ours, parallel, transformers, transformers_tp
 from benchmarks.random_model import checkpoint_on, save_random
 from benchmarks.work import Work
 from expert_worker.expert_mlp import load_expert

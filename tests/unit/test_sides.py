@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.papers import agreeing
+from benchmarks.report import agreeing
 from benchmarks.sides import Ran, measure
 from benchmarks.work import Work, shares
 
