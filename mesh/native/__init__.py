@@ -150,10 +150,14 @@ class Pace(Structure):
     _fields_ = [
         ("step_us", c_int64),
         ("period_us", c_int64),
+        ("layer_us", c_int64),
         ("came_us", c_int64),
         ("batch", c_uint64),
+        ("layers", c_uint64),
+        ("layers_before", c_uint64),
         ("layer", c_int32),
         ("waits", c_int32),
+        ("begins", c_int32),
     ]
 
 

@@ -2,22 +2,42 @@
  *
  * Those that decode ask for one layer after the other, at much the same pace. Where they do so at the
  * same time their rows are computed together, and none attends while an expert that works for
- * another takes the memory's bandwidth. So who comes early is held for those who are about to come:
- * where a step begins for a part of it, which brings together who is apart, and within it, where it
- * is a matter of moments, for those who were computed together the last time.
+ * another takes the memory's bandwidth. So who comes early is held until those who follow at its
+ * pace should be here, for an eighth of a step at most. That is foretold from when they began their
+ * step and which layer they last asked for: other workers, which are asked too, foretell the same,
+ * and so does this one where somebody has no rows for it in a layer.
  */
 #include "native.h"
 
-enum { PART_OF_STEP = 8, PART_OF_BATCH = 1 };
+enum { PART_OF_STEP = 8, UNSTEADY = 16, LAYERS = 64 /* of a mask, which others share */ };
+
+static int64_t at_most(int64_t value, int64_t most) { return value < most ? value : most; }
+
+/* What lies between two layers; who was held in between is not slower for that. */
+static void learn(pace *one, int64_t layer_us) {
+    int64_t by = layer_us - one->layer_us, most = one->layer_us / PART_OF_STEP;
+    if (one->layer_us) by = by > most ? most / 2 : by < -most ? -most / 2 : by / 2;
+    one->layer_us += by;
+}
 
 void company_came(pace *one, int32_t layer, int64_t now) {
-    if (layer <= one->layer || !one->came_us) {
-        int64_t period_us = one->came_us ? now - one->step_us : 0;
-        /* Steps out of step take longer: they must not look like another pace. */
-        int64_t most_us = one->period_us + one->period_us / PART_OF_STEP;
-        one->period_us = most_us && most_us < period_us ? most_us : period_us;
-        one->step_us = now;
-    }
+    int64_t gap_us = now - one->came_us;
+    one->begins = !one->came_us || layer <= one->layer ||
+                  (one->period_us && 4 * gap_us > 3 * one->period_us);
+    if (one->begins) {
+        int64_t step_us = now - layer * one->layer_us; /* it may have had no rows for us until now */
+        if (one->came_us) {
+            int64_t period_us = step_us - one->step_us;
+            /* Steps out of step take longer: they must not look like another pace. */
+            int64_t most_us = one->period_us + one->period_us / PART_OF_STEP;
+            one->period_us = one->period_us ? at_most(period_us, most_us) : period_us;
+        }
+        one->step_us = step_us;
+        one->layers_before = one->layers;
+        one->layers = 0;
+    } else
+        learn(one, gap_us / (layer - one->layer));
+    one->layers |= 1ull << layer % LAYERS;
     one->layer = layer;
     one->came_us = now;
     one->waits = 1;
@@ -30,25 +50,47 @@ void company_left(pace *one, uint64_t batch) {
 
 static int is_active(const pace *one, int64_t now) { return now - one->came_us < one->period_us; }
 
-/* Whether it is about to begin a step, or should have: less than half of one after we did. Of two the
- * other one is further from that, and does not wait. Paces that are too far apart never meet. */
-static int comes_soon(const pace *one, const pace *other, int64_t now) {
+/* Paces that are too far apart never meet; and a layer that had no rows for us has none again. */
+static int comes(const pace *one, const pace *other, int64_t now) {
     int64_t ours = one->period_us, theirs = other->period_us;
     return is_active(other, now) && 4 * ours < 5 * theirs && 4 * theirs < 5 * ours &&
-           other->step_us + theirs - one->step_us < ours / 2;
+           !(other->waits && other->layer == one->layer) &&
+           (!other->layers_before || other->layers_before >> one->layer % LAYERS & 1);
+}
+
+/* How long after one this other should come for the same layer, with what that may be wrong by in
+ * ``slack``; less than -expected_us: not at all. Of two that are half a step apart or more it is
+ * the other one that waits. */
+static int64_t follows(const pace *one, const pace *other, int64_t expected_us, int64_t *slack) {
+    int64_t step_us = (one->period_us + other->period_us) / 2, never = -expected_us - 1, late;
+    if (one->begins) {
+        int next = other->step_us < one->step_us - step_us / 2; /* it is still in the step before */
+        if (!next && other->layer >= one->layer) return never;
+        *slack = step_us / UNSTEADY;
+        late = other->step_us + (next ? other->period_us : 0) - one->step_us;
+        return 20 * late > 9 * step_us ? never : late;
+    }
+    if (other->layer >= one->layer) return never;
+    *slack = expected_us;
+    late = other->came_us + (one->layer - other->layer) * one->layer_us - one->came_us;
+    if (late >= -expected_us && 2 * late <= step_us) return late;
+    return one->batch && one->batch == other->batch && !other->waits ? 0 : never;
 }
 
 int64_t company_until(const pace *one, const pace *const *others, int32_t count,
                       uint32_t expected_us, int64_t now) {
-    int beginning = one->step_us == one->came_us, missing = 0;
+    int64_t until_us = 0;
     const pace *first = NULL; /* it and each of the others come together: else all would chase all */
     for (int32_t i = 0; i < count; i++) {
         const pace *other = others[i];
         if (!first && (other == one || is_active(other, now))) first = other;
-        if (other == one) continue;
-        missing |= beginning ? (one == first || other == first) && comes_soon(one, other, now)
-                             : one->batch && other->batch == one->batch && !other->waits;
+        if (other == one || !comes(one, other, now)) continue;
+        int64_t slack = 0, late = follows(one, other, expected_us, &slack);
+        int64_t most_us = (one->period_us + other->period_us) / 2 / PART_OF_STEP;
+        if (late < -(int64_t)expected_us || (late > expected_us && one != first && other != first))
+            continue;
+        int64_t here_us = one->came_us + at_most((late > 0 ? late : 0) + slack, most_us);
+        if (here_us > until_us) until_us = here_us;
     }
-    if (!missing) return 0;
-    return one->came_us + (beginning ? one->period_us / PART_OF_STEP : expected_us / PART_OF_BATCH);
+    return until_us;
 }

@@ -1,14 +1,17 @@
-"""Which gateways a GPU's worker waits for: ``native/company.c``, in a simulation of one worker.
+"""Which gateways a GPU's worker waits for: ``native/company.c``, in simulations.
 
 A gateway attends for a while, asks, and goes on when it is answered, layer after layer; between two
-steps it samples. Microseconds.
+steps it samples. Microseconds. First of one worker that has a GPU of its own, then of two GPUs,
+each of a gateway and a worker, which share its bandwidth.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import random
 from dataclasses import dataclass, field
+from statistics import median
 
 import pytest
 
@@ -148,3 +151,117 @@ def test_a_step_that_took_half_as_long_again_is_no_other_pace() -> None:
     native.short.company_came(late, 1, 51300)
     native.short.company_came(early, 0, 64000)
     assert native.short.company_until(early, paces, 2, EXPERT, 64000) > 64000
+
+
+@dataclass(eq=False)
+class Decoding:
+    """A gateway on the GPU of its number."""
+
+    begins_at: float
+    layer: int = -1
+    left: float = 0.0
+    """What it has yet to attend; 0: it waits for replies, or samples."""
+    replies: int = 0
+    steps: list[float] = field(default_factory=list)
+
+
+class TwoGpus:
+    """``rows`` a gateway, routed to the two workers by odds that each layer has of its own: the
+    smaller ``evenness``, the more layers send nothing to one of the workers."""
+
+    def __init__(self, rows: int, attend: int, evenness: float, seed: int, waits: bool) -> None:
+        self._rng = random.Random(seed)
+        self._rows, self._attend, self._waits = rows, attend, waits
+        self._odds = [self._rng.betavariate(evenness, evenness) for _ in range(LAYERS)]
+        self.gateways = [Decoding(0.0), Decoding(self._rng.uniform(0, 12000))]
+        self._paces = [[native.Pace(), native.Pace()] for _ in "12"]
+        self._arrays = [
+            (ctypes.c_void_p * 2)(*map(ctypes.addressof, paces)) for paces in self._paces
+        ]
+        self._asking: list[dict[int, int]] = [{}, {}]
+        """Of each worker: layers by gateway."""
+        self._computing: list[tuple[float, list[int]]] = [(0.0, []), (0.0, [])]
+        self._on_the_way: list[tuple[float, int, int]] = []
+        """When a dispatch is there, its worker and its gateway."""
+        self._batches = 0
+
+    def step_ms(self, num_steps: int) -> float:
+        """The median of the later half of so many."""
+        now = 0
+        while min(len(one.steps) for one in self.gateways) < num_steps:
+            now += 5
+            for gpu in (0, 1):
+                self._attends(gpu, now)
+                self._computes(gpu, now)
+            self._arrive(now)
+            for gpu in (0, 1):
+                self._launch(gpu, now)
+        later = (one.steps[num_steps // 2 :] for one in self.gateways)
+        return median(b - a for steps in later for a, b in itertools.pairwise(steps)) / 1e3
+
+    def _attends(self, gpu: int, now: int) -> None:
+        one = self.gateways[gpu]
+        if not one.left:
+            if one.replies == 0 and now >= one.begins_at:
+                one.layer = (one.layer + 1) % LAYERS
+                one.left = self._attend * self._rng.gauss(1, 0.02)
+            return
+        one.left -= 2.5 if self._computing[gpu][1] else 5
+        if one.left <= 0:
+            one.left = 0.0
+            first = sum(self._rng.random() < self._odds[one.layer] for _ in range(self._rows))
+            to = [worker for worker, rows in enumerate((first, self._rows - first)) if rows]
+            self._on_the_way += [(now + self._rng.uniform(10, 20), worker, gpu) for worker in to]
+            one.replies = len(to)
+
+    def _computes(self, gpu: int, now: int) -> None:
+        left, whose = self._computing[gpu]
+        left -= 2.5 if self.gateways[gpu].left else 5
+        if left > 0 or not whose:
+            self._computing[gpu] = left, whose
+            return
+        self._computing[gpu] = 0.0, []
+        for number in whose:
+            one = self.gateways[number]
+            one.replies -= 1
+            one.begins_at = now + 15
+            if one.replies == 0 and one.layer == LAYERS - 1:
+                one.steps.append(now)
+                one.begins_at += max(100, self._rng.gauss(900, 200))
+
+    def _arrive(self, now: int) -> None:
+        for sent in [sent for sent in self._on_the_way if sent[0] <= now]:
+            self._on_the_way.remove(sent)
+            _, worker, number = sent
+            self._asking[worker][number] = layer = self.gateways[number].layer
+            native.short.company_came(self._paces[worker][number], layer, now)
+
+    def _launch(self, worker: int, now: int) -> None:
+        asking, paces = self._asking[worker], self._paces[worker]
+        if not asking or self._computing[worker][1]:
+            return
+        held = {
+            layer
+            for number, layer in asking.items()
+            if self._waits
+            and now
+            < native.short.company_until(paces[number], self._arrays[worker], 2, EXPERT, now)
+        }
+        ripe = [layer for layer in asking.values() if layer not in held]
+        if not ripe:
+            return
+        self._batches += 1
+        whose = [number for number, layer in asking.items() if layer == ripe[0]]
+        for number in whose:
+            del asking[number]
+            native.short.company_left(paces[number], self._batches)
+        self._computing[worker] = 154 * self._rng.gauss(1, 0.02), whose
+
+
+@pytest.mark.parametrize(("rows", "attend"), [(64, 440), (16, 130)])
+@pytest.mark.parametrize("evenness", [99.0, 1.0, 0.3, 0.1])
+def test_two_meet_however_unevenly_layers_route(rows: int, attend: int, evenness: float) -> None:
+    for seed in range(3):
+        together = TwoGpus(rows, attend, evenness, seed, waits=True).step_ms(24)
+        apart = TwoGpus(rows, attend, evenness, seed, waits=False).step_ms(24)
+        assert together < 0.88 * apart, seed
