@@ -6,6 +6,7 @@ Workers are ``python -m benchmarks.random_model``, as :mod:`cli.layer_worker` bu
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tempfile
 import zlib
@@ -26,6 +27,9 @@ from mesh.device import open_device
 from mesh.model_config import GroupedAttention, ModelConfig
 from mesh.plan import ExpertId
 
+_ADDS = re.compile(r"\.(o_proj|down_proj|w2)\.")
+_ADDED = 0.2
+
 
 class RandomCheckpoint:
     """What a decoder and a worker ask of :class:`mesh.checkpoint.Checkpoint`."""
@@ -44,12 +48,17 @@ class RandomCheckpoint:
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """Ones for a norm, else normal and scaled so that activations stay about one; numbers that
-        bfloat16 has, as in checkpoints."""
+        bfloat16 has, as in checkpoints.
+
+        What a layer adds is a fraction of what tokens are: else they become alike, and a router
+        sends most of them the same way, which training sees to that it doesn't.
+        """
         if "norm" in name:
             return torch.ones(shape, device=self._device, dtype=dtype)
         generator = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()))
         made = torch.empty(shape, device=self._device)
-        made.normal_(std=0.02 if "embed" in name else shape[-1] ** -0.5, generator=generator)
+        std = 1.0 if "embed" in name else shape[-1] ** -0.5
+        made.normal_(std=_ADDED * std if _ADDS.search(name) else std, generator=generator)
         return made.bfloat16().to(dtype or torch.float32)
 
     def slice(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -20,17 +20,23 @@ def agreeing(some: Sequence[Sequence[int]], others: Sequence[Sequence[int]]) -> 
 
 
 def table_of(model: str, results: Mapping[str, Any], batches: Sequence[int]) -> Table:
-    """A line for each side."""
+    """A line for each side. Imbalance: rows of a layer's busiest expert over the mean."""
     table = Table("side", title=f"{model}: TPOT in ms", title_justify="left")
-    for column in ("prefill tok/s", *(f"at {batch}" for batch in batches), "tokens equal"):
+    for column in (
+        "prefill tok/s",
+        *(f"at {batch}" for batch in batches),
+        "imbalance",
+        "tokens equal",
+    ):
         table.add_column(column, justify="right")
     for side, found in results.items():
         if "failed" in found:
             table.add_row(side, found["failed"])
             continue
         tpots = [f"{found['tpot_ms'][str(batch)]:.2f}" for batch in batches]
+        imbalance = f"{found['imbalance']:.2f}" if "imbalance" in found else ""
         agree = found.get("batch_tokens_agree", found.get("tokens_agree", ""))
-        table.add_row(side, f"{found['prefill_tokens_per_s']:,.0f}", *tpots, agree)
+        table.add_row(side, f"{found['prefill_tokens_per_s']:,.0f}", *tpots, imbalance, agree)
     return table
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from gateway.sampler import Sampler
 from gateway.scheduler import Limits, Scheduler
 from mesh.config import GatewayConfig
 from mesh.model_config import ModelConfig
+from mesh.plan import ExpertId
 from protos import engine_pb2 as pb
 
 _BLOCK = 16
@@ -41,6 +43,9 @@ class Ran:
     steps_s: Sequence[float]
     tokens: Sequence[Sequence[int]]
     """What each sequence was given."""
+    imbalance: float | None = None
+    """Rows of a layer's busiest expert over the mean of its experts, mean over the layers; None
+    where experts are here and nobody counts."""
 
     @property
     def ended_s(self) -> float:
@@ -65,6 +70,8 @@ def measure(run: Run, work: Work, engines: int) -> dict[str, Any]:
         "tpot_ms": {},
         "decode_tokens_per_s": {},
     }
+    if ran[0].imbalance is not None:
+        found["imbalance"] = sum(one.imbalance or 0 for one in ran) / len(ran)
     say(f"prefill {found['prefill_tokens_per_s']:,.0f} tokens/s")
     for batch in work.batches:
         run(batch, 32, 6)
@@ -94,7 +101,7 @@ class Side:
         work: Work,
         overlap_tokens: int | None = None,
     ) -> None:
-        self._config, self._work = config, work
+        self._config, self._work, self._experts = config, work, experts
         self._requests: dict[int, Request] = {}
         self._engine = Engine(
             Scheduler(
@@ -128,6 +135,7 @@ class Side:
     def go(self) -> Ran:
         """Step until all are through."""
         times = []
+        before = dict(self._experts.rows_by_expert)
         first_s = time.perf_counter()
         while self._engine.num_requests:
             began_s = time.perf_counter()
@@ -138,7 +146,14 @@ class Side:
         if wrong:
             raise SystemExit(f"requests ended with {wrong}")
         tokens = [list(one.token_ids[one.num_prompt_tokens :]) for one in self._requests.values()]
-        return Ran(list(self._requests), first_s, times, tokens)
+        return Ran(list(self._requests), first_s, times, tokens, self._imbalance(before))
+
+    def _imbalance(self, before: Mapping[ExpertId, int]) -> float | None:
+        layers: defaultdict[int, list[int]] = defaultdict(list)
+        for expert, rows in self._experts.rows_by_expert.items():
+            layers[expert.layer].append(rows - before.get(expert, 0))
+        shares = [max(rows) / sum(rows) for rows in layers.values() if any(rows)]
+        return fmean(shares) * self._config.num_experts if shares else None
 
 
 def dtype_on(device: torch.device, config: ModelConfig) -> torch.dtype:
