@@ -14,6 +14,10 @@ from cli.layer_shape import Shape
 from cli.layer_worker import random_expert
 
 HIDDEN, MLP_HIDDEN = 256, 512
+_OF_SEVERAL = pytest.mark.parametrize(
+    ("dtype", "kind"), [("bfloat16", "gated"), ("float16", "plain")]
+)
+"""Whose grouped GEMMs are torch's, and ours."""
 _LIMITS = {"float16": 3e-3, "bfloat16": 2e-2, "float32": 1e-5}
 
 
@@ -68,10 +72,13 @@ def test_answers_at_the_edges_of_graphs_and_buffers(dtype: str, kind: str) -> No
 
 @pytest.mark.parametrize("most", [150, 3000])
 @pytest.mark.parametrize("workers", [1, 4])
-def test_no_row_of_a_batch_is_in_anothers_reply(workers: int, most: int) -> None:
+@_OF_SEVERAL
+def test_no_row_of_a_batch_is_in_anothers_reply(
+    dtype: str, kind: str, workers: int, most: int
+) -> None:
     """With one worker, messages carry several experts and their counts. Large ones are fetched,
     computed and delivered beside each other, some of them from graphs."""
-    layer = Layer(_shape("bfloat16", workers=workers))
+    layer = Layer(_shape(dtype, kind, workers))
     with (
         torch.inference_mode(),
         bench_layer.layer_mesh(layer.shape, layer.device, layer.dtype, 2 * most) as mesh,
@@ -89,9 +96,12 @@ def test_no_row_of_a_batch_is_in_anothers_reply(workers: int, most: int) -> None
         assert all(peer.by_reference for peer in dispatcher.peers)
 
 
-def test_an_expert_is_asked_alone_before_and_after_it_is_asked_with_others() -> None:
+@_OF_SEVERAL
+def test_an_expert_is_asked_alone_before_and_after_it_is_asked_with_others(
+    dtype: str, kind: str
+) -> None:
     """Its weights move in between, and what was captured of it is not used any more."""
-    layer = Layer(_shape("bfloat16", workers=1))
+    layer = Layer(_shape(dtype, kind, workers=1))
     with (
         torch.inference_mode(),
         bench_layer.layer_mesh(layer.shape, layer.device, layer.dtype, 300) as mesh,
