@@ -7,6 +7,7 @@ OUT=${OUT:-measured}
 PYTHON=${PYTHON:-.venv/bin/python}
 wanted=" $* "
 failed=()
+export TMPDIR=${TMPDIR:-/dev/shm} # checkpoints of tens of gigabytes, for who reads files
 mkdir -p "$OUT"
 
 step() { # name, seconds, arguments of python...
