@@ -150,7 +150,7 @@ class Transformers:
 def mesh(model: Path, workers: int) -> Iterator[str]:
     """A mesh for the length of a block; its gateway's address."""
     command = command_of("cli.main", "up", "--json")
-    command += ["--model", str(model), "--workers", str(workers)]
+    command += ["--model", str(model), "--workers", str(workers), "--no-generation-config"]
     up = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert up.stdout is not None

@@ -7,7 +7,6 @@ OUT=${OUT:-measured}
 PYTHON=${PYTHON:-.venv/bin/python}
 wanted=" $* "
 failed=()
-export TMPDIR=${TMPDIR:-/dev/shm} # checkpoints of tens of gigabytes, for who reads files
 mkdir -p "$OUT"
 
 step() { # name, seconds, arguments of python...
@@ -15,8 +14,12 @@ step() { # name, seconds, arguments of python...
   shift 2
   [[ $wanted == "  " || $wanted == *" $name "* ]] || return 0
   echo "==> $name: at most $limit s"
-  timeout --kill-after=10 "$limit" "$PYTHON" "$@" </dev/null 2>"$OUT/$name.err" | tee "$OUT/$name.out"
+  # Checkpoints of tens of gigabytes, for who reads files, are gone with the step however it ends.
+  local scratch
+  scratch=$(mktemp -d -p "${TMPDIR:-/dev/shm}")
+  TMPDIR=$scratch timeout --kill-after=10 "$limit" "$PYTHON" "$@" </dev/null 2>"$OUT/$name.err" | tee "$OUT/$name.out"
   [ "${PIPESTATUS[0]}" = 0 ] || { failed+=("$name"); tail -n 5 "$OUT/$name.err"; }
+  rm -rf "$scratch"
 }
 
 step tests 420 -m pytest -q -rs tests/gpu

@@ -265,13 +265,15 @@ def main(
     for name in model:
         floor = [] if device == "cpu" else ["floor"]
         results[name] = compared(name, [*floor, *(side or sides_on(gpus))], flags)
-        if not as_json:
-            Console().print(table_of(name, results[name], work.batches))
         if out is not None:
             (out / "papers.json").write_text(json.dumps(results, indent=1))
             plot(results, out / "papers.png")
+        if not as_json:
+            Console().print(table_of(name, results[name], work.batches))
     if as_json:
         print(json.dumps(results))
+    if not all(any("tpot_ms" in found for found in sides.values()) for sides in results.values()):
+        raise typer.Exit(1)
 
 
 def compared(model: str, sides: Sequence[str], flags: Sequence[str]) -> dict[str, Any]:

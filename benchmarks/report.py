@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -20,7 +21,8 @@ def agreeing(some: Sequence[Sequence[int]], others: Sequence[Sequence[int]]) -> 
 
 
 def table_of(model: str, results: Mapping[str, Any], batches: Sequence[int]) -> Table:
-    """A line for each side. Imbalance: rows of a layer's busiest expert over the mean."""
+    """A line for each side. Imbalance: rows of a layer's busiest expert over the
+    mean, of the prompts."""
     table = Table("side", title=f"{model}: TPOT in ms", title_justify="left")
     for column in (
         "prefill tok/s",
@@ -31,7 +33,7 @@ def table_of(model: str, results: Mapping[str, Any], batches: Sequence[int]) -> 
         table.add_column(column, justify="right")
     for side, found in results.items():
         if "failed" in found:
-            table.add_row(side, found["failed"])
+            table.add_row(side, escape(found["failed"]))
             continue
         tpots = [f"{found['tpot_ms'][str(batch)]:.2f}" for batch in batches]
         imbalance = f"{found['imbalance']:.2f}" if "imbalance" in found else ""

@@ -152,8 +152,8 @@ class Side:
         layers: defaultdict[int, list[int]] = defaultdict(list)
         for expert, rows in self._experts.rows_by_expert.items():
             layers[expert.layer].append(rows - before.get(expert, 0))
-        shares = [max(rows) / sum(rows) for rows in layers.values() if any(rows)]
-        return fmean(shares) * self._config.num_experts if shares else None
+        busiest = [max(rows) / sum(rows) for rows in layers.values() if any(rows)]
+        return fmean(busiest) * self._config.num_experts if busiest else None
 
 
 def dtype_on(device: torch.device, config: ModelConfig) -> torch.dtype:

@@ -43,9 +43,11 @@ def read_defaults(directory: Path) -> pb.SamplingParams:
     defaults = pb.SamplingParams()
     for name, value in taken.items():
         try:
+            if isinstance(value, bool):
+                raise TypeError("it must be a number")
             setattr(defaults, name, value)
             validate.check_numbers(validate.filled(defaults))
-        except (InvalidInput, TypeError, ValueError) as error:
+        except (InvalidInput, TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(
                 f"{path}: {name} is {value!r}: {error}; mend it, or say --no-generation-config"
             ) from error

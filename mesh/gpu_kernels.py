@@ -125,7 +125,7 @@ def grouped_linear(x_RK: Tensor, weights_GNK: Tensor, ends_G: Tensor) -> Tensor:
     x_RK = x_RK.contiguous()
     groups, n_size, k_size = weights_GNK.shape
     out_RN = x_RK.new_empty(len(x_RK), n_size)
-    # Twice the mean, so that most groups are a tile: the weights of one are read once a tile.
+    # Twice the mean or more, so that most groups are one tile: each tile reads its weights.
     rows = min(128, max(16, triton.next_power_of_2(2 * len(x_RK) // groups)))
     columns = 128 if rows == 128 else 64
     grid = (triton.cdiv(len(x_RK), rows) + groups, triton.cdiv(n_size, columns))

@@ -4,39 +4,45 @@
  * same time their rows are computed together, and none attends while an expert that works for
  * another takes the memory's bandwidth. So who comes early is held until those who follow at its
  * pace should be here, for an eighth of a step at most. That is foretold from when they began their
- * step and which layer they last asked for: other workers, which are asked too, foretell the same,
- * and so does this one where somebody has no rows for it in a layer.
+ * step and which layer they last asked for: so another worker, which is asked too, foretells much the
+ * same, and so does this one where somebody has no rows for it in a layer.
  */
 #include "native.h"
 
-enum { PART_OF_STEP = 8, UNSTEADY = 16, LAYERS = 64 /* of a mask, which others share */ };
+enum {
+    PART_OF_STEP = 8,
+    UNSTEADY = 16,
+    LAYERS = 64,     /* of a mask, which others share */
+    MOST_US = 5000,  /* that anybody is held in a layer: who idles has long steps, and no hurry */
+};
 
-static int64_t at_most(int64_t value, int64_t most) { return value < most ? value : most; }
+static int64_t within(int64_t value, int64_t least, int64_t most) {
+    return value < least ? least : value < most ? value : most;
+}
 
 /* What lies between two layers; who was held in between is not slower for that. */
 static void learn(pace *one, int64_t layer_us) {
-    int64_t by = layer_us - one->layer_us, most = one->layer_us / PART_OF_STEP;
-    if (one->layer_us) by = by > most ? most / 2 : by < -most ? -most / 2 : by / 2;
-    one->layer_us += by;
+    int64_t most = one->layer_us / PART_OF_STEP / 2 + 1, by = layer_us - one->layer_us;
+    one->layer_us += one->layer_us ? within(by / 2, -most, most) : by;
 }
 
 void company_came(pace *one, int32_t layer, int64_t now) {
-    int64_t gap_us = now - one->came_us;
-    one->begins = !one->came_us || layer <= one->layer ||
-                  (one->period_us && 4 * gap_us > 3 * one->period_us);
+    /* It may have had no rows for us until now. What comes twice, or after a long way without any, is
+     * still of the same step unless that began long ago. */
+    int64_t step_us = now - layer * one->layer_us, since_us = step_us - one->step_us;
+    one->begins = !one->came_us || layer < one->layer ||
+                  (one->period_us && 2 * since_us > one->period_us);
     if (one->begins) {
-        int64_t step_us = now - layer * one->layer_us; /* it may have had no rows for us until now */
-        if (one->came_us) {
-            int64_t period_us = step_us - one->step_us;
-            /* Steps out of step take longer: they must not look like another pace. */
-            int64_t most_us = one->period_us + one->period_us / PART_OF_STEP;
-            one->period_us = one->period_us ? at_most(period_us, most_us) : period_us;
-        }
+        /* Steps out of step take longer: they must not look like another pace, nor one odd step. */
+        if (one->came_us && since_us > 0)
+            one->period_us = one->period_us ? within(since_us, one->period_us / 4 * 3,
+                                                     one->period_us / PART_OF_STEP * 9 + 1)
+                                            : since_us;
         one->step_us = step_us;
         one->layers_before = one->layers;
         one->layers = 0;
-    } else
-        learn(one, gap_us / (layer - one->layer));
+    } else if (layer > one->layer)
+        learn(one, (now - one->came_us) / (layer - one->layer));
     one->layers |= 1ull << layer % LAYERS;
     one->layer = layer;
     one->came_us = now;
@@ -87,9 +93,10 @@ int64_t company_until(const pace *one, const pace *const *others, int32_t count,
         if (other == one || !comes(one, other, now)) continue;
         int64_t slack = 0, late = follows(one, other, expected_us, &slack);
         int64_t most_us = (one->period_us + other->period_us) / 2 / PART_OF_STEP;
+        most_us = within(most_us, 0, MOST_US);
         if (late < -(int64_t)expected_us || (late > expected_us && one != first && other != first))
             continue;
-        int64_t here_us = one->came_us + at_most((late > 0 ? late : 0) + slack, most_us);
+        int64_t here_us = one->came_us + within((late > 0 ? late : 0) + slack, 0, most_us);
         if (here_us > until_us) until_us = here_us;
     }
     return until_us;

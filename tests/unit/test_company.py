@@ -265,3 +265,59 @@ def test_two_meet_however_unevenly_layers_route(rows: int, attend: int, evenness
         together = TwoGpus(rows, attend, evenness, seed, waits=True).step_ms(24)
         apart = TwoGpus(rows, attend, evenness, seed, waits=False).step_ms(24)
         assert together < 0.88 * apart, seed
+
+
+def paced(steps: list[list[int]], pace: native.Pace, begins: int = 1000) -> list[int]:
+    """Periods that a worker learns of a gateway whose steps take 13500, a layer 800; of each step
+    the layers that it has rows for."""
+    periods = []
+    for number, layers in enumerate(steps):
+        for place, layer in enumerate(layers):
+            again = place > 0 and layers[place - 1] == layer
+            native.short.company_came(
+                pace, layer, begins + number * 13500 + layer * 800 + 50 * again
+            )
+        periods.append(pace.period_us)
+    return periods
+
+
+@pytest.mark.parametrize("odds", [0.5, 0.2])
+def test_a_pace_is_known_from_few_layers(odds: float) -> None:
+    rng = random.Random(2)
+    for _ in range(20):
+        steps = [[n for n in range(LAYERS) if rng.random() < odds] for _ in range(60)]
+        learnt = paced(steps, native.Pace())[20:]
+        assert median(learnt) == pytest.approx(13500, rel=0.15)
+        assert min(learnt) > 13500 / 3
+
+
+def test_what_comes_twice_is_no_step_of_its_own() -> None:
+    whole = list(range(LAYERS))
+    halved = sorted(whole * 2)
+    learnt = paced(
+        [whole] * 3 + [halved, whole, sorted([*whole, 0, 7])] + [whole] * 3, native.Pace()
+    )
+    assert all(period == pytest.approx(13500, rel=0.01) for period in learnt[1:])
+
+
+def test_one_odd_step_is_forgotten() -> None:
+    """It was cut short by a stop, say, and another begun at once."""
+    whole, pace = list(range(LAYERS)), native.Pace()
+    paced([whole] * 4, pace)
+    native.short.company_came(pace, 0, 1000 + 4 * 13500)
+    native.short.company_came(pace, 0, 1000 + 4 * 13500 + 60)
+    learnt = paced([whole] * 8, pace, begins=1000 + 5 * 13500)
+    assert learnt[-1] == pytest.approx(13500, rel=0.02)
+
+
+def test_who_idles_is_not_held_for_long() -> None:
+    """Two that take a step every ten seconds."""
+    early, late = native.Pace(), native.Pace()
+    paces = (ctypes.c_void_p * 2)(ctypes.addressof(early), ctypes.addressof(late))
+    for began in range(1, 60_000_000, 10_000_000):
+        for layer in range(LAYERS):
+            for pace, behind in ((early, 0), (late, 500_000)):
+                now = began + behind + layer * 800
+                native.short.company_came(pace, layer, now)
+                until = native.short.company_until(pace, paces, 2, EXPERT, now)
+                assert until <= now + 5000

@@ -49,6 +49,8 @@ def test_without_a_word_ours_are_left(tmp_path: Path, content: dict[str, object]
         ({"top_p": 1.5}, "top_p 1.5 must be above 0"),
         ({"top_k": "all"}, "top_k"),
         ({"repetition_penalty": [1.1]}, "repetition_penalty"),
+        ({"temperature": True}, "temperature is True: it must be a number"),
+        ({"temperature": 10**400}, "temperature is 1000"),
         ({"top_k": 1 << 40}, "top_k|range"),
     ],
 )

@@ -16,7 +16,7 @@ RESULTS = {
         "tpot_ms": {"1": 1.5, "32": 2.25},
         "batch_tokens_agree": "64 of 64",
     },
-    "transformers": {"failed": "it is not installed"},
+    "transformers": {"failed": "[/rank0] it is not installed"},
 }
 
 
@@ -28,7 +28,7 @@ def test_a_side_is_a_line_and_one_that_failed_says_why() -> None:
     (ours,) = [line for line in lines if "ours" in line]
     assert all(word in ours for word in ("800", "1.50", "2.25", "64 of 64"))
     (peer,) = [line for line in lines if "transformers" in line]
-    assert "it is not installed" in peer
+    assert "[/rank0] it is not installed" in peer
 
 
 def test_the_plot_is_of_those_that_ran(tmp_path: Path) -> None:
