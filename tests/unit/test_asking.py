@@ -697,7 +697,7 @@ def test_several_experts_rows_are_referred_to_behind_their_counts(
 
 
 @pytest.mark.usefixtures("impatient")
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_whatever_is_late_or_lost_no_row_is_wrong_and_no_frame_leaks(
     driver: str, data: st.DataObject

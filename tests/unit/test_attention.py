@@ -71,7 +71,7 @@ def dense(
     return torch.stack(out)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 13), st.integers(1, 9)), min_size=1, max_size=5),
     window=st.sampled_from([None, 1, 3, 4, 6]),

@@ -463,7 +463,7 @@ def test_a_plan_may_come_while_an_abandoned_dispatch_is_still_out(rig: Rig) -> N
 
 
 @pytest.mark.usefixtures("impatient")
-@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_whatever_is_late_or_lost_no_row_is_wrong_and_no_frame_leaks(data: st.DataObject) -> None:
     rig = Rig()
@@ -803,7 +803,7 @@ def test_wrong_counts_are_refused(rig: Rig) -> None:
         pass
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50)
 @given(tags=st.lists(st.integers(0, 2**64 - 1), max_size=20), nbytes=st.integers(1, 4096))
 def test_random_frames_harm_neither_side(tags: list[int], nbytes: int) -> None:
     rig = Rig()

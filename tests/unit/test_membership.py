@@ -377,7 +377,7 @@ def test_a_draining_worker_leaves_anyway_when_nobody_can_take_over():
     assert "start 1 more" in mesh.coordinator.plan.note
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.lists(st.tuples(st.sampled_from("jkdogurtf"), st.integers(0, 4)), max_size=25),
     st.sampled_from((20, 30, 1000)),

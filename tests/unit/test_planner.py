@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.errors import PlacementError
@@ -52,7 +52,6 @@ def cost_of(
     return cost + sum(load**2 for load in loads) / (2 * mean)
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_no_layer_by_layer_brute_force_is_cheaper(data: st.DataObject) -> None:
     num_experts = data.draw(st.integers(1, 4))
@@ -81,7 +80,6 @@ def test_no_layer_by_layer_brute_force_is_cheaper(data: st.DataObject) -> None:
     assert cost_of(found, specs, weights) <= cost_of(best, specs, weights) + 1e-6
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_one_layer_costs_what_brute_force_finds(data: st.DataObject) -> None:
     num_experts = data.draw(st.integers(1, 4))
@@ -104,7 +102,6 @@ def ways_to_replicate(spare: int, num_experts: int) -> Iterator[list[int]]:
         yield [1 + extra.count(i) for i in range(num_experts)]
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_the_busiest_share_is_the_least_that_brute_force_finds(data: st.DataObject) -> None:
     num_experts = data.draw(st.integers(1, 4))
@@ -123,7 +120,6 @@ def test_the_busiest_share_is_the_least_that_brute_force_finds(data: st.DataObje
     )
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_replicas_share_a_host_only_where_no_other_could_take_them(data: st.DataObject) -> None:
     num_experts = data.draw(st.integers(1, 4))
@@ -202,7 +198,6 @@ def can_be_seated(rules: Rules, room: tuple[int, ...]) -> bool:
     )
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_a_plan_is_found_exactly_when_there_is_one(data: st.DataObject) -> None:
     rules = Rules(
@@ -240,7 +235,6 @@ def lives_in(target: Target) -> set[tuple[ExpertId, str]]:
     return {(e, w) for e, ids in target.workers_by_expert.items() for w in ids}
 
 
-@settings(deadline=None)
 @given(
     st.integers(1, 4), st.integers(1, 3), st.integers(1, 2), st.integers(0, 3), st.integers(0, 9)
 )
@@ -334,7 +328,6 @@ def test_a_replica_follows_the_traffic_and_costs_one_move():
     assert plan(rules, workers(4), traffic=now, homes=homes) == before
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_a_rebalance_keeps_the_rules_and_its_budget(
     data: st.DataObject,
@@ -361,7 +354,6 @@ def test_a_rebalance_keeps_the_rules_and_its_budget(
     assert len(lives_in(after)) == len(lives_in(before))
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_a_worker_has_what_it_is_barred_from_only_where_nobody_else_can(
     data: st.DataObject,
@@ -454,7 +446,6 @@ def test_what_must_go_without_is_the_least_busy():
     assert target.missing == (ExpertId(0, 1),)
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_slices_are_seated_as_so_many_smaller_experts(data: st.DataObject) -> None:
     shards = data.draw(st.integers(1, 4))

@@ -114,7 +114,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     rows=st.lists(
         st.tuples(st.integers(0, 2**32 - 1), TOKENS, TOKENS, OPTIONS), min_size=1, max_size=5

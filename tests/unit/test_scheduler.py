@@ -386,7 +386,7 @@ ACTION = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     actions=st.lists(st.tuples(ACTION, st.integers(0, 3)), min_size=4, max_size=24),
     num_blocks=st.integers(8, 11),

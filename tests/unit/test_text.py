@@ -80,7 +80,7 @@ def test_a_character_begun_by_the_prompt_is_finished_by_the_output() -> None:
 
 
 @given(st.text(max_size=40))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_joined_pieces_are_the_whole_text(text: str) -> None:
     token_ids = list(text.encode())
     out = pieces(BYTES, token_ids)
@@ -89,7 +89,7 @@ def test_joined_pieces_are_the_whole_text(text: str) -> None:
 
 
 @given(st.binary(max_size=15))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_joined_pieces_are_what_the_tokenizer_decodes_from_any_bytes(data: bytes) -> None:
     token_ids = list(data)
     assert "".join(pieces(BYTES, token_ids)) == BYTES.decode(token_ids)
