@@ -574,7 +574,8 @@ def test_referred_rows_are_read_and_answered_where_they_are(worker: Worker) -> N
 @pytest.mark.parametrize("referred", [True, False])
 def test_what_waits_for_graphs_that_all_fail_is_refused(worker: Worker, referred: bool) -> None:
     worker.capture(0, 1, FAILS_AT_LAUNCH)
-    assert worker.answering.borrow(SESSION, Arenas(worker.device).said)
+    worker.lent = Arenas(worker.device)
+    assert worker.answering.borrow(SESSION, worker.lent.said)
     count = native.RING + 2 if referred else native.RING
     for n in range(count):
         if referred:
