@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PROTOS := $(wildcard protos/*.proto)
 PROTOC_OUT = --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1)
 
-.PHONY: help demo test check check-format lint types check-stubs stubs format compose-test chaos install clean
+.PHONY: help demo test check check-format lint types check-stubs stubs format compose-test chaos sanitize install clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo 'make stubs         generate the Python stubs of protos/'
 	@echo 'make compose-test  start the docker-compose cluster, use it, break it, take it down'
 	@echo 'make chaos         an hour of failures under load (MINUTES=60 SEED=at random)'
+	@echo 'make sanitize      the compiled code under AddressSanitizer and UBSan (MINUTES=6: of chaos, too)'
 	@echo 'make clean         remove the virtual environment and every cache'
 
 # --without-pip and --python: a Debian Python without ensurepip will do.
@@ -66,6 +67,9 @@ compose-test: $(READY)
 
 chaos: $(READY)
 	$(BIN)/python -m tests.chaos --minutes $(or $(MINUTES),60) $(if $(SEED),--seed $(SEED))
+
+sanitize: $(READY)
+	bash tools/sanitize.sh
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

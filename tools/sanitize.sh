@@ -18,11 +18,12 @@ export LD_PRELOAD="$(library libasan.so) $(library libubsan.so) $(library libstd
 export ASAN_OPTIONS=detect_leaks=0:halt_on_error=0:use_sigaltstack=0:detect_odr_violation=0:log_path=$scratch/found
 export UBSAN_OPTIONS=print_stacktrace=1:log_path=$scratch/found
 "$python" -m pytest -q -p no:cacheprovider tests/unit/test_{asking,attention,company,decode_facts}.py \
-  tests/unit/test_{device_turn,dispatch,native,sampler,waiting,weights}.py
+  tests/unit/test_{device_turn,dispatch,native,sampler,waiting,weights}.py || failed=1
 [ -z "${MINUTES:-}" ] || "$python" -m tests.chaos --minutes "$MINUTES" || true
 unset LD_PRELOAD
 if compgen -G "$scratch/found*" >/dev/null; then
   cat "$scratch"/found*
-  exit 1
+  failed=1
 fi
+[ -z "${failed:-}" ] || exit 1
 echo 'the sanitizers found nothing'
