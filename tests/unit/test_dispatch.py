@@ -696,6 +696,7 @@ def test_a_silent_worker_is_given_up_after_the_reply_timeout(rig: Rig) -> None:
     rig.worker("silent", 0, 1, 2, 3)
     rig.connect()
     rig.transports["silent"].faults.drop = lambda tag: True
+    rig.dispatcher._reply_timeout_s = 1.0
     rig.run(4)
     assert len(rig.dispatcher.void_rows()) == 4
     (lost,) = rig.dispatcher.peers.take_lost()
