@@ -103,6 +103,7 @@ _SMALL = {
     "head_dim": 8,
     "vocab_size": 256,
 }
+_AT_MOST = (("dense_intermediate_size", 192), ("num_key_value_heads", 8))
 
 
 def model_of(name: str, device: str, layers: int = 0) -> tuple[dict[str, Any], int]:
@@ -111,12 +112,9 @@ def model_of(name: str, device: str, layers: int = 0) -> tuple[dict[str, Any], i
     settings, workers = MODELS[name]
     if device == "cpu":
         dense = settings.get("first_k_dense_replace", 0)
-        small = _SMALL | {"num_hidden_layers": dense + _SMALL["num_hidden_layers"]}
-        if "dense_intermediate_size" in settings:
-            small["dense_intermediate_size"] = 192
-        if "num_key_value_heads" in settings:
-            small["num_key_value_heads"] = min(8, settings["num_key_value_heads"])
-        settings = settings | small
+        at_most = {key: min(most, settings[key]) for key, most in _AT_MOST if key in settings}
+        settings = settings | _SMALL | at_most
+        settings["num_hidden_layers"] += dense
     else:
         gpus = torch.cuda.device_count()
         if settings["num_local_experts"] == 1:

@@ -41,9 +41,9 @@ from rich.console import Console
 from benchmarks.baselines.shards import Split
 from benchmarks.gateways import gateways_of, quiet
 from benchmarks.models import MODELS, model_of
-from benchmarks.random_model import checkpoint_on, config_of, save_random, workers_of
+from benchmarks.random_model import checkpoint_on, config_of, dtype_on, save_random, workers_of
 from benchmarks.report import agreeing, plot, table_of
-from benchmarks.sides import Side, decoder_of, dtype_on, measure, meshed
+from benchmarks.sides import Side, decoder_of, measure, meshed
 from benchmarks.work import Work, say, shares
 from cli import mps
 from cli.child import command_of
@@ -71,8 +71,7 @@ def ours(
 ) -> dict[str, Any]:
     """The mesh, its gateways data-parallel; one alone is in this process."""
     device, config = open_device(where), config_of(settings)
-    dtype_name = str(dtype_on(device, config)).removeprefix("torch.")
-    with workers_of(settings, workers, device, dtype_name, work.max_batch_tokens) as mesh:
+    with workers_of(settings, workers, device, work.max_batch_tokens) as mesh:
         if gateways == 1:
             admit = partial(mesh.admit, "bench")
             with meshed(admit, config, device, work, micro_batches) as side:
@@ -101,8 +100,7 @@ def parallel(settings: dict[str, Any], work: Work, split: Split, where: str) -> 
     """The baseline on as many devices as the split has ranks."""
     from benchmarks.baselines.parallel import measure
 
-    dtype = str(dtype_on(torch.device(where), config_of(settings))).removeprefix("torch.")
-    order = {"settings": settings, "work": asdict(work), "split": split.name, "dtype": dtype}
+    order = {"settings": settings, "work": asdict(work), "split": split.name}
     found: dict[str, Any] = run_ranks(measure, split.num_ranks, where, order)
     return found
 
@@ -150,7 +148,7 @@ def transformers_tp(settings: dict[str, Any], work: Work, ranks: int, where: str
     _require_peer(settings)
     with tempfile.TemporaryDirectory() as directory:
         device = open_device(where)
-        save_random(settings, Path(directory), device, dtype_on(device, config_of(settings)))
+        save_random(settings, Path(directory), device)
         order = {"directory": directory, "work": asdict(work)}
         found: dict[str, Any] = run_ranks(measure, ranks, where, order)
     return found
@@ -173,7 +171,8 @@ def floors(settings: dict[str, Any], work: Work) -> dict[str, Any]:
     square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     copy_s, gemm_s = _seconds(lambda: b.copy_(a)), _seconds(lambda: square @ square)
     bytes_per_s, flops = 2 * a.nbytes / copy_s, 2 * 8192**3 / gemm_s
-    config, attention = config_of(settings), config_of(settings).attention
+    config = config_of(settings)
+    attention = config.attention
     assert isinstance(attention, GroupedAttention)
     d, layers, k = config.hidden_size, config.num_layers, config.experts_per_token
     matrices = 3 if config.expert_kind == "gated" else 2

@@ -23,6 +23,7 @@ from cli.layer_worker import answer_asked
 from expert_worker.expert_mlp import load_expert
 from expert_worker.expert_store import ExpertStore
 from mesh.checkpoint import INDEX_FILE, Checkpoint
+from mesh.config import resolve_dtype
 from mesh.device import open_device
 from mesh.model_config import GroupedAttention, ModelConfig
 from mesh.plan import ExpertId
@@ -77,15 +78,17 @@ def checkpoint_on(device: torch.device) -> Checkpoint:
     return cast(Checkpoint, RandomCheckpoint(device))
 
 
-def save_random(
-    settings: dict[str, Any], directory: Path, device: torch.device, dtype: torch.dtype
-) -> None:
+def dtype_on(device: torch.device, config: ModelConfig) -> torch.dtype:
+    """The model's; a CPU is for seeing that it runs, and that tokens are the same."""
+    dtype: torch.dtype = getattr(torch, resolve_dtype("auto", device.type, config.dtype))
+    return dtype
+
+
+def save_random(settings: dict[str, Any], directory: Path, device: torch.device) -> None:
     """The same weights as files, a layer in each, for who must read them: of Mixtral's kind or
     with plain experts."""
-    checkpoint = RandomCheckpoint(device)
-    config = config_of(settings)
-    width, vocab = config.hidden_size, config.vocab_size
-
+    checkpoint, config = RandomCheckpoint(device), config_of(settings)
+    dtype, width, vocab = dtype_on(device, config), config.hidden_size, config.vocab_size
     files: list[dict[str, tuple[int, ...]]] = [
         {"model.embed_tokens": (vocab, width), "model.norm": (width,), "lm_head": (vocab, width)}
     ]
@@ -146,7 +149,7 @@ def config_of(settings: dict[str, Any]) -> ModelConfig:
 
 @contextmanager
 def workers_of(
-    settings: dict[str, Any], num_workers: int, device: torch.device, dtype: str, max_tokens: int
+    settings: dict[str, Any], num_workers: int, device: torch.device, max_tokens: int
 ) -> Iterator[BenchWorkers]:
     """Workers that hold every expert between them; on GPUs they take them in turn."""
     config = config_of(settings)
@@ -157,7 +160,6 @@ def workers_of(
             "number": number,
             "of": num_workers,
             "device": f"cuda:{(number + 1) % gpus}" if gpus else "cpu",
-            "dtype": dtype,
         }
         for number in range(num_workers)
     ]
@@ -177,7 +179,7 @@ def main() -> None:
     """One worker, until its standard input ends."""
     order = json.loads(sys.argv[1])
     config, device = config_of(order["settings"]), open_device(order["device"], behind=True)
-    dtype: torch.dtype = getattr(torch, order["dtype"])
+    dtype = dtype_on(device, config)
     checkpoint = checkpoint_on(device)
     store = ExpertStore(
         lambda e: load_expert(checkpoint, config, e.layer, e.index, device, dtype),

@@ -42,16 +42,19 @@ def table_of(model: str, results: Mapping[str, Any], batches: Sequence[int]) -> 
     return table
 
 
-def plot(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Prefill and TPOT of each side beside the floor: a row for each model."""
+def panels(rows: int) -> tuple[Any, Any]:
+    """A figure, and its axes: two a row."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(
-        len(results), 2, figsize=(10, 3.2 * len(results)), squeeze=False, layout="constrained"
-    )
+    return pyplot.subplots(rows, 2, figsize=(10, 3.2 * rows), squeeze=False, layout="constrained")
+
+
+def plot(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Prefill and TPOT of each side beside the floor: a row for each model."""
+    figure, axes = panels(len(results))
     for (model, sides), (prefill, tpot) in zip(results.items(), axes, strict=True):
         found = {side: one for side, one in sides.items() if "failed" not in one}
         names = list(found)

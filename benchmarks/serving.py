@@ -40,9 +40,8 @@ import typer
 
 from benchmarks.clients import Asked, Clients, clients_of
 from benchmarks.models import MODELS, model_of
-from benchmarks.random_model import config_of, save_random
-from benchmarks.report import agreeing
-from benchmarks.sides import dtype_on
+from benchmarks.random_model import save_random
+from benchmarks.report import agreeing, panels
 from benchmarks.work import prompt
 from cli import engine_time
 from cli.bench import loads_table, parse_loads
@@ -147,7 +146,7 @@ def limited(seconds: float) -> Iterator[None]:
 def _write(settings: Mapping[str, Any], directory: Path, where: str) -> None:
     device = open_device(where)
     with torch.inference_mode():
-        save_random(dict(settings), directory, device, dtype_on(device, config_of(dict(settings))))
+        save_random(dict(settings), directory, device)
 
 
 def write_model(settings: Mapping[str, Any], directory: Path, where: str) -> None:
@@ -261,14 +260,7 @@ def measure_model(
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
     """Throughput, and times, over the requests in flight: a row for each model."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        len(results), 2, figsize=(10, 3.2 * len(results)), squeeze=False, layout="constrained"
-    )
+    figure, axes = panels(len(results))
     for (name, found), (rate, times) in zip(results.items(), axes, strict=True):
         lines = found["lines"]
         loads = [line["concurrency"] for line in lines]

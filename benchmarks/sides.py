@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.random_model import checkpoint_on
-from benchmarks.work import Work, prompt, say, shares
+from benchmarks.random_model import checkpoint_on, dtype_on
+from benchmarks.work import Work, prompt, say, say_prefill, say_tpot, shares
 from cli.bench_mesh import dispatcher_to
 from gateway.engine import Engine, MeshExperts
 from gateway.kv_blocks import BlockAllocator
@@ -70,16 +70,17 @@ def measure(run: Run, work: Work, engines: int) -> dict[str, Any]:
         "tpot_ms": {},
         "decode_tokens_per_s": {},
     }
-    if ran[0].imbalance is not None:
-        found["imbalance"] = sum(one.imbalance or 0 for one in ran) / len(ran)
-    say(f"prefill {found['prefill_tokens_per_s']:,.0f} tokens/s")
+    imbalances = [one.imbalance for one in ran if one.imbalance is not None]
+    if imbalances:
+        found["imbalance"] = fmean(imbalances)
+    say_prefill(found)
     for batch in work.batches:
         run(batch, 32, 6)
         ran = run(batch, work.decode_len, work.num_new)
         # Behind the steps with prompts, each gives every sequence a token.
         decoding = [one.steps_s[-(work.num_new - 2) :] for one in ran]
         found["tpot_ms"][batch] = median([step_s for steps in decoding for step_s in steps]) * 1e3
-        say(f"TPOT {found['tpot_ms'][batch]:.2f} ms at {batch}")
+        say_tpot(found, batch)
         found["decode_tokens_per_s"][batch] = sum(
             len(one.sequences) / median(steps) for one, steps in zip(ran, decoding, strict=True)
         )
@@ -156,23 +157,18 @@ class Side:
         return fmean(busiest) * self._config.num_experts if busiest else None
 
 
-def dtype_on(device: torch.device, config: ModelConfig) -> torch.dtype:
-    """The model's; a CPU is for seeing that it runs, and that tokens are the same."""
-    dtype: torch.dtype = getattr(torch, config.dtype)
-    return dtype if device.type == "cuda" else torch.float32
-
-
 @contextmanager
 def decoder_of(
     config: ModelConfig, device: torch.device, work: Work, engines: int = 1
 ) -> Iterator[tuple[Decoder, KvCache]]:
     """The gateway's part of the model and room for its share of the sequences."""
-    decoder = Decoder.load(config, checkpoint_on(device), device, dtype_on(device, config))
+    dtype = dtype_on(device, config)
+    decoder = Decoder.load(config, checkpoint_on(device), device, dtype)
     blocks = max(
         len(shares(max(work.batches), engines)[0]) * -(-(work.decode_len + work.num_new) // _BLOCK),
         2 * -(-(work.prefill_len + 1) // _BLOCK) + 2,
     )
-    yield decoder, KvCache(config, blocks, _BLOCK, device, dtype_on(device, config))
+    yield decoder, KvCache(config, blocks, _BLOCK, device, dtype)
     del decoder
     gc.collect()
     torch.cuda.empty_cache()

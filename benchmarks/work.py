@@ -6,8 +6,9 @@ import os
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 _BEGAN_S = time.monotonic()
 
@@ -16,6 +17,16 @@ def say(words: str) -> None:
     """Where a side is, and since when it runs; of several ranks the first speaks for all."""
     if os.environ.get("RANK", "0") == "0":
         print(f"{time.monotonic() - _BEGAN_S:10.1f} s  {words}", file=sys.stderr, flush=True)
+
+
+def say_prefill(found: Mapping[str, Any]) -> None:
+    """What a side found of its prompts."""
+    say(f"prefill {found['prefill_tokens_per_s']:,.0f} tokens/s")
+
+
+def say_tpot(found: Mapping[str, Any], batch: int) -> None:
+    """What it found of so many sequences that decode."""
+    say(f"TPOT {found['tpot_ms'][batch]:.2f} ms at {batch}")
 
 
 @dataclass(frozen=True)

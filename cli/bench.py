@@ -23,6 +23,7 @@ import typer
 
 from cli import engine_time
 from cli.generate import DEFAULT_TARGET, ApiKey, TlsCa, TlsCert, TlsKey
+from mesh.config import read_lines
 from mesh.errors import ConfigError, MeshError, Unavailable
 
 if TYPE_CHECKING:
@@ -231,11 +232,7 @@ def file_tasks(
 
     Raises ConfigError for a file that holds none.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f"--prompt-file {path}: {error}; it must be UTF-8 text") from error
-    prompts = [line for line in text.splitlines() if line.strip()]
+    prompts = read_lines(path, "--prompt-file")
     if not prompts:
         raise ConfigError(f"{path} holds no prompt: write one a line")
     return [Task(prompts[i % len(prompts)], rng.randint(*output_len)) for i in range(count)]

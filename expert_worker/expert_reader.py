@@ -187,14 +187,7 @@ class ExpertReader:
         async with open_channel(address, self._tls) as channel:
             call = worker_pb2_grpc.ExpertWorkerStub(channel).SendExpert(request)
             try:
-                try:
-                    async with asyncio.timeout(_ANSWER_TIMEOUT_S):
-                        offer = await call.read()
-                except TimeoutError as error:
-                    words = f"worker {address} did not answer within {_ANSWER_TIMEOUT_S:g} s"
-                    raise Unavailable(words) from error
-                if not isinstance(offer, worker_pb2.ExpertOffer):
-                    raise PeerLost(f"worker {address} hung up before it gave expert {expert}")
+                offer = await _offer_of(call, address, expert)
                 tensors = empty_expert(
                     self._model, expert.index, self._device, self._dtype, self.shards
                 )
@@ -253,6 +246,22 @@ class ExpertReader:
             taken.cancel()
             raise PeerLost(reason)
         taken.result()
+
+
+async def _offer_of(
+    call: grpc.aio.UnaryStreamCall[worker_pb2.SendExpertRequest, worker_pb2.ExpertOffer],
+    address: str,
+    expert: ExpertId,
+) -> worker_pb2.ExpertOffer:
+    try:
+        async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+            offer = await call.read()
+    except TimeoutError as error:
+        words = f"worker {address} did not answer within {_ANSWER_TIMEOUT_S:g} s"
+        raise Unavailable(words) from error
+    if not isinstance(offer, worker_pb2.ExpertOffer):
+        raise PeerLost(f"worker {address} hung up before it gave expert {expert}")
+    return offer
 
 
 def tensor_facts(tensors: Mapping[str, torch.Tensor]) -> list[worker_pb2.TensorFacts]:

@@ -7,25 +7,27 @@ from pathlib import Path
 import structlog
 
 from gateway import validate
-from mesh.checkpoint import read_json
+from mesh.checkpoint import GENERATION_FILE, read_generation
 from mesh.errors import CheckpointError, InvalidInput
 from protos import inference_pb2 as pb
 
 log = structlog.get_logger()
 
-GENERATION_FILE = "generation_config.json"
 _TAKEN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _NO_CHOICE = {
-    *(
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "do_sample",
-        "use_cache",
-        "_from_model_config",
-    ),
-    *("transformers_version", "output_attentions", "output_hidden_states", "output_scores"),
-    *("output_logits", "return_dict_in_generate", "cache_implementation"),
+    "_from_model_config",
+    "bos_token_id",
+    "cache_implementation",
+    "do_sample",
+    "eos_token_id",
+    "output_attentions",
+    "output_hidden_states",
+    "output_logits",
+    "output_scores",
+    "pad_token_id",
+    "return_dict_in_generate",
+    "transformers_version",
+    "use_cache",
 }
 """Keys that do not change which tokens are chosen here, or that :mod:`mesh.model_config` reads."""
 
@@ -36,9 +38,7 @@ def read_defaults(directory: Path) -> pb.SamplingParams:
     Raises CheckpointError for a value that a request could not have.
     """
     path = directory / GENERATION_FILE
-    if not path.is_file():
-        return pb.SamplingParams()
-    said = {name: value for name, value in read_json(path).items() if value is not None}
+    said = {name: value for name, value in read_generation(directory).items() if value is not None}
     taken = {name: said.pop(name) for name in _TAKEN if name in said}
     defaults = pb.SamplingParams()
     for name, value in taken.items():

@@ -19,7 +19,7 @@ from gateway.ipc import AsyncChannel
 from gateway.metrics import GatewayMetrics
 from gateway.routing import Router
 from gateway.text import load_tokenizer
-from mesh.config import GatewayConfig, default_name
+from mesh.config import GatewayConfig, default_name, read_lines
 from mesh.errors import ConfigError, MeshError
 from mesh.grpc_server import GrpcServer, stop_signals
 from mesh.http import HttpServer
@@ -271,11 +271,7 @@ def read_tokens(path: Path | None) -> list[str]:
     """The API keys of a file, one a line. ConfigError when it holds none or cannot be read."""
     if path is None:
         return []
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f"--api-key-file {path}: {error}; it must be UTF-8 text") from error
-    tokens = [line.strip() for line in text.splitlines() if line.strip()]
+    tokens = [line.strip() for line in read_lines(path, "--api-key-file")]
     if not tokens:
         raise ConfigError(f"{path} holds no API key: write one a line, or drop --api-key-file")
     return tokens

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+GENERATION_FILE = "generation_config.json"
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -34,6 +35,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object; download it again")
     return content
+
+
+def read_generation(directory: Path) -> dict[str, Any]:
+    """What a checkpoint's generation_config.json says; empty where it has none."""
+    path = directory / GENERATION_FILE
+    return read_json(path) if path.is_file() else {}
 
 
 def layout_bytes(directory: Path) -> bytes:

@@ -30,6 +30,15 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def read_lines(path: Path, flag: str) -> list[str]:
+    """The lines of a file that are not blank. ConfigError names the flag when there is no text."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"{flag} {path}: {error}; it must be UTF-8 text") from error
+    return [line for line in text.splitlines() if line.strip()]
+
+
 def default_name(kind: str) -> str:
     """A name that no other process of this or another host has."""
     return f"{kind}-{socket.gethostname()}-{os.getpid()}"

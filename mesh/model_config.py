@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mesh.checkpoint import layout_bytes, read_json
+from mesh.checkpoint import GENERATION_FILE, layout_bytes, read_generation, read_json
 from mesh.errors import CheckpointError, UnsupportedModel
 from mesh.wire import MAX_EXPERTS, MAX_LAYERS
 
@@ -366,11 +366,9 @@ def _dtype(keys: _Keys) -> str:
 def _eos_token_ids(keys: _Keys, directory: Path) -> tuple[int, ...]:
     """The ids that end a text: generation_config.json overrules config.json."""
     found, source = keys.raw("eos_token_id"), keys.path
-    path = directory / "generation_config.json"
-    if path.is_file():
-        generation = read_json(path)
-        if "eos_token_id" in generation:
-            found, source = generation["eos_token_id"], path
+    generation = read_generation(directory)
+    if "eos_token_id" in generation:
+        found, source = generation["eos_token_id"], directory / GENERATION_FILE
     ids = [] if found is None else found if isinstance(found, list) else [found]
     last = keys.integer("vocab_size") - 1
     if not all(type(token) is int and 0 <= token <= last for token in ids):

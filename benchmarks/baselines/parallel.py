@@ -28,8 +28,8 @@ from torch import Tensor
 
 from benchmarks.baselines.monolith import Computed, ExpertsHere, through_layers
 from benchmarks.baselines.shards import Split, checkpoint_part, part_of
-from benchmarks.random_model import checkpoint_on, config_of
-from benchmarks.work import Work, prompt, say
+from benchmarks.random_model import checkpoint_on, config_of, dtype_on
+from benchmarks.work import Work, prompt, say, say_prefill, say_tpot
 from gateway.model.attention import AttentionBlock, PagedAttention
 from gateway.model.batch import SequenceSlice
 from gateway.model.decoder import Decoder, Layer
@@ -358,7 +358,7 @@ def measure(rank: int, device: torch.device, order: dict[str, Any]) -> dict[str,
     """Every cell of a :class:`Work`; a rank's part in :func:`cli.ranks.run_ranks`."""
     config, checkpoint = config_of(order["settings"]), checkpoint_on(device)
     work = Work(**order["work"])
-    dtype: torch.dtype = getattr(torch, order["dtype"])
+    dtype = dtype_on(device, config)
     block_up = -(-(work.decode_len + work.num_new) // _BLOCK) * _BLOCK
     prompt_up = -(-(work.prefill_len + 1) // _BLOCK) * _BLOCK
     max_tokens = max(max(work.batches) * block_up, work.prefill_prompts * prompt_up)
@@ -376,12 +376,12 @@ def measure(rank: int, device: torch.device, order: dict[str, Any]) -> dict[str,
         "prefill_tokens_per_s": work.prefill_prompts * work.prefill_len / seconds,
         "tpot_ms": {},
     }
-    say(f"prefill {found['prefill_tokens_per_s']:,.0f} tokens/s")
+    say_prefill(found)
     for batch in work.batches:
         stage.generate(prompts(batch, 32), 6)
         _, steps, tokens = stage.generate(prompts(batch, work.decode_len), work.num_new)
         found["tpot_ms"][batch] = median(steps[1:]) * 1e3
-        say(f"TPOT {found['tpot_ms'][batch]:.2f} ms at {batch}")
+        say_tpot(found, batch)
         if tokens:
             found.setdefault("tokens", tokens[0])
             found["batch_tokens"] = tokens

@@ -107,25 +107,21 @@ class PartOfCheckpoint:
         if name == "lm_head.weight":
             rows = shape[0]
             begin, end = rows * self._rank // self._tp, rows * (self._rank + 1) // self._tp
-        elif ".self_attn." in name and last in ("q", "k", "v", "o"):
-            dim = 1 if last == "o" else 0
-            begin, end, whole[dim] = self._heads(last, shape[dim])
-        elif ".mlp." in name and last in ("gate", "up", "down"):
-            dim = 1 if last == "down" else 0
-            part = shape[dim]
-            begin, end, whole[dim] = self._rank * part, (self._rank + 1) * part, self._tp * part
+        elif last in ("q", "k", "v", "o", "gate", "up", "down"):
+            dim = 1 if last in ("o", "down") else 0
+            begin, end, whole[dim] = self._share(last, shape[dim])
         else:
             return self._whole.tensor(stored, shape, device=device, dtype=dtype)
         read = self._whole.tensor(stored, tuple(whole), device=device, dtype=dtype)
         return read.narrow(dim, begin, end - begin).clone()
 
-    def _heads(self, projection: str, size: int) -> tuple[int, int, int]:
+    def _share(self, projection: str, size: int) -> tuple[int, int, int]:
         """From where to where, and of how many rows: of keys' heads, a rank may have one that
         others have too."""
+        if projection not in ("k", "v"):
+            return self._rank * size, (self._rank + 1) * size, self._tp * size
         attention = self._config.attention
         assert isinstance(attention, GroupedAttention)
-        if projection in ("q", "o"):
-            return self._rank * size, (self._rank + 1) * size, self._tp * size
         heads = attention.num_kv_heads
         first = heads * self._rank // self._tp * attention.head_dim
         return first, first + size, heads * attention.head_dim

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.work import Work, prompt, say
+from benchmarks.work import Work, prompt, say, say_prefill, say_tpot
 
 
 def measure(rank: int, device: torch.device, order: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def measure_model(model: Any, work: Work, vocab: int, device: torch.device) -> d
         say("warm")
         seconds = [timed(lambda: prefill(1, work.prefill_len))[0] for _ in range(4)]
         found["prefill_tokens_per_s"] = work.prefill_len / median(seconds)
-        say(f"prefill {found['prefill_tokens_per_s']:,.0f} tokens/s")
+        say_prefill(found)
         for batch in work.batches:
             outs = [prefill(min(8, batch - n), work.decode_len) for n in range(0, batch, 8)]
             cache = outs[0].past_key_values
@@ -71,7 +71,7 @@ def measure_model(model: Any, work: Work, vocab: int, device: torch.device) -> d
                 times.append(seconds_of)
                 tokens.append(int(token[0]))
             found["tpot_ms"][batch] = median(times[2:]) * 1e3
-            say(f"TPOT {found['tpot_ms'][batch]:.2f} ms at {batch}")
+            say_tpot(found, batch)
             found["tokens"] = found.get("tokens", tokens)
             del cache, out, step
             torch.cuda.empty_cache()

@@ -12,8 +12,8 @@
 enum {
     PART_OF_STEP = 8,
     UNSTEADY = 16,
-    LAYERS = 64,     /* of a mask, which others share */
-    MOST_US = 5000,  /* that anybody is held in a layer: who idles has long steps, and no hurry */
+    LAYERS = 64,    /* of a mask, which others share */
+    MOST_US = 5000, /* that anybody is held in a layer: who idles has long steps, and no hurry */
 };
 
 static int64_t within(int64_t value, int64_t least, int64_t most) {
@@ -64,11 +64,15 @@ static int comes(const pace *one, const pace *other, int64_t now) {
            (!other->layers_before || other->layers_before >> one->layer % LAYERS & 1);
 }
 
+static int64_t mean_step(const pace *one, const pace *other) {
+    return (one->period_us + other->period_us) / 2;
+}
+
 /* How long after one this other should come for the same layer, with what that may be wrong by in
  * ``slack``; less than -expected_us: not at all. Of two that are half a step apart or more it is
  * the other one that waits. */
 static int64_t follows(const pace *one, const pace *other, int64_t expected_us, int64_t *slack) {
-    int64_t step_us = (one->period_us + other->period_us) / 2, never = -expected_us - 1, late;
+    int64_t step_us = mean_step(one, other), never = -expected_us - 1, late;
     if (one->begins) {
         int next = other->step_us < one->step_us - step_us / 2; /* it is still in the step before */
         if (!next && other->layer >= one->layer) return never;
@@ -92,8 +96,7 @@ int64_t company_until(const pace *one, const pace *const *others, int32_t count,
         if (!first && (other == one || is_active(other, now))) first = other;
         if (other == one || !comes(one, other, now)) continue;
         int64_t slack = 0, late = follows(one, other, expected_us, &slack);
-        int64_t most_us = (one->period_us + other->period_us) / 2 / PART_OF_STEP;
-        most_us = within(most_us, 0, MOST_US);
+        int64_t most_us = within(mean_step(one, other) / PART_OF_STEP, 0, MOST_US);
         if (late < -(int64_t)expected_us || (late > expected_us && one != first && other != first))
             continue;
         int64_t here_us = one->came_us + within((late > 0 ? late : 0) + slack, 0, most_us);

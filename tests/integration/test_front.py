@@ -51,6 +51,15 @@ async def collect(chunks: Any) -> list[Chunk]:
     return [chunk async for chunk in chunks]
 
 
+async def test_what_a_request_leaves_out_is_the_checkpoints() -> None:
+    defaults = pb.SamplingParams(top_k=7, temperature=0.5)
+    async with scripted_front(defaults=defaults) as rig, AsyncClient(rig.target) as client:
+        first = asyncio.create_task(anext(client.generate("ab", max_tokens=1, temperature=0)))
+        submit = await rig.engine.submitted()
+        assert (submit.sampling.top_k, submit.sampling.temperature) == (7, 0.0)
+        first.cancel()
+
+
 async def test_tokens_stream_as_text(rig: Rig, client: AsyncClient) -> None:
     stream = client.generate("ab", request_id="r1", max_tokens=3, temperature=0)
     first = asyncio.create_task(anext(stream))

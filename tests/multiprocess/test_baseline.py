@@ -80,7 +80,7 @@ def test_a_random_model_on_disk_is_the_one_in_memory(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
     device = torch.device("cpu")
-    save_random(settings, tmp_path, device, torch.float32)
+    save_random(settings, tmp_path, device)
     config = ModelConfig.from_hf(tmp_path)
     found = []
     for checkpoint in (Checkpoint(tmp_path), checkpoint_on(device)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -18,6 +19,11 @@ import pytest
 from mesh import native
 
 LAYERS, ATTEND, EXPERT, SAMPLE, TICK = 16, 500, 180, 700, 10
+
+
+def pointers(paces: Sequence[native.Pace]) -> ctypes.Array[ctypes.c_void_p]:
+    """What ``company_until`` takes; the paces are the caller's to keep."""
+    return (ctypes.c_void_p * len(paces))(*map(ctypes.addressof, paces))
 
 
 @dataclass(eq=False)
@@ -52,9 +58,7 @@ class Mesh:
 
     def run(self, until: int) -> Mesh:
         rng = random.Random(1)
-        paces = (ctypes.c_void_p * len(self.gateways))(
-            *(ctypes.addressof(gateway.pace) for gateway in self.gateways)
-        )
+        paces = pointers([gateway.pace for gateway in self.gateways])
         computing: list[Gateway] = []
         done_at = 0
         for now in range(TICK, until, TICK):
@@ -141,7 +145,7 @@ def test_who_has_another_pace_costs_little(attend: int) -> None:
 def test_a_step_that_took_half_as_long_again_is_no_other_pace() -> None:
     """Two that were out of step for once: the early one still waits for the other."""
     early, late = native.Pace(), native.Pace()
-    paces = (ctypes.c_void_p * 2)(ctypes.addressof(early), ctypes.addressof(late))
+    paces = pointers([early, late])
     for began in (1000, 15000, 29000):
         native.short.company_came(early, 0, began)
         native.short.company_came(late, 0, began + 500)
@@ -175,9 +179,7 @@ class TwoGpus:
         self._odds = [self._rng.betavariate(evenness, evenness) for _ in range(LAYERS)]
         self.gateways = [Decoding(0.0), Decoding(self._rng.uniform(0, 12000))]
         self._paces = [[native.Pace(), native.Pace()] for _ in "12"]
-        self._arrays = [
-            (ctypes.c_void_p * 2)(*map(ctypes.addressof, paces)) for paces in self._paces
-        ]
+        self._arrays = [pointers(paces) for paces in self._paces]
         self._asking: list[dict[int, int]] = [{}, {}]
         """Of each worker: layers by gateway."""
         self._computing: list[tuple[float, list[int]]] = [(0.0, []), (0.0, [])]
@@ -313,7 +315,7 @@ def test_one_odd_step_is_forgotten() -> None:
 def test_who_idles_is_not_held_for_long() -> None:
     """Two that take a step every ten seconds."""
     early, late = native.Pace(), native.Pace()
-    paces = (ctypes.c_void_p * 2)(ctypes.addressof(early), ctypes.addressof(late))
+    paces = pointers([early, late])
     for began in range(1, 60_000_000, 10_000_000):
         for layer in range(LAYERS):
             for pace, behind in ((early, 0), (late, 500_000)):
