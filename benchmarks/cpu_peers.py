@@ -96,7 +96,7 @@ def floor_tpot_s(model: Path, concurrency: int, steps: int) -> float:
                 torch.arange(new - 1, concurrency * new, new),
             )
             began_s = time.perf_counter()
-            decoder.forward([batch], kv, experts)[0].argmax(dim=-1)
+            decoder.forward([batch], kv, experts)[0].logits_NV.argmax(dim=-1)
             times_s.append(time.perf_counter() - began_s)
     return statistics.median(times_s[1:])
 

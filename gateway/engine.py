@@ -1,7 +1,4 @@
-"""One step of the engine: schedule, forward, sample, publish.
-
-Legend: N rows that want a token, V vocabulary.
-"""
+"""One step of the engine: schedule, forward, sample, publish."""
 
 from __future__ import annotations
 
@@ -16,8 +13,9 @@ import torch
 from gateway.engine_outputs import Output, loads_of
 from gateway.micro_batches import requests_of_rows, split, to_batch
 from gateway.model.batch import Experts, ForwardBatch
+from gateway.model.scores import NOT_A_NUMBER, Scores
 from gateway.request import End, Request
-from gateway.sampler import NOT_A_NUMBER, Chosen, Sampler
+from gateway.sampler import Chosen, Sampler
 from gateway.scheduler import Part, Scheduler
 from mesh.errors import EngineDied, ExpertUnavailable, MeshError
 from mesh.plan import ExpertId
@@ -29,8 +27,8 @@ log = structlog.get_logger()
 MAX_FAILURES = 3
 """Steps that may fail in a row before the engine gives up."""
 
-Forward = Callable[[Sequence[ForwardBatch], Experts], list[torch.Tensor]]
-"""The decoder with its KV cache: float32 logits_NV of each micro-batch."""
+Forward = Callable[[Sequence[ForwardBatch], Experts], list[Scores]]
+"""The decoder with its KV cache: the scores of each micro-batch."""
 
 
 class MeshExperts(Experts, Protocol):
@@ -187,16 +185,15 @@ class Engine:
         self._experts.begin_step(len(micro_batches))
         batches = [to_batch(micro_batch, self._scheduler.blocks) for micro_batch in micro_batches]
         self.launching()
-        logits = self._forward(batches, self._experts)
+        scores = Scores.joined(self._forward(batches, self._experts))
         self._host_s += self._launched_s - idle_since_s
         self.catch_up()
         void = requests_of_rows(micro_batches, self._experts.void_rows())
-        logits_NV = logits[0] if len(logits) == 1 else torch.cat(logits)
         wanting = [part.request for part in parts if part.wants_token]
         if void:
             kept = [row for row, request in enumerate(wanting) if request not in void]
-            logits_NV, wanting = logits_NV[kept], [wanting[row] for row in kept]
-        chosen = self._sampler.sample(logits_NV, wanting) if wanting else Chosen([], {})
+            scores, wanting = scores.of_rows(kept), [wanting[row] for row in kept]
+        chosen = self._sampler.sample(scores, wanting) if wanting else Chosen([], {})
         self._idle_since_s = self._clock()
         return _Computed(wanting, chosen, void)
 

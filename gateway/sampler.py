@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from gateway.model.scores import NOT_A_NUMBER, Scores, likeliest
 from gateway.request import Request, Sampling
 
 _UNIFORMS = 64
@@ -31,10 +32,6 @@ class TokenLogprobs(NamedTuple):
     chosen: float
     top: list[tuple[int, float]]
     """The likeliest tokens, as many as were asked for, best first."""
-
-
-NOT_A_NUMBER = -1
-"""In place of a token id, where a row of logits has a NaN."""
 
 
 class Chosen(NamedTuple):
@@ -103,6 +100,8 @@ class _Wishes:
         self.penalized = rows_where(lambda sampling: sampling.has_penalties)
         self.reported = rows_where(lambda sampling: sampling.logprobs is not None)
         self.random = rows_where(lambda sampling: not sampling.is_greedy)
+        self.plain = not (self.early or self.penalized or self.reported or self.random)
+        """Each row wants its likeliest token, and nothing else."""
         if self.reported:
             self.reported_L = _on(like_NV.device, np.array(self.reported))
         if self.random:
@@ -145,15 +144,16 @@ class Sampler:
         self._on_host_N = torch.empty(0, dtype=torch.int64)
         """Pinned: what a device copies the token ids to."""
 
-    def sample(self, logits_NV: torch.Tensor, requests: Sequence[Request]) -> Chosen:
-        """The next token of each request.
-
-        ``logits_NV`` is float32 and may be overwritten. On a device nothing waits for it but,
-        in the end, the copy of the token ids.
-        """
+    def sample(self, scores: Scores, requests: Sequence[Request]) -> Chosen:
+        """The next token of each request. On a device nothing waits for it but, in the end, the
+        copy of the token ids."""
         wishes = self._wishes
         if wishes.requests != requests:
-            wishes = self._wishes = _Wishes(requests, logits_NV)
+            wishes = self._wishes = _Wishes(requests, scores.logits_NV)
+        if wishes.plain and scores.likeliest_on_host_N is not None:
+            torch.cuda.current_stream().synchronize()
+            return Chosen(scores.likeliest_on_host_N.tolist(), {})
+        logits_NV = scores.logits_NV
         logprobs_LV = None
         if wishes.reported:
             logprobs_LV = logits_NV.index_select(0, wishes.reported_L).log_softmax(dim=-1)
@@ -162,11 +162,11 @@ class Sampler:
         if wishes.penalized:
             self._penalize(logits_NV, requests, wishes.penalized)
         if not wishes.random:
-            token_ids_N = _likeliest(logits_NV)
+            token_ids_N = likeliest(logits_NV)
         elif len(wishes.random) == len(requests):
             token_ids_N = self._draw(logits_NV, requests, wishes.limits)
         else:
-            token_ids_N = _likeliest(logits_NV)
+            token_ids_N = likeliest(logits_NV)
             drawn_M = self._draw(
                 logits_NV.index_select(0, wishes.random_M),
                 [requests[row] for row in wishes.random],
@@ -307,16 +307,6 @@ def _zero_below(x_NV: torch.Tensor, floor_N1: torch.Tensor) -> None:
     """Zero what is below its row's floor, in place."""
     # A mask of floats: on a CPU, many times faster than a boolean one.
     x_NV.mul_(torch.ge(x_NV, floor_N1, out=torch.empty_like(x_NV)))
-
-
-def _likeliest(logits_NV: torch.Tensor) -> torch.Tensor:
-    """The largest of each row, NOT_A_NUMBER where there is a NaN: to argmax it is the largest."""
-    if logits_NV.device.type == "cpu":  # NumPy is many times faster at it
-        token_ids_N = torch.from_numpy(logits_NV.numpy().argmax(axis=-1))
-    else:
-        token_ids_N = logits_NV.argmax(dim=-1)
-    largest_N = logits_NV.gather(1, token_ids_N.unsqueeze(1)).flatten()
-    return token_ids_N.masked_fill_(largest_N.isnan(), NOT_A_NUMBER)
 
 
 def _sort(x_NV: torch.Tensor) -> torch.Tensor:

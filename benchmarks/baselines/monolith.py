@@ -1,7 +1,7 @@
 """The baseline on one GPU: the same decoder with its experts in the same process.
 
 TP = 1 and PP = 1. Every kernel is the mesh's own; a decode step is one CUDA graph from embedding
-to the last layer, so nothing of it waits for Python. Experts are dense GEMMs where a layer has
+to the next token, so nothing of it waits for Python. Experts are dense GEMMs where a layer has
 one, grouped ones where it has several; of many rows in float16, for which torch has no grouped
 one, a dense GEMM an expert.
 """
@@ -21,6 +21,7 @@ from expert_worker.gpu_compute import capture
 from gateway.model.batch import Experts, ForwardBatch
 from gateway.model.decoder import Decoder
 from gateway.model.kv_cache import KvCache
+from gateway.model.scores import Scores
 from mesh.checkpoint import Checkpoint
 from mesh.mlp import Mlp, StackedMlps
 from mesh.model_config import ModelConfig
@@ -134,7 +135,7 @@ class WholeStep:
     ) -> None:
         self._decoder, self._kv, self._experts = decoder, kv, experts
         self._max_model_len = max_model_len
-        self._found: dict[int, tuple[_Batch, torch.cuda.CUDAGraph, Tensor]] = {}
+        self._found: dict[int, tuple[_Batch, torch.cuda.CUDAGraph]] = {}
 
     def start(self, batch: ForwardBatch, micro_batch: int) -> _Flight | None:
         count = len(batch.num_tokens)
@@ -143,11 +144,11 @@ class WholeStep:
         size = 1 << (count - 1).bit_length()
         if size not in self._found:
             self._found[size] = self._capture(size)
-        filled, graph, x_TD = self._found[size]
+        filled, graph = self._found[size]
         filled.fill(batch, self._kv.block_size)
-        return _Flight(graph, x_TD[:count])
+        return _Flight(graph, filled, count)
 
-    def _capture(self, size: int) -> tuple[_Batch, torch.cuda.CUDAGraph, Tensor]:
+    def _capture(self, size: int) -> tuple[_Batch, torch.cuda.CUDAGraph]:
         from gateway.model.decode_graphs import _Batch
         from gateway.model.gpu_attention import Decoding
 
@@ -156,28 +157,27 @@ class WholeStep:
         decoding = Decoding(
             self._kv, batch.slots_B, batch.tables_BM, batch.lengths_B, self._max_model_len
         )
-        made: dict[str, Tensor] = {}
 
         def run() -> None:
             decoder = self._decoder
             cis = decoder.rope(batch.positions_B)
             x_TD = F.embedding(batch.tokens_B, decoder.embedding_VD)
-            made["x"] = through_layers(decoder, self._experts, x_TD, cis, decoding)
+            batch.score(decoder, through_layers(decoder, self._experts, x_TD, cis, decoding))
 
         torch.cuda.synchronize(device)
         with torch.cuda.stream(torch.cuda.Stream(device)):
             run()
             torch.cuda.synchronize(device)
             graph = capture(run)
-        return batch, graph, made["x"]
+        return batch, graph
 
 
 class _Flight:
-    def __init__(self, graph: torch.cuda.CUDAGraph, x_TD: Tensor) -> None:
-        self._graph, self._x_TD = graph, x_TD
+    def __init__(self, graph: torch.cuda.CUDAGraph, batch: _Batch, count: int) -> None:
+        self._graph, self._batch, self._count = graph, batch, count
 
     def begin(self, index: int, layer: Any, experts: Any) -> None: ...
 
-    def finish(self) -> Tensor:
+    def finish(self, rows_N: Tensor) -> Scores:
         self._graph.replay()
-        return self._x_TD
+        return self._batch.scores(self._count, rows_N)

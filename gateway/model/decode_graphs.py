@@ -1,12 +1,14 @@
 """A step in which every sequence decodes one token, from CUDA graphs.
 
 Between two layers' experts lies a *segment*: the sum of what came back, attention, the router and
-the sort of its rows. Launched one by one its kernels take longer to start than to run; a graph
-starts them at once. A graph's addresses are fixed, so each size of batch (the next power of two)
-and each of the step's micro-batches has buffers and graphs of its own, captured at first use.
+the sort of its rows; behind the last ones, the head and the choice of the likeliest token. Launched
+one by one its kernels take longer to start than to run; a graph starts them at once. A graph's
+addresses are fixed, so each size of batch (the next power of two) and each of the step's
+micro-batches has buffers and graphs of its own, captured at first use.
 
 Legend: B sequences, padded to the size of the graphs; T = B tokens; M blocks of the longest
-sequence that may be; D hidden size, K experts a token, C pairs that turn.
+sequence that may be; D hidden size, K experts a token, C pairs that turn; N rows that want a token,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from gateway.model.batch import Experts, ForwardBatch
 from gateway.model.decode_facts import DecodeFacts
 from gateway.model.gpu_attention import MAX_KEY_DIM, Decoding
 from gateway.model.kv_cache import KvCache
+from gateway.model.scores import Scores, likeliest
 from mesh.model_config import GroupedAttention
 
 if TYPE_CHECKING:
@@ -67,7 +70,7 @@ class _Segment:
     layer: int | None
     """Whose experts come next; None: the last segment."""
     x_TD: Tensor
-    """The residual; of the last segment, what the final norm is taken of."""
+    """The residual."""
     placed: Placed | None
     """What goes to the experts."""
     shared: torch.cuda.CUDAGraph | None
@@ -82,6 +85,21 @@ class _Batch(DecodeFacts):
         self.segments: list[_Segment] = []
         self.kept: Tensor | None = None
         """What several segments read: were it freed, the next graph would overwrite it."""
+        self._head_BV: Tensor | None = None
+        pinned = device.type == "cuda"
+        self._likeliest_on_host_B = torch.zeros(size, dtype=torch.int64, pin_memory=pinned)
+
+    def score(self, decoder: Decoder, x_BD: Tensor) -> None:
+        """What a graph ends with: the next tokens on the host, for whom the likeliest will do."""
+        self._head_BV = decoder.head(x_BD)
+        self._likeliest_on_host_B.copy_(likeliest(self._head_BV), non_blocking=True)
+
+    def scores(self, count: int, rows_N: Tensor) -> Scores:
+        """What :meth:`score` leaves, of these of the first ``count`` rows."""
+        assert self._head_BV is not None
+        if len(rows_N) < count:
+            return Scores(self._head_BV.index_select(0, rows_N.to(self._head_BV.device)))
+        return Scores(self._head_BV[:count], self._likeliest_on_host_B[:count])
 
 
 class DecodeGraphs:
@@ -213,6 +231,8 @@ class _Capturing:
                     )
                 elif layer.dense is not None:
                     x_TD = x_TD + layer.dense(normed_TD)
+            if not routed:
+                self._batch.score(self._decoder, x_TD)
             made["x"] = x_TD
 
         graph = self._capture(attend)
@@ -264,11 +284,11 @@ class GraphedBatch:
             return  # a dense layer, in one graph with the next one that has experts
         self._advance()
 
-    def finish(self) -> Tensor:
+    def finish(self, rows_N: Tensor) -> Scores:
         """See :class:`gateway.model.decoder.Flight`. Only behind the last layer."""
         while self._next < len(self._batch.segments):
             self._advance()
-        return self._batch.segments[-1].x_TD[: self._count]
+        return self._batch.scores(self._count, rows_N)
 
     def _advance(self) -> None:
         segment = self._batch.segments[self._next]

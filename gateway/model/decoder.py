@@ -1,6 +1,6 @@
 """The decoder: everything of the model but its routed experts.
 
-Legend: T tokens of a batch, N rows whose logits are wanted, D hidden size, V vocabulary.
+Legend: T tokens of a batch, N rows whose scores are wanted, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from gateway.model.kv_cache import KvCache
 from gateway.model.norm import RmsNorm
 from gateway.model.rope import Rope
 from gateway.model.router import Router
+from gateway.model.scores import Scores
 from mesh.checkpoint import Checkpoint
 from mesh.linear import Linear
 from mesh.mlp import Mlp
@@ -60,30 +61,40 @@ class Flight(Protocol):
         """Run a layer up to where its rows are away at their experts."""
         ...
 
-    def finish(self) -> Tensor:
-        """Wait for the rows that are away; ``x_TD`` behind the last layer that was begun."""
+    def finish(self, rows_N: Tensor) -> Scores:
+        """Wait for the rows that are away; what the last layer and the head make of these."""
         ...
 
 
 class _MicroBatch:
     """See :class:`Flight`. Any batch, one call after the other."""
 
-    def __init__(self, x_TD: Tensor, cis_T1C: Tensor, paged: PagedAttention) -> None:
+    def __init__(
+        self, decoder: Decoder, x_TD: Tensor, cis_T1C: Tensor, paged: PagedAttention
+    ) -> None:
+        self._decoder = decoder
         self._x_TD = x_TD
         self._cis_T1C = cis_T1C
         self._paged = paged
         self._pending: PendingExperts | None = None
 
-    def finish(self) -> Tensor:
-        """See :class:`Flight`."""
+    def _come_back(self) -> Tensor:
+        """``x_TD`` behind the last layer that was begun."""
         if self._pending is not None:
             self._x_TD = self._x_TD + self._pending.combine()
             self._pending = None
         return self._x_TD
 
+    def finish(self, rows_N: Tensor) -> Scores:
+        """See :class:`Flight`."""
+        x_TD = self._come_back()
+        if len(rows_N) < len(x_TD):
+            x_TD = x_TD.index_select(0, rows_N.to(x_TD.device))
+        return Scores(self._decoder.head(x_TD))
+
     def begin(self, index: int, layer: Layer, experts: Experts) -> None:
         """See :class:`Flight`."""
-        x_TD = self.finish()
+        x_TD = self._come_back()
         x_TD = layer.attention(index, layer.attention_norm(x_TD), x_TD, self._cis_T1C, self._paged)
         normed_TD = layer.mlp_norm(x_TD)
         if layer.router is not None:
@@ -156,9 +167,9 @@ class Decoder:
         kv: KvCache,
         experts: Experts,
         launching: Callable[[], None] = lambda: None,
-    ) -> list[Tensor]:
-        """One step: ``logits_NV``, float32, of each batch. ``launching`` is called when all is
-        laid out and the device gets its first work.
+    ) -> list[Scores]:
+        """One step: the scores of each batch's ``logit_rows_N``. ``launching`` is called when all
+        is laid out and the device gets its first work.
 
         Batches are micro-batches: while one's rows are away at their experts, the next one's
         attention runs. Keys and values of a layer are written before they are read, so a chunk
@@ -170,7 +181,7 @@ class Decoder:
             for flight in flights:
                 flight.begin(index, layer, experts)
         return [
-            self.logits(flight.finish(), batch.logit_rows_N)
+            flight.finish(batch.logit_rows_N)
             for flight, batch in zip(flights, batches, strict=True)
         ]
 
@@ -186,13 +197,11 @@ class Decoder:
         paged = self._paged(batch.slices, kv, self._windows, self._sinks)
         token_ids_T = batch.token_ids_T.to(self.embedding_VD.device)
         x_TD = F.embedding(token_ids_T, self.embedding_VD)
-        return _MicroBatch(x_TD, self.rope(paged.positions_T), paged)
+        return _MicroBatch(self, x_TD, self.rope(paged.positions_T), paged)
 
-    def logits(self, x_TD: Tensor, rows_N: Tensor) -> Tensor:
-        """``logits_NV``, float32, of these rows behind the last layer."""
-        if len(rows_N) < len(x_TD):
-            x_TD = x_TD.index_select(0, rows_N.to(x_TD.device))
-        return self._head(self._norm(x_TD)).float()
+    def head(self, x_ND: Tensor) -> Tensor:
+        """What the head makes of rows behind the last layer, ``(N, V)``."""
+        return self._head(self._norm(x_ND))
 
 
 def _load_layer(weights: Weights, index: int) -> Layer:

@@ -274,8 +274,8 @@ static void reply(answering *all, work *one, uint64_t answers) {
                                   REPLY_TAG(one->tag, to->reply_session));
     if (one->operation < 0)
         drop(all, one);
-    else if (all->box->status[one->operation] != IN_PROGRESS)
-        finish(all, one);
+    else if (all->box->status[one->operation] != IN_PROGRESS && !all->trails)
+        finish(all, one); /* else when its trail is whole */
 }
 
 static void refuse_all(answering *all, const batch *one, int32_t refusal) {
@@ -489,16 +489,12 @@ static void look_at_device(answering *all) {
             refuse_all(all, &one, refusal);
             continue;
         }
-        device_times took = {0};
-        if (all->trails) took = device_took(all->device, one.slot);
-        for (work *of = one.works, *next; of; of = next) {
-            next = of->next;
+        for (work *of = one.works; of; of = of->next) {
             of->trail.done_us = all->turned_us;
-            of->trail.took = took;
             reply(all, of, of->slot < 0 ? 0 : own_rows(all, of));
         }
-        /* Last, unless trails say it: nobody waits for it. */
-        if (!all->trails) took = device_took(all->device, one.slot);
+        device_times took = device_took(all->device, one.slot); /* last: nobody waits for it */
+        for (work *of = one.works; of; of = of->next) of->trail.took = took;
         *expected_us(&one) = all->took_us = took.compute_us;
         if (IS_SEVERAL(tag))
             count_several(all, tag, device_counts(all->device, one.slot), took.compute_us);

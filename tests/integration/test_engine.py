@@ -28,6 +28,7 @@ from gateway.kv_blocks import BlockAllocator
 from gateway.model.batch import Experts, ForwardBatch, PendingExperts
 from gateway.model.decoder import Decoder
 from gateway.model.kv_cache import KvCache
+from gateway.model.scores import Scores
 from gateway.peers import Peers
 from gateway.request import Request, Sampling
 from gateway.sampler import Sampler
@@ -151,7 +152,7 @@ def make_bench(
     kv = KvCache(model.config, num_blocks, SIZE, CPU, torch.float32)
     experts = LosableExperts(model.local)
 
-    def real(batches: Sequence[ForwardBatch], experts: Experts) -> list[Tensor]:
+    def real(batches: Sequence[ForwardBatch], experts: Experts) -> list[Scores]:
         return model.decoder.forward(batches, kv, experts)
 
     engine = Engine(
@@ -278,7 +279,7 @@ def test_a_step_that_raises_ends_its_requests_and_the_next_goes_well(
     failures = iter([None, RuntimeError("out of memory")])
 
     def flaky(forward: Forward) -> Forward:
-        def call(batches: Sequence[ForwardBatch], experts: Experts) -> list[Tensor]:
+        def call(batches: Sequence[ForwardBatch], experts: Experts) -> list[Scores]:
             failure = next(failures, None)
             if failure is not None:
                 raise failure
@@ -298,7 +299,7 @@ def test_a_step_that_raises_ends_its_requests_and_the_next_goes_well(
 
 
 def test_an_engine_whose_every_step_fails_gives_up(model: Model) -> None:
-    def broken(batches: Sequence[ForwardBatch], experts: Experts) -> list[Tensor]:
+    def broken(batches: Sequence[ForwardBatch], experts: Experts) -> list[Scores]:
         raise RuntimeError("no device")
 
     bench = make_bench(model, forward=lambda _: broken)
@@ -314,11 +315,12 @@ def test_a_row_that_is_not_a_number_ends_its_request_alone(
     model: Model, alone: dict[str, list[int]]
 ) -> None:
     def spoil(forward: Forward) -> Forward:
-        def call(batches: Sequence[ForwardBatch], experts: Experts) -> list[Tensor]:
-            (logits_NV,) = forward(batches, experts)
+        def call(batches: Sequence[ForwardBatch], experts: Experts) -> list[Scores]:
+            (scores,) = forward(batches, experts)
+            logits_NV = scores.logits_NV
             if len(logits_NV) > 1:
                 logits_NV[0, 7] = math.nan
-            return [logits_NV]
+            return [Scores(logits_NV)]
 
         return call
 
@@ -353,7 +355,7 @@ def test_what_a_step_gave_is_said_while_the_rows_of_the_next_are_away(
     said: list[tuple[int, bool, int]] = []
 
     def watched(forward: Forward) -> Forward:
-        def call(batches: Sequence[ForwardBatch], experts: Experts) -> list[Tensor]:
+        def call(batches: Sequence[ForwardBatch], experts: Experts) -> list[Scores]:
             bench.experts.on_away()
             said.extend((o.token_id, o.end is not None, step) for o in bench.engine._outputs)
             bench.engine._outputs.clear()
@@ -378,7 +380,7 @@ def test_the_time_of_the_host_ends_with_the_launch(model: Model) -> None:
     """A step's ends when the forward says so; the next one's begins with the step's tokens."""
 
     def slow(forward: Forward) -> Forward:
-        def call(batches: Sequence[ForwardBatch], experts: Experts) -> list[Tensor]:
+        def call(batches: Sequence[ForwardBatch], experts: Experts) -> list[Scores]:
             bench.now += 2.0
             bench.engine.launching()
             bench.now += 100.0
@@ -439,7 +441,7 @@ def test_the_front_hears_of_a_step_while_the_next_waits_for_its_rows_and_of_the_
         messages = map(pb.FromEngine.FromString, payloads)
         return [output for message in messages for output in message.outputs.outputs]
 
-    def forward(batches: Sequence[ForwardBatch], _: Experts) -> list[Tensor]:
+    def forward(batches: Sequence[ForwardBatch], _: Experts) -> list[Scores]:
         heard.append(hear())
         for _layer in range(9):
             experts.on_away()
@@ -448,7 +450,7 @@ def test_the_front_hears_of_a_step_while_the_next_waits_for_its_rows_and_of_the_
             raise RuntimeError("out of memory")
         logits_NV = torch.zeros(len(batches[0].logit_rows_N), 9)
         logits_NV[:, 7] = 1
-        return [logits_NV]
+        return [Scores(logits_NV)]
 
     blocks = BlockAllocator(999, SIZE)
     engine = Engine(Scheduler(blocks, Limits(999, 99, 99, 1.0, 1.0)), forward, experts, Sampler())

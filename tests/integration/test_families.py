@@ -19,6 +19,7 @@ from torch import Tensor
 from gateway.model.batch import ForwardBatch, SequenceSlice
 from gateway.model.decoder import Decoder
 from gateway.model.kv_cache import KvCache
+from gateway.model.scores import Scores
 from mesh.checkpoint import Checkpoint
 from mesh.errors import CheckpointError
 from mesh.model_config import ModelConfig
@@ -93,7 +94,7 @@ class Served:
                 batches.append(
                     ForwardBatch.of(tuple(slices), torch.tensor(ids), torch.arange(len(ids)))
                 )
-            rows = torch.cat(self.decoder.forward(batches, kv, self.experts))
+            rows = Scores.joined(self.decoder.forward(batches, kv, self.experts)).logits_NV
             for n, count in counts:
                 new_rows, rows = rows[:count], rows[count:]
                 logits[n].extend(new_rows)
@@ -291,9 +292,9 @@ def test_only_the_asked_rows_get_logits(tmp_path):
     (all_rows,) = served.decoder.forward(
         [ForwardBatch.of(slices, ids, torch.arange(5))], kv, served.experts
     )
-    torch.testing.assert_close(rows, all_rows[[2, 4]])
+    torch.testing.assert_close(rows.logits_NV, all_rows.logits_NV[[2, 4]])
     none = ForwardBatch.of(slices, ids, torch.empty(0, dtype=torch.int64))
-    assert served.decoder.forward([none], kv, served.experts)[0].shape == (0, VOCAB_SIZE)
+    assert served.decoder.forward([none], kv, served.experts)[0].logits_NV.shape == (0, VOCAB_SIZE)
 
 
 def test_a_cached_prefix_is_read_not_made_again(tmp_path):
@@ -304,7 +305,7 @@ def test_a_cached_prefix_is_read_not_made_again(tmp_path):
 
     def logits(one: SequenceSlice, ids: list[int]) -> Tensor:
         batch = ForwardBatch.of((one,), torch.tensor(ids), torch.tensor([len(ids) - 1]))
-        return served.decoder.forward([batch], kv, served.experts)[0]
+        return served.decoder.forward([batch], kv, served.experts)[0].logits_NV
 
     first = logits(SequenceSlice(0, 6, (1, 2)), prompt)
     second = logits(SequenceSlice(4, 2, (1, 3)), prompt[4:])

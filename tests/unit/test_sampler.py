@@ -14,8 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gateway.model.scores import NOT_A_NUMBER, Scores
 from gateway.request import Request, Sampling
-from gateway.sampler import NOT_A_NUMBER, Sampler, TokenLogprobs
+from gateway.sampler import Sampler, TokenLogprobs
 
 V = 11
 EOS = 3
@@ -38,7 +39,8 @@ class Choice(NamedTuple):
 def sample(
     logits: list[list[float]], requests: list[Request], sampler: Sampler | None = None
 ) -> list[Choice | None]:
-    chosen = (sampler or Sampler()).sample(torch.tensor(logits, dtype=torch.float32), requests)
+    scores = Scores(torch.tensor(logits, dtype=torch.float32))
+    chosen = (sampler or Sampler()).sample(scores, requests)
     assert set(chosen.logprobs) == {
         row for row, request in enumerate(requests) if request.sampling.logprobs is not None
     }
