@@ -150,6 +150,7 @@ class Pace(Structure):
     _fields_ = [
         ("step_us", c_int64),
         ("period_us", c_int64),
+        ("since_us", c_int64),
         ("layer_us", c_int64),
         ("came_us", c_int64),
         ("batch", c_uint64),

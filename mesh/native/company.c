@@ -11,7 +11,9 @@
 
 enum {
     PART_OF_STEP = 8,
-    UNSTEADY = 16,
+    UNSTEADY = 10,
+    EARLY = 2, /* times what it may be wrong by */
+    NEVER = -1,
     LAYERS = 64,    /* of a mask, which others share */
     MOST_US = 5000, /* that anybody is held in a layer: who idles has long steps, and no hurry */
 };
@@ -26,6 +28,18 @@ static void learn(pace *one, int64_t layer_us) {
     one->layer_us += one->layer_us ? within(by / 2, -most, most) : by;
 }
 
+/* Steps out of step take longer: they must not look like another pace, nor must one odd step. Two
+ * that were shorter do: prompts came before. */
+static void learn_period(pace *one, int64_t since_us) {
+    int64_t longer_us = since_us > one->since_us ? since_us : one->since_us;
+    int64_t least_us = one->period_us / 4 * 3, most_us = one->period_us / PART_OF_STEP * 9 + 1;
+    if (one->period_us)
+        one->period_us = within(since_us, longer_us < least_us ? longer_us : least_us, most_us);
+    else
+        one->period_us = since_us;
+    one->since_us = since_us;
+}
+
 void company_came(pace *one, int32_t layer, int64_t now) {
     /* It may have had no rows for us until now. What comes twice, or after a long way without any, is
      * still of the same step unless that began long ago. */
@@ -33,11 +47,7 @@ void company_came(pace *one, int32_t layer, int64_t now) {
     one->begins = !one->came_us || layer < one->layer ||
                   (one->period_us && 2 * since_us > one->period_us);
     if (one->begins) {
-        /* Steps out of step take longer: they must not look like another pace, nor one odd step. */
-        if (one->came_us && since_us > 0)
-            one->period_us = one->period_us ? within(since_us, one->period_us / 4 * 3,
-                                                     one->period_us / PART_OF_STEP * 9 + 1)
-                                            : since_us;
+        if (one->came_us && since_us > 0) learn_period(one, since_us);
         one->step_us = step_us;
         one->layers_before = one->layers;
         one->layers = 0;
@@ -69,22 +79,25 @@ static int64_t mean_step(const pace *one, const pace *other) {
 }
 
 /* How long after one this other should come for the same layer, with what that may be wrong by in
- * ``slack``; less than -expected_us: not at all. Of two that are half a step apart or more it is
- * the other one that waits. */
+ * ``slack``; NEVER: not at all. Of two that are half a step apart or more it is the other one that
+ * waits. Who was computed together is so again: late for once, it is worth more than the layers that
+ * both would take longer apart. */
 static int64_t follows(const pace *one, const pace *other, int64_t expected_us, int64_t *slack) {
-    int64_t step_us = mean_step(one, other), never = -expected_us - 1, late;
-    if (one->begins) {
-        int next = other->step_us < one->step_us - step_us / 2; /* it is still in the step before */
-        if (!next && other->layer >= one->layer) return never;
-        *slack = step_us / UNSTEADY;
+    int64_t step_us = mean_step(one, other), late;
+    int together = one->batch && one->batch == other->batch && !other->waits;
+    /* Whether it is still in the step before. */
+    int next = one->begins && other->step_us < one->step_us - step_us / 2;
+    *slack = one->begins || together ? step_us / UNSTEADY : expected_us;
+    if (!next && other->layer >= one->layer) return NEVER;
+    if (one->begins)
         late = other->step_us + (next ? other->period_us : 0) - one->step_us;
-        return 20 * late > 9 * step_us ? never : late;
-    }
-    if (other->layer >= one->layer) return never;
-    *slack = expected_us;
-    late = other->came_us + (one->layer - other->layer) * one->layer_us - one->came_us;
-    if (late >= -expected_us && 2 * late <= step_us) return late;
-    return one->batch && one->batch == other->batch && !other->waits ? 0 : never;
+    else
+        late = other->came_us + (one->layer - other->layer) * one->layer_us - one->came_us;
+    if (next && together && late > *slack) return *slack;
+    if (20 * late > (one->begins ? 9 : 10) * step_us) return NEVER;
+    if (late >= 0) return late;
+    /* It should have been here: any moment now, or it is not what it was. */
+    return together || late >= -EARLY * *slack ? 0 : NEVER;
 }
 
 int64_t company_until(const pace *one, const pace *const *others, int32_t count,
@@ -97,9 +110,8 @@ int64_t company_until(const pace *one, const pace *const *others, int32_t count,
         if (other == one || !comes(one, other, now)) continue;
         int64_t slack = 0, late = follows(one, other, expected_us, &slack);
         int64_t most_us = within(mean_step(one, other) / PART_OF_STEP, 0, MOST_US);
-        if (late < -(int64_t)expected_us || (late > expected_us && one != first && other != first))
-            continue;
-        int64_t here_us = one->came_us + within((late > 0 ? late : 0) + slack, 0, most_us);
+        if (late == NEVER || (late > expected_us && one != first && other != first)) continue;
+        int64_t here_us = one->came_us + within(late + slack, 0, most_us);
         if (here_us > until_us) until_us = here_us;
     }
     return until_us;

@@ -232,7 +232,8 @@ void device_return(device *gpu, borrowed *arenas);
 
 /* At what pace a gateway asks. Times are CLOCK_MONOTONIC. */
 typedef struct {
-    int64_t step_us, period_us; /* when its step began, and how long the one before took; or 0 */
+    int64_t step_us, period_us; /* when its step began, and how long one takes; or 0 */
+    int64_t since_us;           /* how long the one before took */
     int64_t layer_us;           /* from one layer to the next; 0: not known yet */
     int64_t came_us;            /* its last dispatch; 0: none yet */
     uint64_t batch;             /* what the one before that was computed in; 0: nothing */
