@@ -113,6 +113,7 @@ class Side:
             experts,
             Sampler(),
             overlap_tokens=overlap_tokens,
+            go_on=decoder.go_on,
         )
 
     def run(self, count: int, length: int, num_new: int) -> list[Ran]:

@@ -123,6 +123,7 @@ class Seat:
         """Of each of them."""
         self.version = -1
         """Of the peers, that the plan was made for."""
+        self.num_plans = 0
         self.num_shared = 0
         """Of the experts, those that have replicas."""
         self.num_uses = 0
@@ -217,6 +218,12 @@ class Asks:
         if seat.version != self._peers.version or seat.picks_again:
             self._plan(seat)
 
+    def plan_of(self, seat: Seat) -> int:
+        """The number of the plan that its tables say and that holds now, or 0. What is placed by it
+        may leave if :meth:`prepare` then keeps it."""
+        holds = self._asking.num_deaths == self._num_deaths and seat.version == self._peers.version
+        return seat.num_plans if holds else 0
+
     def leave(self, seat: Seat, graph: int) -> bool:
         """Launch the graph (``CUgraphExec``) that places the rows of a seat, which is prepared, and
         send them; 0 where they were placed already. False, with nothing sent, where they do not
@@ -299,6 +306,7 @@ class Asks:
 
     def _plan(self, seat: Seat) -> None:
         """Lay out who is asked for what, as long as nothing is held against anybody."""
+        seat.num_plans += 1
         if seat.micro_batch not in self._away:
             for key in [key for key in self._held if key[0] == seat.micro_batch and key[1].lost]:
                 self._release(key[1], self._held.pop(key))

@@ -398,14 +398,21 @@ class Dispatcher:
             rows_TK = torch.full_like(ids_TK, -1)
         return Placed(layer, micro_batch, x_TD, ids_TK, weights_TK, rows_TK, seat, self)
 
-    def leave(self, placed: Placed, graph: Graph) -> None:
-        """Launch the graph that placed the rows, and send them."""
-        if placed.seat is None:
+    def plan_of(self, placed: Placed) -> int:
+        """By which a graph would place the rows now; 0 where they have no plan that is sure."""
+        return 0 if placed.seat is None else placed.seat.asks.plan_of(placed.seat)
+
+    def leave(self, placed: Placed, graph: Graph, launched_by: int = 0) -> None:
+        """Launch the graph that places the rows, unless it was launched by the plan (see
+        :meth:`plan_of`) that still holds, and send them."""
+        seat = placed.seat
+        if seat is None:
             graph.replay()
             self._send_placed(placed)
         else:
-            placed.seat.asks.prepare(placed.seat)
-            self._leave(placed, placed.seat, graph.raw_cuda_graph_exec())
+            seat.asks.prepare(seat)
+            placed_already = launched_by == seat.num_plans
+            self._leave(placed, seat, 0 if placed_already else graph.raw_cuda_graph_exec())
 
     def _leave(self, placed: Placed, seat: Seat, graph: int) -> None:
         self._note_look()

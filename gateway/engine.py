@@ -73,7 +73,9 @@ class Engine:
     experts.
 
     Between a step's tokens and the next step a GPU has nothing to do, so what the next one does
-    not need is left to :meth:`catch_up`, which the experts call while rows are away.
+    not need is left to :meth:`catch_up`, which the experts call while rows are away. Where the next
+    step can be foreseen, ``go_on`` begins it as soon as the device knows the tokens (int64, one a
+    row), before the host does; it says whether it could.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Engine:
         sampler: Sampler,
         *,
         overlap_tokens: int | None = None,
+        go_on: Callable[[torch.Tensor], bool] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._scheduler = scheduler
@@ -95,6 +98,12 @@ class Engine:
         little of what nobody waits for."""
         self._sampler = sampler
         self._overlap_tokens = math.inf if overlap_tokens is None else overlap_tokens
+        self._go_on = go_on
+        self._to_foresee: tuple[Part, ...] = ()
+        """The parts of the step that is under way, until somebody has looked what follows."""
+        self._foreseen = False
+        self._begun = False
+        """Whether the device has begun the next step."""
         self._clock = clock
         self._outputs: list[Output] = []
         self._unsaid: tuple[_Computed, list[Request]] | None = None
@@ -179,23 +188,32 @@ class Engine:
     @torch.inference_mode()
     def _compute(self, parts: tuple[Part, ...], idle_since_s: float) -> _Computed:
         """Forward and sample."""
-        micro_batches = [parts]
-        if sum([num_tokens for _, num_tokens, _ in parts]) >= self._overlap_tokens:
+        micro_batches, num_tokens = [parts], sum([num_tokens for _, num_tokens, _ in parts])
+        if num_tokens >= self._overlap_tokens:
             micro_batches = split(parts)
+        begun, self._begun, self._foreseen = self._begun, False, False
+        alike = self._go_on is not None and num_tokens == len(parts) and len(micro_batches) == 1
+        self._to_foresee = parts if alike else ()
         self._experts.begin_step(len(micro_batches))
         batches = [to_batch(micro_batch, self._scheduler.blocks) for micro_batch in micro_batches]
         self.launching()
         scores = Scores.joined(self._forward(batches, self._experts))
-        self._host_s += self._launched_s - idle_since_s
+        if not begun:
+            self._host_s += self._launched_s - idle_since_s
         self.catch_up()
         void = requests_of_rows(micro_batches, self._experts.void_rows())
         wanting = [part.request for part in parts if part.wants_token]
         if void:
             kept = [row for row, request in enumerate(wanting) if request not in void]
             scores, wanting = scores.of_rows(kept), [wanting[row] for row in kept]
-        chosen = self._sampler.sample(scores, wanting) if wanting else Chosen([], {})
+        self._foreseen = self._foreseen and not void
+        chosen = self._sampler.sample(scores, wanting, self._begin) if wanting else Chosen([], {})
         self._idle_since_s = self._clock()
         return _Computed(wanting, chosen, void)
+
+    def _begin(self, token_ids_N: torch.Tensor) -> None:
+        if self._foreseen and self._go_on is not None:
+            self._begun = self._go_on(token_ids_N)
 
     def _advance(self, parts: tuple[Part, ...], computed: _Computed) -> None:
         self._failures = 0
@@ -240,6 +258,9 @@ class Engine:
     def _while_away(self) -> None:
         if self._unsaid is not None:
             self.catch_up()
+        elif self._to_foresee:
+            parts, self._to_foresee = self._to_foresee, ()
+            self._foreseen = self._scheduler.foresee(parts)
         else:
             self.on_away()
 

@@ -144,15 +144,20 @@ class Sampler:
         self._on_host_N = torch.empty(0, dtype=torch.int64)
         """Pinned: what a device copies the token ids to."""
 
-    def sample(self, scores: Scores, requests: Sequence[Request]) -> Chosen:
+    def sample(
+        self,
+        scores: Scores,
+        requests: Sequence[Request],
+        chosen: Callable[[torch.Tensor], object] = lambda token_ids_N: None,
+    ) -> Chosen:
         """The next token of each request. On a device nothing waits for it but, in the end, the
-        copy of the token ids."""
+        copy of the token ids; ``chosen`` is told of them (int64) right before that wait."""
         wishes = self._wishes
         if wishes.requests != requests:
             wishes = self._wishes = _Wishes(requests, scores.logits_NV)
-        if wishes.plain and scores.likeliest_on_host_N is not None:
-            torch.cuda.current_stream().synchronize()
-            return Chosen(scores.likeliest_on_host_N.tolist(), {})
+        if wishes.plain and scores.likeliest_N is not None:
+            assert scores.likeliest_on_host_N is not None
+            return Chosen(self._wait(scores.likeliest_N, scores.likeliest_on_host_N, chosen), {})
         logits_NV = scores.logits_NV
         logprobs_LV = None
         if wishes.reported:
@@ -173,21 +178,35 @@ class Sampler:
                 wishes.limits,
             )
             token_ids_N.index_copy_(0, wishes.random_M, drawn_M)
-        token_ids = self._to_host(token_ids_N)
+        token_ids = self._to_host(token_ids_N, chosen)
         if logprobs_LV is None:
             return Chosen(token_ids, {})
         return Chosen(token_ids, _report(logprobs_LV, token_ids_N, wishes))
 
-    def _to_host(self, token_ids_N: torch.Tensor) -> list[int]:
-        """The only wait for a device."""
+    def _to_host(
+        self, token_ids_N: torch.Tensor, chosen: Callable[[torch.Tensor], object]
+    ) -> list[int]:
         if not token_ids_N.is_cuda:
+            chosen(token_ids_N)
             return token_ids_N.tolist()
         count = len(token_ids_N)
         if len(self._on_host_N) < count:
             self._on_host_N = torch.empty(count, dtype=torch.int64, pin_memory=True)
         on_host_N = self._on_host_N[:count]
         on_host_N.copy_(token_ids_N, non_blocking=True)
-        torch.cuda.current_stream(token_ids_N.device).synchronize()
+        return self._wait(token_ids_N, on_host_N, chosen)
+
+    def _wait(
+        self,
+        token_ids_N: torch.Tensor,
+        on_host_N: torch.Tensor,
+        chosen: Callable[[torch.Tensor], object],
+    ) -> list[int]:
+        """The only wait for a device, and not for what ``chosen`` gives it to do."""
+        there = torch.cuda.Event()
+        there.record()
+        chosen(token_ids_N)
+        there.synchronize()
         return on_host_N.tolist()
 
     def _draw(

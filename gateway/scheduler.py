@@ -242,6 +242,23 @@ class Scheduler:
         self.counts.stalled_s += sum(stalled_s for _, stalled_s in resumed)
         return Advanced(ended, resumed)
 
+    def foresee(self, parts: tuple[Part, ...]) -> bool:
+        """Whether the step behind this one, which is not through, is of the same requests with a
+        token each, unless one ends that need not. They hold blocks for two more tokens then: those
+        of the step behind that are known before it is."""
+        if self._waiting or len(parts) != len(self._running):
+            return False
+        for request, num_tokens, wants_token in parts:
+            last = request.num_outputs + 1 >= request.sampling.max_tokens
+            if num_tokens > 1 or not wants_token or last or request.stall is not None:
+                return False
+            num_positions = len(request.token_ids) + 2
+            if num_positions > request.table.num_positions and not request.table.grow(
+                self.blocks, num_positions
+            ):
+                return False
+        return True
+
     def publish(self) -> None:
         """Let newcomers find the blocks that were filled. It is done before anybody looks for
         them or they are given back, but may be done sooner, when there is time."""

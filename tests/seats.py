@@ -7,6 +7,7 @@ import ctypes
 import torch
 
 from gateway.dispatch import Dispatcher, Placed
+from mesh import native
 from mesh.replay import ReplayDevice
 from mesh.transport.base import Transport
 from tests.rig import HIDDEN_SIZE, NUM_EXPERTS, make_dispatcher
@@ -66,6 +67,15 @@ class Layer:
         self._fill(x_TD, ids_TK, weights_TK)
         self.dispatcher.leave(self.placed, self)
         return self.placed.pending is None
+
+    def launch(self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> int:
+        """Before it leaves: by which plan."""
+        self._fill(x_TD, ids_TK, weights_TK)
+        assert self.dispatcher._asks is not None
+        plan = self.dispatcher.plan_of(self.placed)
+        asking = self.dispatcher._asks._asking
+        native.long.asking_leave(asking._pointer, None, self.raw_cuda_graph_exec())  # type: ignore[attr-defined]
+        return plan
 
     def _fill(self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
         self.x_TD.copy_(x_TD)

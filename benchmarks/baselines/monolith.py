@@ -136,17 +136,24 @@ class WholeStep:
         self._decoder, self._kv, self._experts = decoder, kv, experts
         self._max_model_len = max_model_len
         self._found: dict[int, tuple[_Batch, torch.cuda.CUDAGraph]] = {}
+        self._last: tuple[_Batch, torch.cuda.CUDAGraph] | None = None
 
     def start(self, batch: ForwardBatch, micro_batch: int) -> _Flight | None:
+        self._last, last = None, self._last
         count = len(batch.num_tokens)
         if len(batch.token_ids_T) > count:
             return None
         size = 1 << (count - 1).bit_length()
         if size not in self._found:
             self._found[size] = self._capture(size)
-        filled, graph = self._found[size]
-        filled.fill(batch, self._kv.block_size)
+        self._last = filled, graph = self._found[size]
+        if self._last != last or not filled.follow(batch):
+            filled.fill(batch, self._kv.block_size)
         return _Flight(graph, filled, count)
+
+    def go_on(self, tokens_N: Tensor) -> bool:
+        """The step itself is launched when the last one's tokens were read, which it overwrites."""
+        return self._last is not None and self._last[0].go_on(tokens_N)
 
     def _capture(self, size: int) -> tuple[_Batch, torch.cuda.CUDAGraph]:
         from gateway.model.decode_graphs import _Batch

@@ -37,6 +37,10 @@ class DecodeFacts:
         """What has changed of the tables, end to end: only so is it copied without a wait."""
         self._tables: list[BlockTable] = [()] * size
         self._rows_B = np.arange(size)
+        self._positions: list[int] = []
+        """Of the last batch."""
+        self._block_size = 1
+        self._went_on = False
 
     @property
     def tokens_B(self) -> Tensor:
@@ -71,6 +75,40 @@ class DecodeFacts:
         slots[:] = self._tables_on_host_BM[self._rows_B[:count], blocks] * block_size + within
         lengths[:] = positions + 1
         self.facts_4B.copy_(self._on_host_4B, non_blocking=True)
+        self._positions, self._block_size = list(batch.num_cached), block_size
+        self._went_on = False
+
+    def go_on(self, tokens_N: Tensor) -> bool:
+        """Move each sequence of the last batch on by its next token, which the device has chosen:
+        nothing waits for the host. False, with nothing done, where one has no block for it yet."""
+        positions = [position + 1 for position in self._positions]
+        if len(tokens_N) != len(positions) or self._went_on:
+            return False
+        for position, table in zip(positions, self._tables, strict=False):
+            if position >= len(table) * self._block_size:
+                return False
+        self._move_on(tokens_N)
+        self._positions, self._went_on = positions, True
+        return True
+
+    def _move_on(self, tokens_N: Tensor) -> None:
+        from gateway.model import gpu_kernels
+
+        gpu_kernels.go_on(self.facts_4B, tokens_N, self.tables_BM, self._block_size)
+
+    def follow(self, batch: ForwardBatch) -> bool:
+        """Whether this is the batch that :meth:`go_on` has brought about; then it needs no
+        :meth:`fill`."""
+        if not self._went_on or list(batch.num_cached) != self._positions:
+            return False
+        tables = batch.block_tables
+        for new, old in zip(tables, self._tables, strict=False):
+            if new is not old and new[: len(old)] != old:
+                return False
+        if tables != self._tables[: len(tables)]:
+            self._lay_out(tables)
+        self._went_on = False
+        return True
 
     def _lay_out(self, tables: Sequence[BlockTable]) -> None:
         """Take over the tables of the first rows, where they are others than before."""

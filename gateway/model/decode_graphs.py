@@ -57,7 +57,9 @@ class DeviceExperts(Protocol):
         self, layer: int, micro_batch: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
     ) -> Placed: ...
 
-    def leave(self, placed: Placed, graph: torch.cuda.CUDAGraph) -> None: ...
+    def plan_of(self, placed: Placed) -> int: ...
+
+    def leave(self, placed: Placed, graph: torch.cuda.CUDAGraph, launched_by: int = 0) -> None: ...
 
     def turn(self, back: Placed, placed: Placed | None, graph: torch.cuda.CUDAGraph) -> None: ...
 
@@ -85,21 +87,23 @@ class _Batch(DecodeFacts):
         self.segments: list[_Segment] = []
         self.kept: Tensor | None = None
         """What several segments read: were it freed, the next graph would overwrite it."""
-        self._head_BV: Tensor | None = None
+        self._head_BV = self._likeliest_B = torch.empty(0)
         pinned = device.type == "cuda"
         self._likeliest_on_host_B = torch.zeros(size, dtype=torch.int64, pin_memory=pinned)
 
     def score(self, decoder: Decoder, x_BD: Tensor) -> None:
         """What a graph ends with: the next tokens on the host, for whom the likeliest will do."""
         self._head_BV = decoder.head(x_BD)
-        self._likeliest_on_host_B.copy_(likeliest(self._head_BV), non_blocking=True)
+        self._likeliest_B = likeliest(self._head_BV)
+        self._likeliest_on_host_B.copy_(self._likeliest_B, non_blocking=True)
 
     def scores(self, count: int, rows_N: Tensor) -> Scores:
         """What :meth:`score` leaves, of these of the first ``count`` rows."""
-        assert self._head_BV is not None
         if len(rows_N) < count:
             return Scores(self._head_BV.index_select(0, rows_N.to(self._head_BV.device)))
-        return Scores(self._head_BV[:count], self._likeliest_on_host_B[:count])
+        return Scores(
+            self._head_BV[:count], self._likeliest_B[:count], self._likeliest_on_host_B[:count]
+        )
 
 
 class DecodeGraphs:
@@ -122,9 +126,15 @@ class DecodeGraphs:
             isinstance(attention, GroupedAttention) and attention.head_dim <= MAX_KEY_DIM
         )
         self._stream = torch.cuda.Stream(self._device)
+        self._last: _Batch | None = None
+        """Of the last step, where that is one batch."""
+        self._launched_by = 0
+        """The plan by which the first segment of the next step was launched; 0: it was not."""
 
     def start(self, batch: ForwardBatch, micro_batch: int) -> GraphedBatch | None:
         """The batch on its way through graphs; None where it is none for them."""
+        self._last, last = None, self._last
+        launched_by, self._launched_by = self._launched_by, 0
         count = len(batch.num_tokens)
         if not self._possible or count > _MAX_BATCH:
             return None
@@ -138,8 +148,27 @@ class DecodeGraphs:
         found = self._batches.get(key)
         if found is None:
             found = self._batches[key] = self._capture(size, micro_batch)
-        found.fill(batch, self._kv.block_size)
-        return GraphedBatch(found, self._experts, count)
+        if found is not last or not found.follow(batch):
+            found.fill(batch, self._kv.block_size)
+            launched_by = 0
+        if micro_batch == 0:
+            self._last = found
+        return GraphedBatch(found, self._experts, count, launched_by)
+
+    def go_on(self, tokens_N: Tensor) -> bool:
+        """Launch the next step's first segment, for the sequences of the last step with these
+        tokens, which the device has chosen: it need not wait for the host to hear of them. Whether
+        it was launched. Should the next step be another after all, what was computed is read by
+        nobody: keys and values lie past the end of all that is known."""
+        if self._last is None or self._version != self._experts.arena_version:
+            return False
+        first = self._last.segments[0]
+        plan = 0 if first.placed is None else self._experts.plan_of(first.placed)
+        if not plan or not self._last.go_on(tokens_N):
+            return False
+        first.graph.replay()
+        self._launched_by = plan
+        return True
 
     def _capture(self, size: int, micro_batch: int) -> _Batch:
         began_s = time.monotonic()
@@ -270,10 +299,12 @@ class _Capturing:
 class GraphedBatch:
     """See :class:`gateway.model.decoder.Flight`."""
 
-    def __init__(self, batch: _Batch, experts: DeviceExperts, count: int) -> None:
+    def __init__(self, batch: _Batch, experts: DeviceExperts, count: int, launched_by: int) -> None:
+        """``launched_by``: the plan by which the first segment was launched already, or 0."""
         self._batch = batch
         self._experts = experts
         self._count = count
+        self._launched_by = launched_by
         self._next = 0
         self._away: Placed | None = None
 
@@ -297,7 +328,8 @@ class GraphedBatch:
         if away is not None:
             self._experts.turn(away, segment.placed, segment.graph)
         elif segment.placed is not None:
-            self._experts.leave(segment.placed, segment.graph)
+            self._experts.leave(segment.placed, segment.graph, self._launched_by)
+            self._launched_by = 0
         else:
             segment.graph.replay()
         if segment.shared is not None:

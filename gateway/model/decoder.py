@@ -185,6 +185,11 @@ class Decoder:
             for flight, batch in zip(flights, batches, strict=True)
         ]
 
+    def go_on(self, tokens_N: Tensor) -> bool:
+        """Begin the next step before the host knows of its tokens, one of each row of the last,
+        where that can be. See :meth:`gateway.model.decode_graphs.DecodeGraphs.go_on`."""
+        return self._graphs is not None and self._graphs.go_on(tokens_N)
+
     def use_graphs(self, graphs: DecodeGraphs) -> None:
         """Take batches through these graphs from here on, where they are made for them."""
         self._graphs = graphs

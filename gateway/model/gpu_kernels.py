@@ -431,3 +431,34 @@ def choose(
         ),
     )
     return ids_TK, weights_TK
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _go_on_kernel(
+    facts, tokens, tables, num_rows, size, width, block_size: tl.constexpr, ROWS: tl.constexpr
+):
+    row = tl.arange(0, ROWS)
+    inside = row < num_rows
+    token = tl.load(tokens + row, mask=inside, other=0)
+    position = tl.load(facts + size + row, mask=inside, other=0) + 1
+    block = tl.load(tables + row * width + position // block_size, mask=inside, other=0)
+    # What is not a number has no embedding; its request ends.
+    tl.store(facts + row, tl.maximum(token, 0).to(tl.int32), mask=inside)
+    tl.store(facts + size + row, position, mask=inside)
+    tl.store(facts + 2 * size + row, block * block_size + position % block_size, mask=inside)
+    tl.store(facts + 3 * size + row, position + 1, mask=inside)
+
+
+_launch_go_on = Launcher(_go_on_kernel)
+
+
+def go_on(facts_4B: Tensor, tokens_N: Tensor, tables_BM: Tensor, block_size: int) -> None:
+    """Move the first N sequences of :class:`gateway.model.decode_facts.DecodeFacts` on, each by its
+    token (int64), which stands in a block of its table."""
+    _launch_go_on(
+        (1, 1),
+        (facts_4B, tokens_N, tables_BM),
+        varying=(len(tokens_N),),
+        fixed=tuple(tables_BM.shape),
+        constants=(block_size, triton.next_power_of_2(facts_4B.shape[1])),
+    )

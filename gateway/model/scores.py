@@ -17,10 +17,16 @@ NOT_A_NUMBER = -1
 class Scores:
     """Of each row, how likely every token is; on a device that may be still to come."""
 
-    def __init__(self, head_NV: Tensor, likeliest_on_host_N: Tensor | None = None) -> None:
-        """What the head made, in the model's dtype. ``likeliest_on_host_N`` (int64, pinned) is
-        :func:`likeliest` of it, once the device's stream has come so far."""
+    def __init__(
+        self,
+        head_NV: Tensor,
+        likeliest_N: Tensor | None = None,
+        likeliest_on_host_N: Tensor | None = None,
+    ) -> None:
+        """What the head made, in the model's dtype. ``likeliest_N`` (int64) is :func:`likeliest` of
+        it, and also on the host, pinned, once the device's stream has come so far."""
         self._head_NV = head_NV
+        self.likeliest_N = likeliest_N
         self.likeliest_on_host_N = likeliest_on_host_N
 
     def __len__(self) -> int:

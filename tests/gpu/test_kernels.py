@@ -10,9 +10,12 @@ triton = pytest.importorskip("triton", reason="kernels are written in Triton")
 
 from gateway.asking import Tables
 from gateway.gpu_kernels import combine, place, scatter, sort_by_expert
+from gateway.model.batch import ForwardBatch, SequenceSlice
+from gateway.model.decode_facts import DecodeFacts
 from gateway.model.gpu_kernels import num_splits, paged_decode, rms_norm, turn_and_store
 from gateway.model.rope import rotate_
 from gateway.model.router import Router
+from gateway.model.scores import NOT_A_NUMBER
 from mesh.gpu_kernels import gated, group_ends, grouped_linear
 from mesh.model_config import RouterConfig
 from tests.gpu.device import DEVICE, DTYPES, close
@@ -244,3 +247,17 @@ def test_decode_reads_pages(
                 scores = torch.cat([scores, sinks_H.double()[:, None]], dim=1)
             weights = scores.softmax(dim=1)[:, : len(at)]
             close(got[b].double(), torch.einsum("hn,nhv->hv", weights, v), of=dtype)
+
+
+def test_sequences_go_on_as_if_they_had_been_filled_in() -> None:
+    block_size, tables = 4, [(7, 2, 9), (5, 3), (8, 1, 4)]
+    gone_on, filled = (DecodeFacts(4, 8, torch.device(DEVICE)) for _ in "12")
+
+    def batch(positions: list[int], tokens: list[int]) -> ForwardBatch:
+        slices = map(SequenceSlice, positions, [1, 1, 1], tables)
+        return ForwardBatch.of(slices, torch.tensor(tokens), torch.arange(3))
+
+    gone_on.fill(batch([6, 3, 8], [11, 12, 13]), block_size)
+    assert gone_on.go_on(torch.tensor([21, NOT_A_NUMBER, 23], device=DEVICE))
+    filled.fill(batch([7, 4, 9], [21, 0, 23]), block_size)
+    assert gone_on.facts_4B.tolist() == filled.facts_4B.tolist()

@@ -147,6 +147,7 @@ def make_bench(
     max_batch_tokens: int = 64,
     overlap_tokens: int | None = None,
     forward: Callable[[Forward], Forward] = lambda forward: forward,
+    go_on: Callable[[Tensor], bool] | None = None,
 ) -> Bench:
     blocks = BlockAllocator(num_blocks, SIZE)
     kv = KvCache(model.config, num_blocks, SIZE, CPU, torch.float32)
@@ -161,6 +162,7 @@ def make_bench(
         experts,
         Sampler(),
         overlap_tokens=overlap_tokens,
+        go_on=go_on,
         clock=lambda: bench.now,
     )
     bench = Bench(engine, experts, blocks)
@@ -213,6 +215,44 @@ def test_tokens_do_not_depend_on_what_runs_beside_chunks_or_preemption(
         bench.engine.submit(each)
     assert bench.run() == alone
     assert (bench.engine.stats().preemptions > 0) == (num_blocks == 16)
+    assert bench.blocks.num_free == num_blocks
+
+
+@pytest.mark.parametrize("num_blocks", [64, 16])
+def test_what_is_begun_before_the_host_knows_its_tokens_is_the_next_step(
+    model: Model, alone: dict[str, list[int]], num_blocks: int
+) -> None:
+    begun: list[list[int]] = []
+    came: list[int] = []
+
+    def go_on(token_ids_N: Tensor) -> bool:
+        begun.append(token_ids_N.tolist())
+        return True
+
+    def watched(forward: Forward) -> Forward:
+        def call(batches: Sequence[ForwardBatch], experts: Experts) -> list[Scores]:
+            if begun:
+                (batch,) = batches
+                assert batch.token_ids_T.tolist() == begun.pop()
+                came.append(len(batch.num_tokens))
+            for _ in range(9):
+                bench.experts.on_away()
+            return forward(batches, experts)
+
+        return call
+
+    bench = make_bench(model, num_blocks=num_blocks, forward=watched, go_on=go_on)
+    for each in four_requests():
+        bench.engine.submit(each)
+    bench.step()
+    bench.step()
+    bench.experts.lost = {ExpertId(model.config.moe_layers[0], index) for index in range(16)}
+    begun.clear()
+    bench.step()
+    assert not begun  # some rows come again
+    bench.experts.lost = set()
+    assert bench.run() == alone
+    assert came
     assert bench.blocks.num_free == num_blocks
 
 

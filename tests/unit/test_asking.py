@@ -33,7 +33,7 @@ from tests.rig import (
     times,
 )
 from tests.seats import Layer, seated_dispatcher
-from tests.stand_in import FAILS_AT_LAUNCH, FAILS_LATER, compiled
+from tests.stand_in import FAILS_AT_LAUNCH, FAILS_LATER, Knobs, compiled
 
 LAYERS = (3, 4)
 LAYER = LAYERS[0]
@@ -211,6 +211,28 @@ def test_what_is_back_makes_the_next_one_leave_in_any_way(rig: Rig) -> None:
     want = expected(LAYER, x_TD, torch.tensor([[0, 1], [1, 0]]), weights_TK)
     torch.testing.assert_close(got, want)
     assert rig.dispatcher.void_rows().keys() == {(0, 1)}
+
+
+def test_what_was_launched_before_leaves_if_its_plan_holds(rig: Rig, driver: str) -> None:
+    """Where it does not, it is launched again."""
+    knobs = Knobs(driver)
+    for index in range(NUM_EXPERTS):
+        rig.worker(f"w{index}", index)
+    rig.connect()
+    assert rig.dispatcher.plan_of(rig.layer(5).placed) == 0
+    rig.run(5)
+    for seed in range(2):
+        rig.dispatcher.begin_step(1)
+        one, step = rig.layer(5), random_step(5, seed=seed)
+        plan = one.launch(*step)
+        assert plan
+        launched = knobs["launched"]
+        if seed == 1:
+            rig.dispatcher.peers.version += 1
+        rig.dispatcher.leave(one.placed, one, plan)
+        assert knobs["launched"] == launched + seed
+        torch.testing.assert_close(one.come_back(), expected(LAYER, *step))
+    rig.settle()
 
 
 def test_a_batch_that_comes_from_no_graph_is_another_micro_batch_of_the_step(rig: Rig) -> None:

@@ -68,3 +68,50 @@ def test_random_lives() -> None:
             for p, t in running
             if p + 1 < 16 * SIZE
         ]
+
+
+class Device(DecodeFacts):
+    """Goes on as the kernel does; see ``tests/gpu/test_kernels.py``."""
+
+    def _move_on(self, tokens_N: torch.Tensor) -> None:
+        for row, token in enumerate(tokens_N.tolist()):
+            position = int(self.positions_B[row]) + 1
+            block = int(self.tables_BM[row, position // SIZE])
+            self.facts_4B[:, row] = torch.tensor(
+                [token, position, block * SIZE + position % SIZE, position + 1]
+            )
+
+
+def test_what_the_device_went_on_to_is_followed_if_it_comes() -> None:
+    facts = Device(4, 8, CPU)
+    a, b = (7, 2), (5, 3)
+    facts.fill(batch_of((5, a), (3, b)), SIZE)
+    tokens_N = torch.tensor([100, 101])
+    for step in (
+        batch_of((6, a), (4, b)),
+        batch_of((7, a), (5, (*b, 6))),  # blocks come before they are needed
+    ):
+        assert facts.go_on(tokens_N)
+        assert not facts.go_on(tokens_N)  # nobody has followed yet
+        assert facts.follow(step)
+        assert not facts.follow(step)
+        check(facts, step)
+    assert not facts.go_on(tokens_N)  # the first has no block for it
+    assert not facts.follow(batch_of((8, (*a, 1)), (6, (*b, 6))))
+
+
+def test_what_comes_otherwise_is_not_followed() -> None:
+    a, b = (7, 2), (5, 3)
+    for other in (
+        batch_of((6, a)),
+        batch_of((5, a), (4, b)),
+        batch_of((4, b), (6, a)),
+        batch_of((6, a), (4, (5, 4))),
+        batch_of((6, a), (4, b), (0, (1,))),
+    ):
+        facts = Device(4, 8, CPU)
+        facts.fill(batch_of((5, a), (3, b)), SIZE)
+        assert facts.go_on(torch.tensor([100, 101]))
+        assert not facts.follow(other)
+        facts.fill(other, SIZE)
+        check(facts, other)

@@ -63,6 +63,38 @@ def run_step(
     return described
 
 
+def foreseen(scheduler: Scheduler) -> bool:
+    """Whether the step behind the next one is foreseen while that is under way; it is made."""
+    parts = scheduler.schedule(0.0)
+    seen = scheduler.foresee(parts)
+    if seen:
+        for part in parts:
+            assert part.request.table.num_positions >= len(part.request.token_ids) + 2
+    scheduler.advance(parts, {p.request: 9 for p in parts if p.wants_token}, {}, 0.0)
+    if seen:
+        assert scheduler.schedule(0.0) == parts
+    return seen
+
+
+def test_a_step_is_foreseen_where_the_same_requests_decode_on() -> None:
+    scheduler = make_scheduler(num_blocks=9)
+    scheduler.add(make_request("a", prompt=1, max_tokens=9))
+    scheduler.add(make_request("b", prompt=3, max_tokens=5))
+    assert not foreseen(scheduler)  # a prompt
+    assert [foreseen(scheduler) for _ in range(4)] == [True, True, True, False]  # "b" ends
+    scheduler.add(make_request("c", prompt=2))
+    assert not foreseen(scheduler)  # its prompt
+    assert foreseen(scheduler)
+
+
+def test_nothing_is_foreseen_that_nobody_has_blocks_for() -> None:
+    scheduler = make_scheduler(num_blocks=4)
+    scheduler.add(make_request("a", prompt=3, max_tokens=6))
+    assert [foreseen(scheduler) for _ in range(5)] == [False, True, True, True, False]
+    assert scheduler.blocks.num_free == 0
+    assert scheduler.counts.preemptions == 0
+
+
 def test_a_prompt_is_computed_in_chunks_then_one_token_a_step() -> None:
     scheduler = make_scheduler(max_batch_tokens=4)
     request = make_request("a", prompt=6, max_tokens=3)
