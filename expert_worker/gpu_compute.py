@@ -26,7 +26,7 @@ from mesh import native, wire
 from mesh.errors import Unavailable
 from mesh.mlp import StackedMlps
 from mesh.plan import ExpertId
-from mesh.replay import WHOLE, ReplayDevice, Replays, is_listed, slot_rows, slots_of, step_of
+from mesh.replay import WHOLE, ReplayDevice, Replays, slot_rows, slots_of, step_of
 
 log = structlog.get_logger()
 
@@ -257,15 +257,6 @@ class GpuCompute:
         uses[slots.start, step] += 1
         if uses[slots.start, step] != _CAPTURE_AT_USE:
             return
-
-        def whole(slot: int, rows_RD: torch.Tensor) -> None:
-            stream = self._stream.cuda_stream
-            if is_listed(slot):
-                replays.bring(slot, stream)
-            compute(slot, rows_RD)
-            if is_listed(slot):
-                replays.take_away(slot, stream)
-
         sizes = [slots]
         if not part.start:
             merged = (slots_of(num_rows * n) for n in (2, _MERGED) if num_rows * n <= _GRAPH_ROWS)
@@ -277,7 +268,7 @@ class GpuCompute:
                     rows_RD = buffer_RD[: slot_rows(slot, step)]
                     if not part.start and slot == slots.start:
                         compute(slot, torch.zeros_like(rows_RD))  # so many rows may be new to it
-                    graph = capture(functools.partial(whole, slot, rows_RD), self._pool)
+                    graph = capture(functools.partial(compute, slot, rows_RD), self._pool)
                     graphs.add(slot, graph.raw_cuda_graph_exec(), (graph, kept), step)
         except (RuntimeError, AttributeError) as error:
             # An older torch has no handles to give; these batches stay with our own turns.

@@ -39,11 +39,6 @@ def slot_rows(slot: int, step: int = WHOLE) -> int:
     return rows - (WHOLE - step) * rows // (2 * native.STEPS)
 
 
-def is_listed(slot: int) -> bool:
-    """Whether the slot's graphs bring their rows and take them away themselves."""
-    return slot // native.RING < native.LISTED
-
-
 class ReplayDevice:
     """Launches graphs on one stream, by the thread that has its context.
 
@@ -58,8 +53,6 @@ class ReplayDevice:
         """By slot, those that were lent."""
         self.counts: dict[int, torch.Tensor] = {}
         """Of the same, int32 on the host: where graphs of several experts leave their counts."""
-        self.lists: dict[int, torch.Tensor] = {}
-        """Of the same, where graphs bring their rows and take them away: by what lists there."""
 
     def __del__(self) -> None:
         if self.handle:
@@ -71,29 +64,9 @@ class ReplayDevice:
         self.counts[slot] = torch.zeros(
             wire.MAX_EXPERTS, dtype=torch.int32, pin_memory=rows_RD.is_cuda
         )
-        lists = 0
-        if is_listed(slot):
-            self.lists[slot] = torch.zeros(
-                native.short.device_list_bytes(), dtype=torch.uint8, pin_memory=rows_RD.is_cuda
-            )
-            lists = self.lists[slot].data_ptr()
         native.short.device_lend(
-            self.handle, slot, rows_RD.data_ptr(), self.counts[slot].data_ptr(), lists
+            self.handle, slot, rows_RD.data_ptr(), self.counts[slot].data_ptr()
         )
-
-    def bring(self, slot: int, stream: int) -> None:
-        """What the graphs of a slot that :func:`is_listed` begin with, while they are captured on
-        this stream (``CUstream``): the rows to compute. Raises RuntimeError."""
-        self._copy_listed(slot, False, stream)
-
-    def take_away(self, slot: int, stream: int) -> None:
-        """What they end with: the replies."""
-        self._copy_listed(slot, True, stream)
-
-    def _copy_listed(self, slot: int, away: bool, stream: int) -> None:
-        num_bytes = self.buffers[slot].nbytes
-        if not native.short.device_copy_listed(self.handle, slot, away, num_bytes, stream):
-            raise RuntimeError("the driver does not launch the kernel that copies rows")
 
     @property
     def out(self) -> int:

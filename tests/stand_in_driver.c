@@ -1,8 +1,6 @@
 /* The few calls of libcuda.so.1 that mesh/native/device.c makes, over the host's memory: a graph
  * multiplies a buffer, as one or by expert, or places rows; the one kernel copies. Each runs when the test has allowed so many, in the order
  * of the launches. A memory handle is an address of this process. */
-#include "../mesh/native/copy_rows.h"
-
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -36,10 +34,15 @@ typedef struct {
     int32_t fails;
     const placing *places; /* instead */
     const sharing *shares; /* instead of times */
-    const copy_list *lists; /* of what comes before, and goes afterwards; or NULL */
 } graph;
 
-typedef listed_copy copying;
+typedef struct {
+    char *to;
+    const char *from;
+    uint64_t units; /* of 16 bytes */
+    const uint64_t *permit;
+    uint64_t wanted;
+} copying;
 
 typedef struct {
     graph *replayed; /* NULL: a copy */
@@ -110,29 +113,17 @@ static void multiply_by_expert(const sharing *s, float *rows, int64_t count) {
         for (int64_t i = 0; i < s->counts[e] * s->width && rows < end; i++) *rows++ *= s->times[e];
 }
 
-static void copy(const copying *one) {
-    if (!one->permit || *(const uint64_t *)one->permit == one->wanted)
-        memcpy((char *)one->to, (const char *)one->from, UNIT_BYTES * one->units);
-}
-
-static void copy_all(const copy_list *list) {
-    for (uint64_t i = 0; list && i < list->count; i++) copy(&list->copies[i]);
-}
-
 static void run(const launch *one) {
-    const graph *replayed = one->replayed;
-    if (!replayed) {
-        copy(&one->copied);
-        return;
-    }
-    copy_all(replayed->lists);
-    if (replayed->places)
-        place(replayed->places);
-    else if (replayed->shares)
-        multiply_by_expert(replayed->shares, replayed->rows, replayed->count);
-    else
-        for (int64_t i = 0; i < replayed->count; i++) replayed->rows[i] *= replayed->times;
-    copy_all(replayed->lists ? replayed->lists + 1 : NULL);
+    const copying *copied = &one->copied;
+    if (one->replayed && one->replayed->places)
+        place(one->replayed->places);
+    else if (one->replayed && one->replayed->shares)
+        multiply_by_expert(one->replayed->shares, one->replayed->rows, one->replayed->count);
+    else if (one->replayed)
+        for (int64_t i = 0; i < one->replayed->count; i++)
+            one->replayed->rows[i] *= one->replayed->times;
+    else if (!copied->permit || *copied->permit == copied->wanted)
+        memcpy(copied->to, copied->from, 16 * copied->units);
 }
 
 int32_t cuEventQuery(void *event) {
@@ -182,7 +173,7 @@ int32_t cuStreamWaitEvent(void *stream, void *event, uint32_t flags) {
 
 int32_t cuMemcpyAsync(uint64_t to, uint64_t from, size_t bytes, void *stream) {
     (void)stream;
-    queue[launched++] = (launch){.copied = {to, from, bytes / UNIT_BYTES, 0, 0}};
+    queue[launched++] = (launch){.copied = {(char *)to, (const char *)from, bytes / 16, NULL, 0}};
     return READY;
 }
 
@@ -229,6 +220,10 @@ int32_t cuLaunchKernel(void *function, uint32_t x, uint32_t y, uint32_t z, uint3
     (void)shared_bytes, (void)stream, (void)extra;
     copying *copied = &queue[launched].copied;
     queue[launched++].replayed = NULL;
-    for (int i = 0; i < 5; i++) (&copied->to)[i] = *(uint64_t *)arguments[i];
+    copied->to = *(char **)arguments[0];
+    copied->from = *(const char **)arguments[1];
+    copied->units = *(uint64_t *)arguments[2];
+    copied->permit = *(const uint64_t **)arguments[3];
+    copied->wanted = *(uint64_t *)arguments[4];
     return READY;
 }

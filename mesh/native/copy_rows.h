@@ -1,23 +1,8 @@
-/* Two kernels, in PTX, which any driver compiles for the GPU that there is. */
+/* One kernel, in PTX, which any driver compiles for the GPU that there is. */
 #ifndef MESH_COPY_ROWS_H
 #define MESH_COPY_ROWS_H
 
 enum { UNIT_BYTES = 16 };
-
-#include <stdint.h>
-
-/* What copy_listed(list) copies, one after the other, each as copy_rows does. The list may be the host's:
- * a block reads it once, a thread a word. */
-enum { MAX_COPIES = 32 };
-
-typedef struct {
-    uint64_t to, from, units, permit, wanted;
-} listed_copy;
-
-typedef struct {
-    uint64_t count;
-    listed_copy copies[MAX_COPIES];
-} copy_list;
 
 /* copy_rows(to, from, units, permit, wanted): so many units, a thread for each, over and over; none
  * where `permit` is not NULL and the 64 bits there are not `wanted`. */
@@ -61,64 +46,6 @@ static const char COPY_ROWS[] =
     "  add.u64 %unit, %unit, %step;\n"
     "  bra NEXT;\n"
     "END:\n"
-    "  ret;\n"
-    "}\n"
-    ".visible .entry copy_listed(.param .u64 list)\n"
-    "{\n"
-    "  .reg .pred %none, %other, %past;\n"
-    "  .reg .b32 %block, %threads, %thread, %blocks, %a, %b, %c, %d;\n"
-    "  .reg .b64 %list, %count, %words, %word, %permit, %said, %wanted, %first, %unit, %step, %units, %to,\n"
-    "    %from, %at, %source, %target;\n"
-    "  .shared .align 8 .b8 copies[1280];\n"
-    "  ld.param.u64 %list, [list];\n"
-    "  mov.u32 %block, %ctaid.x;\n"
-    "  mov.u32 %threads, %ntid.x;\n"
-    "  mov.u32 %thread, %tid.x;\n"
-    "  mov.u32 %blocks, %nctaid.x;\n"
-    "  mul.wide.u32 %first, %block, %threads;\n"
-    "  cvt.u64.u32 %word, %thread;\n"
-    "  add.u64 %first, %first, %word;\n"
-    "  mul.wide.u32 %step, %blocks, %threads;\n"
-    "  ld.volatile.global.u64 %count, [%list];\n"
-    "  mul.lo.u64 %words, %count, 5;\n"
-    "  setp.ge.u64 %past, %word, %words;\n"
-    "  @%past bra LISTED;\n"
-    "  shl.b64 %at, %word, 3;\n"
-    "  add.u64 %source, %list, %at;\n"
-    "  ld.volatile.global.u64 %said, [%source+8];\n"
-    "  mov.u64 %target, copies;\n"
-    "  add.u64 %target, %target, %at;\n"
-    "  st.shared.u64 [%target], %said;\n"
-    "LISTED:\n"
-    "  bar.sync 0;\n"
-    "  mov.u64 %list, copies;\n"
-    "PART:\n"
-    "  setp.eq.u64 %past, %count, 0;\n"
-    "  @%past bra DONE;\n"
-    "  ld.shared.u64 %to, [%list];\n"
-    "  ld.shared.u64 %from, [%list+8];\n"
-    "  ld.shared.u64 %units, [%list+16];\n"
-    "  ld.shared.u64 %permit, [%list+24];\n"
-    "  ld.shared.u64 %wanted, [%list+32];\n"
-    "  add.u64 %list, %list, 40;\n"
-    "  sub.u64 %count, %count, 1;\n"
-    "  mov.u64 %unit, %first;\n"
-    "  setp.eq.u64 %none, %permit, 0;\n"
-    "  @%none bra UNIT;\n"
-    "  ld.volatile.global.u64 %said, [%permit];\n"
-    "  setp.ne.u64 %other, %said, %wanted;\n"
-    "  @%other bra PART;\n"
-    "UNIT:\n"
-    "  setp.ge.u64 %past, %unit, %units;\n"
-    "  @%past bra PART;\n"
-    "  shl.b64 %at, %unit, 4;\n"
-    "  add.u64 %source, %from, %at;\n"
-    "  add.u64 %target, %to, %at;\n"
-    "  ld.global.v4.u32 {%a, %b, %c, %d}, [%source];\n"
-    "  st.global.v4.u32 [%target], {%a, %b, %c, %d};\n"
-    "  add.u64 %unit, %unit, %step;\n"
-    "  bra UNIT;\n"
-    "DONE:\n"
     "  ret;\n"
     "}\n";
 

@@ -14,9 +14,6 @@ enum { LAZY_ENABLE_PEER_ACCESS = 1 };       /* of CUipcMem_flags */
 enum { NON_BLOCKING = 1 };                  /* of CUstream_flags */
 enum { DISABLE_TIMING = 2 };                /* of CUevent_flags */
 enum { THREADS = 256, MAX_BLOCKS = 1024 };  /* of a copy: as many as run at once */
-enum { LISTED_BLOCKS = 64 };                /* of one whose list each block reads from the host */
-
-_Static_assert((int)MAX_PARTS <= (int)MAX_COPIES, "a batch has more parts than a list has room for");
 
 typedef struct {
     char bytes[sizeof((lent *)NULL)->handle];
@@ -26,7 +23,6 @@ typedef struct {
     void *fetching, *fetched, *began, *computed, *ended; /* events, in this order */
     uint64_t rows;       /* 0: not lent, or lost */
     const int32_t *counts;
-    copy_list *lists;    /* of a listed slot: what comes, and what goes */
     int32_t taken, beside;
 } slot;
 
@@ -57,7 +53,7 @@ struct device {
     int32_t (*run)(void *function, uint32_t x, uint32_t y, uint32_t z, uint32_t threads_x,
                    uint32_t threads_y, uint32_t threads_z, uint32_t shared_bytes, void *stream,
                    void **arguments, void **extra);
-    void *copy, *copy_listed; /* kernels */
+    void *copy; /* copy_rows, once anything was borrowed */
 };
 
 static int find(device *gpu, void *library) {
@@ -86,12 +82,6 @@ static int find(device *gpu, void *library) {
            gpu->function && gpu->run;
 }
 
-static int load(device *gpu) {
-    void *module;
-    return !gpu->load(&module, COPY_ROWS) && !gpu->function(&gpu->copy, module, "copy_rows") &&
-           !gpu->function(&gpu->copy_listed, module, "copy_listed");
-}
-
 device *device_new(const char *path, uint64_t stream) {
     void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     device *gpu = library ? calloc(1, sizeof *gpu) : NULL;
@@ -105,7 +95,7 @@ device *device_new(const char *path, uint64_t stream) {
     int32_t least, first;
     if (gpu->priorities(&least, &first) || gpu->open_stream(&gpu->in, NON_BLOCKING, first) ||
         gpu->open_stream(&gpu->out, NON_BLOCKING, first) ||
-        gpu->create(&gpu->arrived, DISABLE_TIMING) || !load(gpu)) {
+        gpu->create(&gpu->arrived, DISABLE_TIMING)) {
         device_free(gpu);
         return NULL;
     }
@@ -138,25 +128,9 @@ void device_free(device *gpu) {
 
 uint64_t device_out(const device *gpu) { return (uint64_t)gpu->out; }
 
-void device_lend(device *gpu, int32_t index, uint64_t rows, uint64_t counts, uint64_t lists) {
+void device_lend(device *gpu, int32_t index, uint64_t rows, uint64_t counts) {
     gpu->slots[index].rows = rows;
     gpu->slots[index].counts = (const int32_t *)counts;
-    gpu->slots[index].lists = (copy_list *)lists;
-}
-
-int64_t device_list_bytes(void) { return 2 * sizeof(copy_list); }
-
-static uint32_t blocks_of(uint64_t bytes, uint64_t most) {
-    uint64_t blocks = (bytes / UNIT_BYTES + THREADS - 1) / THREADS;
-    return (uint32_t)(blocks < most ? blocks : most);
-}
-
-int32_t device_copy_listed(device *gpu, int32_t index, int32_t away, int64_t bytes,
-                           uint64_t stream) {
-    const copy_list *list = &gpu->slots[index].lists[away];
-    void *arguments[] = {&list};
-    return !gpu->run(gpu->copy_listed, blocks_of((uint64_t)bytes, LISTED_BLOCKS), 1, 1, THREADS, 1,
-                     1, 0, (void *)stream, arguments, NULL);
 }
 
 uint64_t device_rows(const device *gpu, int32_t index) { return gpu->slots[index].rows; }
@@ -204,9 +178,10 @@ void device_lose(device *gpu, int32_t index) { gpu->slots[index].rows = 0; }
 /* Copies; where a permit is named, only if it says what is wanted when that runs. */
 static int copy(device *gpu, void *stream, uint64_t to, uint64_t from, uint64_t bytes,
                 uint64_t permit, uint64_t wanted) {
-    uint64_t units = bytes / UNIT_BYTES;
+    uint64_t units = bytes / UNIT_BYTES, blocks = (units + THREADS - 1) / THREADS;
     void *arguments[] = {&to, &from, &units, &permit, &wanted};
-    return !gpu->run(gpu->copy, blocks_of(bytes, MAX_BLOCKS), 1, 1, THREADS, 1, 1, 0, stream, arguments, NULL);
+    uint32_t grid = blocks < MAX_BLOCKS ? (uint32_t)blocks : MAX_BLOCKS;
+    return !gpu->run(gpu->copy, grid, 1, 1, THREADS, 1, 1, 0, stream, arguments, NULL);
 }
 
 int32_t device_fetch(device *gpu, const borrowed *arenas, uint64_t offset, uint64_t bytes,
@@ -243,31 +218,9 @@ static int take_away(device *gpu, void *stream, const slot *one, const transfer 
     return good;
 }
 
-static void list(const slot *one, const transfer *parts, int32_t count) {
-    copy_list *come = &one->lists[0], *go = &one->lists[1];
-    for (int32_t i = 0; i < count; i++) {
-        const transfer *part = &parts[i];
-        uint64_t here = one->rows + part->at, ahead = part->header_bytes;
-        come->copies[i] = (listed_copy){.to = here - ahead,
-                                        .from = part->from - ahead,
-                                        .units = (ahead + part->bytes) / UNIT_BYTES};
-        go->copies[i] = (listed_copy){part->to, here, part->bytes / UNIT_BYTES, part->permit,
-                                      part->wanted};
-    }
-    come->count = go->count = (uint64_t)count;
-}
-
 int32_t device_launch(device *gpu, int32_t index, void *graph, const transfer *parts,
                       int32_t count, int32_t beside) {
     slot *one = &gpu->slots[index];
-    if (index / RING < LISTED) {
-        one->beside = 0;
-        list(one, parts, count);
-        if (gpu->record(one->began, gpu->stream) || gpu->launch(graph, gpu->stream)) return 0;
-        if (!gpu->record(one->ended, gpu->stream)) return 1;
-        device_lose(gpu, index); /* nobody can tell when it will have stopped writing */
-        return 0;
-    }
     void *stream = gpu->stream, *in = beside ? gpu->in : stream, *out = beside ? gpu->out : stream;
     one->beside = beside;
     if (beside ? gpu->record(one->fetching, in) || !bring(gpu, in, one, parts, count, 1) ||
@@ -278,7 +231,7 @@ int32_t device_launch(device *gpu, int32_t index, void *graph, const transfer *p
     if (gpu->launch(graph, stream)) return 0;
     if ((beside && (gpu->record(one->computed, stream) || gpu->follow(out, one->computed, 0))) ||
         !take_away(gpu, out, one, parts, count) || gpu->record(one->ended, out)) {
-        device_lose(gpu, index);
+        device_lose(gpu, index); /* nobody can tell when it will have stopped writing */
         return 0;
     }
     return 1;
@@ -342,7 +295,13 @@ static uint64_t reach(device *gpu, const lent *memory, uint64_t *base) {
 }
 
 int32_t device_borrow(device *gpu, const lent_arenas *arenas, uint64_t row_bytes, borrowed *out) {
+    void *module;
     memset(out, 0, sizeof *out);
+    if (!gpu->copy && (gpu->load(&module, COPY_ROWS) ||
+                       gpu->function(&gpu->copy, module, "copy_rows"))) {
+        gpu->copy = NULL;
+        return 0;
+    }
     out->rows = arenas->rows;
     out->wanted = arenas->wanted;
     out->sends = reach(gpu, &arenas->sends, &out->bases[0]);

@@ -145,10 +145,6 @@ EXPORT const char *status_text(int32_t status);
  * from half of them to all comes to. */
 enum { RING = 4, SIZES = 14, SLOTS = RING * SIZES, STEPS = 16, STEPPED = 9, GRAPHS = SLOTS * STEPS };
 
-/* A launch of a kernel takes the host longer than that of a graph. So the graphs of this many sizes, the
- * smallest, bring their rows and take them away themselves: by lists in memory that the device reads. */
-enum { LISTED = 9 };
-
 typedef struct device device;
 
 /* Memory of one process that another one on the same host may map. */
@@ -172,8 +168,6 @@ typedef struct {
     uint64_t bases[3];
 } borrowed;
 
-enum { MAX_PARTS = 32 }; /* of a batch */
-
 /* Bytes that a batch is computed from and answered to, where they are not in its slot already. */
 typedef struct {
     uint64_t from, to;
@@ -195,14 +189,8 @@ EXPORT device *device_new(const char *path, uint64_t stream);
 EXPORT void device_free(device *gpu);
 /* The stream (CUstream) that what is delivered leaves on. */
 EXPORT uint64_t device_out(const device *gpu);
-/* A slot's rows, and where on the host its graphs put the counts of several experts; of a listed one,
- * also on the host, device_list_bytes() for its lists. */
-EXPORT void device_lend(device *gpu, int32_t slot, uint64_t rows, uint64_t counts, uint64_t lists);
-EXPORT int64_t device_list_bytes(void);
-/* What the graphs of a listed slot begin with, or end with (`away`): to be captured on this stream
- * (CUstream). `bytes`: how much at most, about. 0 when it failed. */
-EXPORT int32_t device_copy_listed(device *gpu, int32_t slot, int32_t away, int64_t bytes,
-                                  uint64_t stream);
+/* A slot's rows, and where on the host its graphs put the counts of several experts. */
+EXPORT void device_lend(device *gpu, int32_t slot, uint64_t rows, uint64_t counts);
 uint64_t device_rows(const device *gpu, int32_t slot);
 const int32_t *device_counts(const device *gpu, int32_t slot);
 /* Whether any of these GRAPHS (CUgraphExec, by slot and step) fits so many rows, now or when one is

@@ -21,7 +21,7 @@ from expert_worker.expert_store import Expert, ExpertStore
 from mesh import native, wire
 from mesh.errors import Unavailable
 from mesh.plan import ExpertId
-from mesh.replay import WHOLE, ReplayDevice, Replays, is_listed, slot_rows, slots_of, step_of
+from mesh.replay import WHOLE, ReplayDevice, Replays, slot_rows, slots_of, step_of
 from mesh.transport.base import Request
 from mesh.transport.ucx import UcxTransport
 from tests.stand_in import FAILS_AT_LAUNCH, FAILS_LATER, Graph, Sharing, compiled
@@ -70,8 +70,6 @@ class Worker:
             graph = Graph(rows_RD.data_ptr(), rows_RD.numel(), expert + 2, fails)
             if expert == wire.SEVERAL:
                 graph = together(rows_RD, self.device.counts[slot], fails)
-            if is_listed(slot):
-                graph.lists = self.device.lists[slot].data_ptr()
             self.graphs.append(graph)
             self.replays[expert].add(slot, ctypes.addressof(graph), step=step)
 
@@ -284,8 +282,10 @@ def test_what_waits_for_one_expert_is_computed_together(worker: Worker) -> None:
     assert torch.equal(own.y_RD, 2 * rows(4, 50))
     assert torch.equal(other.y_RD, 3 * rows(1, 60))
     worker.turn_until(lambda: worker.answering.in_hand == 0)
-    assert worker.counted == {0: (8, 1.5), 1: (1, 0.5)}
-    assert worker.launched == 2 + 1 + 1
+    assert worker.counted == {0: (8, 1.5 + 3 * 2 * 0.5), 1: (1, 0.5)}
+    graphs = 2 + 1 + 1
+    copies = 3 * 2
+    assert worker.launched == graphs + copies
 
 
 def test_more_than_any_graph_holds_is_not_computed_together(worker: Worker) -> None:
@@ -325,7 +325,8 @@ def test_where_others_may_send_more_it_is_waited_for_until_the_device_is_about_t
     worker.allow(1000)
     worker.turn_until(lambda: all(one.answered for one in sent))
     slowly.value = 0.5
-    assert worker.launched == 3 + 1  # both were computed as one
+    # Both were computed as one: each was brought there and back.
+    assert worker.launched == 3 + 1 + 4
     assert [one.y_RD[0, 0].item() for one in sent] == [4, 6, 8]
 
 
@@ -781,7 +782,6 @@ def test_what_is_in_hand_when_the_experts_change_is_answered_by_those_before(
     for slot in slots_of(count):
         buffer_RD, counts_E = worker.device.buffers[slot], worker.device.counts[slot]
         graphs.append(together(buffer_RD, counts_E, times=(0.0, 30.0, 40.0, 0.0, 0.0)))
-        graphs[-1].lists = worker.device.lists[slot].data_ptr()
         changed.add(slot, ctypes.addressof(graphs[-1]))
     experts = {ExpertId(0, 1): worker.replays[1], ExpertId(0, 2): Replays()}
     worker.answering.serve(experts | {ExpertId(0, wire.SEVERAL): changed})
@@ -931,7 +931,6 @@ class Stacks(Computes):
                 self.replays.lend(slot, torch.zeros(slot_rows(slot), WIDTH))
             buffer_RD, counts_E = self.replays.buffers[slot], self.replays.counts[slot]
             self._graphs.append(together(buffer_RD, counts_E))
-            self._graphs[-1].lists = self.replays.lists[slot].data_ptr()
             here.add(slot, ctypes.addressof(self._graphs[-1]))
         return {expert: Replays() for expert in experts} | {ExpertId(0, wire.SEVERAL): here}
 
