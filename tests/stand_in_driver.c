@@ -1,6 +1,8 @@
 /* The few calls of libcuda.so.1 that mesh/native/device.c makes, over the host's memory: a graph
  * multiplies a buffer, as one or by expert, or places rows; the one kernel copies. Each runs when the test has allowed so many, in the order
  * of the launches. A memory handle is an address of this process. */
+#include "../mesh/native/copy_rows.h"
+
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -37,16 +39,9 @@ typedef struct {
 } graph;
 
 typedef struct {
-    char *to;
-    const char *from;
-    uint64_t units; /* of 16 bytes */
-    const uint64_t *permit;
-    uint64_t wanted;
-} copying;
-
-typedef struct {
-    graph *replayed; /* NULL: a copy */
-    copying copied;
+    graph *replayed; /* NULL: copies */
+    uint64_t count;
+    row_copy copies[MAX_COPIES];
 } launch;
 
 typedef struct {
@@ -113,8 +108,12 @@ static void multiply_by_expert(const sharing *s, float *rows, int64_t count) {
         for (int64_t i = 0; i < s->counts[e] * s->width && rows < end; i++) *rows++ *= s->times[e];
 }
 
+static void copy(const row_copy *one) {
+    if (!one->permit || *(const uint64_t *)one->permit == one->wanted)
+        memcpy((char *)one->to, (const char *)one->from, UNIT_BYTES * one->units);
+}
+
 static void run(const launch *one) {
-    const copying *copied = &one->copied;
     if (one->replayed && one->replayed->places)
         place(one->replayed->places);
     else if (one->replayed && one->replayed->shares)
@@ -122,8 +121,8 @@ static void run(const launch *one) {
     else if (one->replayed)
         for (int64_t i = 0; i < one->replayed->count; i++)
             one->replayed->rows[i] *= one->replayed->times;
-    else if (!copied->permit || *copied->permit == copied->wanted)
-        memcpy(copied->to, copied->from, 16 * copied->units);
+    else
+        for (uint64_t i = 0; i < one->count; i++) copy(&one->copies[i]);
 }
 
 int32_t cuEventQuery(void *event) {
@@ -173,7 +172,7 @@ int32_t cuStreamWaitEvent(void *stream, void *event, uint32_t flags) {
 
 int32_t cuMemcpyAsync(uint64_t to, uint64_t from, size_t bytes, void *stream) {
     (void)stream;
-    queue[launched++] = (launch){.copied = {(char *)to, (const char *)from, bytes / 16, NULL, 0}};
+    queue[launched++] = (launch){.count = 1, .copies = {{to, from, bytes / UNIT_BYTES, 0, 0}}};
     return READY;
 }
 
@@ -218,12 +217,8 @@ int32_t cuLaunchKernel(void *function, uint32_t x, uint32_t y, uint32_t z, uint3
                        void **arguments, void **extra) {
     (void)function, (void)x, (void)y, (void)z, (void)threads_x, (void)threads_y, (void)threads_z;
     (void)shared_bytes, (void)stream, (void)extra;
-    copying *copied = &queue[launched].copied;
-    queue[launched++].replayed = NULL;
-    copied->to = *(char **)arguments[0];
-    copied->from = *(const char **)arguments[1];
-    copied->units = *(uint64_t *)arguments[2];
-    copied->permit = *(const uint64_t **)arguments[3];
-    copied->wanted = *(uint64_t *)arguments[4];
+    launch *one = &queue[launched++];
+    *one = (launch){.count = *(uint64_t *)arguments[0]};
+    memcpy(one->copies, arguments[1], sizeof one->copies);
     return READY;
 }

@@ -2,49 +2,63 @@
 #ifndef MESH_COPY_ROWS_H
 #define MESH_COPY_ROWS_H
 
-enum { UNIT_BYTES = 16 };
+#include <stdint.h>
 
-/* copy_rows(to, from, units, permit, wanted): so many units, a thread for each, over and over; none
- * where `permit` is not NULL and the 64 bits there are not `wanted`. */
+enum { UNIT_BYTES = 16, MAX_COPIES = 32 };
+
+typedef struct {
+    uint64_t to, from, units; /* of UNIT_BYTES */
+    uint64_t permit, wanted;  /* none where `permit` is not NULL and the 64 bits there are not `wanted` */
+} row_copy;
+
+/* copy_rows(count, copies): so many of MAX_COPIES, one after the other, a thread for each unit. A launch
+ * takes the host longer than their list takes to be copied with it. */
 static const char COPY_ROWS[] =
     ".version 7.0\n"
     ".target sm_70\n"
     ".address_size 64\n"
-    ".visible .entry copy_rows(\n"
-    "  .param .u64 to, .param .u64 from, .param .u64 units, .param .u64 permit, .param .u64 wanted)\n"
+    ".visible .entry copy_rows(.param .u64 count, .param .align 8 .b8 copies[1280])\n"
     "{\n"
     "  .reg .pred %none, %other, %past;\n"
     "  .reg .b32 %block, %threads, %thread, %blocks, %a, %b, %c, %d;\n"
-    "  .reg .b64 %permit, %said, %wanted, %unit, %step, %units, %to, %from, %at, %source, %target;\n"
-    "  ld.param.u64 %permit, [permit];\n"
-    "  setp.eq.u64 %none, %permit, 0;\n"
-    "  @%none bra COPY;\n"
-    "  ld.volatile.global.u64 %said, [%permit];\n"
-    "  ld.param.u64 %wanted, [wanted];\n"
-    "  setp.ne.u64 %other, %said, %wanted;\n"
-    "  @%other bra END;\n"
-    "COPY:\n"
+    "  .reg .b64 %count, %copy, %permit, %said, %wanted, %first, %unit, %step, %units, %to, %from, %at,\n"
+    "    %source, %target;\n"
+    "  ld.param.u64 %count, [count];\n"
+    "  mov.u64 %copy, copies;\n"
     "  mov.u32 %block, %ctaid.x;\n"
     "  mov.u32 %threads, %ntid.x;\n"
     "  mov.u32 %thread, %tid.x;\n"
     "  mov.u32 %blocks, %nctaid.x;\n"
-    "  mul.wide.u32 %unit, %block, %threads;\n"
+    "  mul.wide.u32 %first, %block, %threads;\n"
     "  cvt.u64.u32 %at, %thread;\n"
-    "  add.u64 %unit, %unit, %at;\n"
+    "  add.u64 %first, %first, %at;\n"
     "  mul.wide.u32 %step, %blocks, %threads;\n"
-    "  ld.param.u64 %units, [units];\n"
-    "  ld.param.u64 %to, [to];\n"
-    "  ld.param.u64 %from, [from];\n"
-    "NEXT:\n"
-    "  setp.ge.u64 %past, %unit, %units;\n"
+    "COPY:\n"
+    "  setp.eq.u64 %past, %count, 0;\n"
     "  @%past bra END;\n"
+    "  ld.param.u64 %to, [%copy];\n"
+    "  ld.param.u64 %from, [%copy+8];\n"
+    "  ld.param.u64 %units, [%copy+16];\n"
+    "  ld.param.u64 %permit, [%copy+24];\n"
+    "  ld.param.u64 %wanted, [%copy+32];\n"
+    "  add.u64 %copy, %copy, 40;\n"
+    "  sub.u64 %count, %count, 1;\n"
+    "  mov.u64 %unit, %first;\n"
+    "  setp.eq.u64 %none, %permit, 0;\n"
+    "  @%none bra UNIT;\n"
+    "  ld.volatile.global.u64 %said, [%permit];\n"
+    "  setp.ne.u64 %other, %said, %wanted;\n"
+    "  @%other bra COPY;\n"
+    "UNIT:\n"
+    "  setp.ge.u64 %past, %unit, %units;\n"
+    "  @%past bra COPY;\n"
     "  shl.b64 %at, %unit, 4;\n"
     "  add.u64 %source, %from, %at;\n"
     "  add.u64 %target, %to, %at;\n"
     "  ld.global.v4.u32 {%a, %b, %c, %d}, [%source];\n"
     "  st.global.v4.u32 [%target], {%a, %b, %c, %d};\n"
     "  add.u64 %unit, %unit, %step;\n"
-    "  bra NEXT;\n"
+    "  bra UNIT;\n"
     "END:\n"
     "  ret;\n"
     "}\n";

@@ -15,6 +15,9 @@ enum { NON_BLOCKING = 1 };                  /* of CUstream_flags */
 enum { DISABLE_TIMING = 2 };                /* of CUevent_flags */
 enum { THREADS = 256, MAX_BLOCKS = 1024 };  /* of a copy: as many as run at once */
 
+_Static_assert((int)MAX_PARTS <= (int)MAX_COPIES, "a batch has more parts than a launch copies");
+_Static_assert(sizeof(row_copy[MAX_COPIES]) == 1280, "as the kernel has it");
+
 typedef struct {
     char bytes[sizeof((lent *)NULL)->handle];
 } ipc_handle;
@@ -175,47 +178,55 @@ void device_give_back(device *gpu, int32_t index) { gpu->slots[index].taken = 0;
 
 void device_lose(device *gpu, int32_t index) { gpu->slots[index].rows = 0; }
 
-/* Copies; where a permit is named, only if it says what is wanted when that runs. */
-static int copy(device *gpu, void *stream, uint64_t to, uint64_t from, uint64_t bytes,
-                uint64_t permit, uint64_t wanted) {
-    uint64_t units = bytes / UNIT_BYTES, blocks = (units + THREADS - 1) / THREADS;
-    void *arguments[] = {&to, &from, &units, &permit, &wanted};
+static int copy(device *gpu, void *stream, const row_copy *copies, uint64_t count) {
+    uint64_t units = 0;
+    for (uint64_t i = 0; i < count; i++) units = copies[i].units > units ? copies[i].units : units;
+    uint64_t blocks = (units + THREADS - 1) / THREADS;
+    void *arguments[] = {&count, (void *)copies};
     uint32_t grid = blocks < MAX_BLOCKS ? (uint32_t)blocks : MAX_BLOCKS;
     return !gpu->run(gpu->copy, grid, 1, 1, THREADS, 1, 1, 0, stream, arguments, NULL);
 }
 
 int32_t device_fetch(device *gpu, const borrowed *arenas, uint64_t offset, uint64_t bytes,
                      uint64_t rows) {
-    return copy(gpu, gpu->in, rows, arenas->sends + offset, bytes, 0, 0) &&
-           !gpu->record(gpu->arrived, gpu->in) && !gpu->follow(gpu->stream, gpu->arrived, 0);
+    row_copy one[MAX_COPIES] = {{rows, arenas->sends + offset, bytes / UNIT_BYTES, 0, 0}};
+    return copy(gpu, gpu->in, one, 1) && !gpu->record(gpu->arrived, gpu->in) &&
+           !gpu->follow(gpu->stream, gpu->arrived, 0);
 }
 
 int32_t device_deliver(device *gpu, const borrowed *arenas, uint64_t offset, uint64_t bytes,
                        uint64_t rows) {
-    return copy(gpu, gpu->out, arenas->replies + offset, rows, bytes, arenas->permit,
-                arenas->wanted);
+    row_copy one[MAX_COPIES] = {{arenas->replies + offset, rows, bytes / UNIT_BYTES,
+                                 arenas->permit, arenas->wanted}};
+    return copy(gpu, gpu->out, one, 1);
 }
 
 /* `beside`: by the engines that copy, while kernels that leave no room for others run. */
 static int bring(device *gpu, void *stream, const slot *one, const transfer *parts, int32_t count,
                  int32_t beside) {
+    row_copy copies[MAX_COPIES];
     int good = 1;
-    for (const transfer *part = parts; good && part < parts + count; part++) {
+    for (int32_t i = 0; good && i < count; i++) {
+        const transfer *part = &parts[i];
         uint64_t to = one->rows + part->at - part->header_bytes;
         uint64_t from = part->from - part->header_bytes, bytes = part->header_bytes + part->bytes;
-        good = beside ? !gpu->move(to, from, bytes, stream)
-                      : copy(gpu, stream, to, from, bytes, 0, 0);
+        if (beside)
+            good = !gpu->move(to, from, bytes, stream);
+        else
+            copies[i] = (row_copy){to, from, bytes / UNIT_BYTES, 0, 0};
     }
-    return good;
+    return beside || !count ? good : copy(gpu, stream, copies, (uint64_t)count);
 }
 
 static int take_away(device *gpu, void *stream, const slot *one, const transfer *parts,
                      int32_t count) {
-    int good = 1;
-    for (const transfer *part = parts; good && part < parts + count; part++)
-        good = copy(gpu, stream, part->to, one->rows + part->at, part->bytes, part->permit,
-                    part->wanted);
-    return good;
+    row_copy copies[MAX_COPIES];
+    for (int32_t i = 0; i < count; i++) {
+        const transfer *part = &parts[i];
+        copies[i] = (row_copy){part->to, one->rows + part->at, part->bytes / UNIT_BYTES,
+                               part->permit, part->wanted};
+    }
+    return !count || copy(gpu, stream, copies, (uint64_t)count);
 }
 
 int32_t device_launch(device *gpu, int32_t index, void *graph, const transfer *parts,

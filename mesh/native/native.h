@@ -168,6 +168,8 @@ typedef struct {
     uint64_t bases[3];
 } borrowed;
 
+enum { MAX_PARTS = 32 }; /* of a batch */
+
 /* Bytes that a batch is computed from and answered to, where they are not in its slot already. */
 typedef struct {
     uint64_t from, to;
