@@ -237,7 +237,8 @@ def main(
     only: Annotated[bool, typer.Option(help="One side of one model, in this process.")] = False,
 ) -> None:
     """Compare, and print a table for each model."""
-    work = Work(8, 10_000, 1_000, 66, (1, 32, 128), 10_000)
+    # Two prompts a step: while one's rows are away, the other attends.
+    work = Work(8, 10_000, 1_000, 66, (1, 32, 128), 20_000)
     if quick:
         work = Work(2, 200, 50, 10, (1, 4), 512)
     quiet()

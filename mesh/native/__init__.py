@@ -30,6 +30,7 @@ import libucx
 DONE = 0
 IN_PROGRESS = 1
 SHORT = -1000
+ANYWHERE = 0
 """Of an operation, beside UCX's own negative ones: a message of another length came."""
 RING = 4
 SIZES = 14
@@ -85,6 +86,7 @@ class RoundTrip(Structure):
         ("receive_address", c_uint64),
         ("receive_bytes", c_uint64),
         ("receive_tag", c_uint64),
+        ("send_where", c_uint64),
     ]
 
 
@@ -243,9 +245,9 @@ _SHORT: dict[str, tuple[Any, list[Any]]] = {
     "rms_norm": (None, [c_void_p, c_int64, c_void_p, c_int64, c_int64, c_float, c_void_p]),
     "postbox_new": (POINTER(Postbox), [c_uint64]),
     "postbox_free": (None, [POINTER(Postbox)]),
-    "postbox_send": (c_int32, [POINTER(Postbox), c_uint64, c_uint64, c_uint64, c_uint64]),
+    "postbox_send": (c_int32, [POINTER(Postbox), c_uint64, c_uint64, c_uint64, c_uint64, c_int32]),
     "postbox_receive": (c_int32, [POINTER(Postbox), c_uint64, c_uint64, c_uint64, c_uint64]),
-    "postbox_take": (c_int32, [POINTER(Postbox), c_uint64, c_uint64, c_uint64]),
+    "postbox_take": (c_int32, [POINTER(Postbox), c_uint64, c_uint64, c_uint64, c_int32]),
     "postbox_exchange": (c_int32, [POINTER(Postbox), c_int32, c_void_p, c_void_p]),
     "postbox_cancel": (None, [POINTER(Postbox), c_int32]),
     "postbox_cancel_receives": (None, [POINTER(Postbox), c_uint64]),

@@ -271,7 +271,7 @@ static void reply(answering *all, work *one, uint64_t answers) {
     one->state = SENDING;
     uint64_t bytes = KIND(one->tag) == REFERENCE ? 0 : (uint64_t)(ROWS(one->tag) * all->row_bytes);
     one->operation = postbox_send(all->box, to->endpoint, answers, bytes,
-                                  REPLY_TAG(one->tag, to->reply_session));
+                                  REPLY_TAG(one->tag, to->reply_session), ANYWHERE);
     if (one->operation < 0)
         drop(all, one);
     else if (all->box->status[one->operation] != IN_PROGRESS && !all->trails)
@@ -550,7 +550,8 @@ static int take(answering *all, work *one, arrival *found) {
                                                   : (uint64_t)one->rows;
     one->trail = (trail){.tag = found->tag, .found_us = now_us()};
     postbox_probe(all->box, 1, found);
-    one->operation = postbox_take(all->box, found->message, rows, found->bytes);
+    one->operation = postbox_take(all->box, found->message, rows, found->bytes,
+                                  KIND(found->tag) == REFERENCE ? ON_HOST : ANYWHERE);
     if (one->operation < 0) {
         if (all->device && one->slot >= 0) device_give_back(all->device, one->slot);
         return 0;

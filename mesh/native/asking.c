@@ -63,6 +63,7 @@ static round_trip trip_of(const seat *one, const ask *mine) {
         .receive_address = mine->replies,
         .receive_bytes = referred ? 0 : bytes,
         .receive_tag = (uint64_t)REPLY << 60 | mine->reply_tag | rest,
+        .send_where = referred ? ON_HOST : ANYWHERE,
     };
 }
 

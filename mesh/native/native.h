@@ -98,20 +98,25 @@ struct postbox {
 typedef struct {
     uint64_t endpoint, send_address, send_bytes, send_tag, receive_address, receive_bytes,
         receive_tag;
+    uint64_t send_where; /* as below */
 } round_trip;
 
 typedef struct {
     uint64_t tag, bytes, message;
 } arrival;
 
+/* Where a buffer is. UCX asks the driver of a device about each of which it is not told. */
+enum { ANYWHERE = 0, ON_HOST = 1 };
+
 EXPORT postbox *postbox_new(uint64_t worker);
 EXPORT void postbox_free(postbox *box);
 /* An operation each, or -1 when there are too many. */
 EXPORT int32_t postbox_send(postbox *box, uint64_t endpoint, uint64_t address, uint64_t bytes,
-                            uint64_t tag);
+                            uint64_t tag, int32_t where);
 EXPORT int32_t postbox_receive(postbox *box, uint64_t endpoint, uint64_t address, uint64_t bytes,
                                uint64_t tag);
-EXPORT int32_t postbox_take(postbox *box, uint64_t message, uint64_t address, uint64_t bytes);
+EXPORT int32_t postbox_take(postbox *box, uint64_t message, uint64_t address, uint64_t bytes,
+                            int32_t where);
 /* All receives, then all sends: operations[2 i] and [2 i + 1]. 0, or -1 with nothing posted. */
 EXPORT int32_t postbox_exchange(postbox *box, int32_t count, const round_trip *trips,
                                 int32_t *operations);

@@ -112,8 +112,14 @@ void postbox_abandon(postbox *box) {
 
 /* ---- Posting. */
 
+static void tell_where(ucp_request_param_t *param, uint64_t bytes, int32_t where) {
+    if (bytes && where == ANYWHERE) return;
+    param->op_attr_mask |= UCP_OP_ATTR_FIELD_MEMORY_TYPE;
+    param->memory_type = UCS_MEMORY_TYPE_HOST;
+}
+
 int32_t postbox_send(postbox *box, uint64_t endpoint, uint64_t address, uint64_t bytes,
-                     uint64_t tag) {
+                     uint64_t tag, int32_t where) {
     int32_t index = begin(box, 0, 0);
     if (index == NONE) return NONE;
     operation *posted = &box->operations[index];
@@ -122,6 +128,7 @@ int32_t postbox_send(postbox *box, uint64_t endpoint, uint64_t address, uint64_t
         .cb.send = on_sent,
         .user_data = posted,
     };
+    tell_where(&param, bytes, where);
     note(posted, ucp_tag_send_nbx((ucp_ep_h)endpoint, (const void *)address, bytes, tag, &param));
     return index;
 }
@@ -152,18 +159,21 @@ int32_t postbox_receive(postbox *box, uint64_t endpoint, uint64_t address, uint6
     operation *posted = &box->operations[index];
     ucp_tag_recv_info_t info;
     ucp_request_param_t param = receiving(posted, &info);
+    tell_where(&param, bytes, ANYWHERE);
     ucs_status_ptr_t request =
         ucp_tag_recv_nbx(box->worker, (void *)address, bytes, tag, UINT64_MAX, &param);
     note_receive(posted, request, &info);
     return index;
 }
 
-int32_t postbox_take(postbox *box, uint64_t message, uint64_t address, uint64_t bytes) {
+int32_t postbox_take(postbox *box, uint64_t message, uint64_t address, uint64_t bytes,
+                     int32_t where) {
     int32_t index = begin(box, 0, bytes);
     if (index == NONE) return NONE;
     operation *posted = &box->operations[index];
     ucp_tag_recv_info_t info;
     ucp_request_param_t param = receiving(posted, &info);
+    tell_where(&param, bytes, where);
     ucs_status_ptr_t request = ucp_tag_msg_recv_nbx(box->worker, (void *)address, bytes,
                                                     (ucp_tag_message_h)message, &param);
     note_receive(posted, request, &info);
@@ -178,7 +188,8 @@ int32_t postbox_exchange(postbox *box, int32_t count, const round_trip *trips,
                                             trips[i].receive_bytes, trips[i].receive_tag);
     for (int32_t i = 0; i < count; i++)
         operations[2 * i + 1] = postbox_send(box, trips[i].endpoint, trips[i].send_address,
-                                             trips[i].send_bytes, trips[i].send_tag);
+                                             trips[i].send_bytes, trips[i].send_tag,
+                                             (int32_t)trips[i].send_where);
     return 0;
 }
 

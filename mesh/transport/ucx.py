@@ -182,7 +182,11 @@ class UcxMessage:
         """See :class:`mesh.transport.base.Message`."""
         box = self._postbox
         number = native.short.postbox_take(
-            box.pointer, self._message, buffer.address, min(buffer.nbytes, self.nbytes)
+            box.pointer,
+            self._message,
+            buffer.address,
+            min(buffer.nbytes, self.nbytes),
+            native.ANYWHERE,
         )
         return UcxRequest(box, number)
 
@@ -221,8 +225,8 @@ class UcxEndpoint:
         """See :class:`mesh.transport.base.Endpoint`."""
         if not self.alive:
             return _Unposted()
-        box = self._postbox
-        return UcxRequest(box, _send(box.pointer, self.handle, buffer.address, buffer.nbytes, tag))
+        box, what = self._postbox, (buffer.address, buffer.nbytes, tag, native.ANYWHERE)
+        return UcxRequest(box, _send(box.pointer, self.handle, *what))
 
     def post_receive(self, buffer: Any, tag: int) -> UcxRequest | _Unposted:
         """See :class:`mesh.transport.base.Endpoint`."""
