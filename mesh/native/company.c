@@ -28,24 +28,26 @@ static void learn(pace *one, int64_t layer_us) {
     one->layer_us += one->layer_us ? within(by / 2, -most, most) : by;
 }
 
-/* Steps out of step take longer: they must not look like another pace, nor must one odd step. Two
- * that were shorter do: prompts came before. */
+/* Steps out of step take longer, and prompts before them took much longer: one odd step does not make
+ * another pace, two in a row do. */
 static void learn_period(pace *one, int64_t since_us) {
-    int64_t longer_us = since_us > one->since_us ? since_us : one->since_us;
-    int64_t least_us = one->period_us / 4 * 3, most_us = one->period_us / PART_OF_STEP * 9 + 1;
-    if (one->period_us)
-        one->period_us = within(since_us, longer_us < least_us ? longer_us : least_us, most_us);
-    else
-        one->period_us = since_us;
+    int64_t before_us = one->since_us, period_us = one->period_us;
+    int64_t longer_us = since_us > before_us ? since_us : before_us;
+    int64_t shorter_us = since_us < before_us ? since_us : before_us;
+    int64_t least_us = period_us / 4 * 3, most_us = period_us / PART_OF_STEP * 9 + 1;
+    if (longer_us < least_us) least_us = longer_us;
+    if (shorter_us > most_us) most_us = shorter_us;
+    one->period_us = period_us ? within(since_us, least_us, most_us) : since_us;
     one->since_us = since_us;
 }
 
 void company_came(pace *one, int32_t layer, int64_t now) {
     /* It may have had no rows for us until now. What comes twice, or after a long way without any, is
-     * still of the same step unless that began long ago. */
+     * still of the same step unless that took much longer than the way does. */
     int64_t step_us = now - layer * one->layer_us, since_us = step_us - one->step_us;
+    int64_t way_us = (layer - one->layer) * one->layer_us;
     one->begins = !one->came_us || layer < one->layer ||
-                  (one->period_us && 2 * since_us > one->period_us);
+                  (one->period_us && 2 * (now - one->came_us - way_us) > one->period_us);
     if (one->begins) {
         if (one->came_us && since_us > 0) learn_period(one, since_us);
         one->step_us = step_us;

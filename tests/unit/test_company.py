@@ -355,6 +355,16 @@ def test_one_odd_step_is_forgotten() -> None:
     assert learnt[-1] == pytest.approx(13500, rel=0.02)
 
 
+def test_who_was_quicker_before_has_another_pace_soon() -> None:
+    """Shorter texts before these: no layer of a step now is taken for another step."""
+    pace = native.Pace()
+    for number in range(6):
+        for layer in range(LAYERS):
+            native.short.company_came(pace, layer, 1000 + number * 4500 + layer * 250)
+    learnt = paced([list(range(LAYERS))] * 8, pace, begins=1_000_000)
+    assert learnt[3:] == [pytest.approx(13500, rel=0.02)] * 5
+
+
 def test_who_idles_is_not_held_for_long() -> None:
     """Two that take a step every ten seconds."""
     early, late = native.Pace(), native.Pace()
