@@ -36,8 +36,6 @@ _GRAPH_ROWS_OF_SEVERAL = 1024
 """Of many experts, the same; the transport's graphs, which are few, go further."""
 _RING_ROWS = 1024
 """Of larger buffers as many as are under way at once, for what they take."""
-_MERGED = 4
-"""Times the rows of one message: what is merged of small ones finds a graph, too."""
 _CAPTURE_AT_USE = 3
 """A buffer that an expert meets this often will come again."""
 
@@ -257,13 +255,16 @@ class GpuCompute:
         uses[slots.start, step] += 1
         if uses[slots.start, step] != _CAPTURE_AT_USE:
             return
-        sizes = [slots]
+        sizes = [slots[: _ring_of(slots)]]
         if not part.start:
-            merged = (slots_of(num_rows * n) for n in (2, _MERGED) if num_rows * n <= _GRAPH_ROWS)
-            sizes += [more for more in merged if more.start not in graphs]
+            # What is merged of such, and of more rows that from here on find these graphs and are
+            # not seen here: any size, and as many as are under way at once.
+            doubled = (num_rows << n for n in range(1, _GRAPH_ROWS.bit_length()))
+            merged = [slots_of(more) for more in doubled if more <= _GRAPH_ROWS]
+            sizes += [more[: native.UNDER_WAY] for more in merged if more.start not in graphs]
         try:
             for slots in sizes:
-                for slot in slots[: _ring_of(slots)]:
+                for slot in slots:
                     buffer_RD = self._slot(slot, part.buffer_RD, replays)
                     rows_RD = buffer_RD[: slot_rows(slot, step)]
                     if not part.start and slot == slots.start:

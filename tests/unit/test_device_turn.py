@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import torch
 from expert_worker.compute import CpuCompute, Done, Part
 from expert_worker.data_plane import DataPlane, DataPlaneStats
 from expert_worker.expert_store import Expert, ExpertStore
+from expert_worker.gpu_compute import GpuCompute
 from mesh import native, wire
 from mesh.errors import Unavailable
 from mesh.plan import ExpertId
@@ -212,6 +214,29 @@ def test_of_large_buffers_no_more_is_computed_than_a_step(
     assert torch.equal(one.y_RD, 2 * rows(count))
     behind = [buffer_RD[count:].sum() for buffer_RD in buffers]
     assert max(behind) == (computed - count) * 2 * WIDTH + (len(buffers[0]) - computed) * WIDTH
+
+
+class Captured:
+    def raw_cuda_graph_exec(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize("first", [1, 9, 16, 17, 100, 200])
+def test_what_is_merged_of_small_batches_finds_a_graph(
+    driver: str, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though no other size is ever seen alone: those of up to 256 rows find graphs from here on."""
+    monkeypatch.setattr("expert_worker.gpu_compute.capture", lambda compute, pool: Captured())
+    gpu = GpuCompute(torch.device("cpu"))
+    gpu._stream, gpu._pool = SimpleNamespace(synchronize=lambda: None), None
+    device, graphs, expert = ReplayDevice(0, driver), Replays(), SimpleNamespace
+    ran = []
+    for _ in range(3):
+        part = Part(torch.zeros(first, WIDTH), 0, first)
+        gpu._hand_over(expert, graphs, part, device, lambda n, rows_RD: ran.append(rows_RD), None)
+    assert len(ran[0]) == slot_rows(slots_of(first).start)
+    for count in range(first, 257):
+        assert all(slot in graphs for slot in slots_of(count)[: native.UNDER_WAY]), count
 
 
 def test_a_machine_without_a_driver_is_told_what_to_do(tmp_path: Path) -> None:
