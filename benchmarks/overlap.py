@@ -136,6 +136,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Where the traces and pictures go.")] = Path("."),
 ) -> None:
     """Trace, draw and print shares."""
+    out.mkdir(parents=True, exist_ok=True)
     with mps.sharing(), torch.inference_mode():
         where = open_device(device)
         gpus = torch.cuda.device_count() if where.type == "cuda" else 0
