@@ -3,8 +3,8 @@
 They share nothing but the workers, and step as they please. A gateway is
 ``python -m benchmarks.gateways ORDER`` and speaks one JSON object a line: ``{"address": hex}`` out,
 ``{"routing": hex}`` in; then, over and over, ``{"sequences": [...], "length": n, "num_new": n}``
-in, ``{"ready": true}`` out, ``{"go": true}`` in, a :class:`benchmarks.sides.Ran` out. It ends when
-its standard input does.
+in, ``{"ready": true}`` out, ``{"go": [first, end of the profiled steps]}`` in, a
+:class:`benchmarks.sides.Ran` out. It ends when its standard input does.
 """
 
 from __future__ import annotations
@@ -63,7 +63,13 @@ def gateways_of(
         yield lambda *what: _run(gateways, *what)
 
 
-def _run(gateways: Sequence[Child], count: int, length: int, num_new: int) -> list[Ran]:
+def _run(
+    gateways: Sequence[Child],
+    count: int,
+    length: int,
+    num_new: int,
+    profiled: range = range(0),
+) -> list[Ran]:
     busy = []
     for gateway, sequences in zip(gateways, shares(count, len(gateways)), strict=False):
         gateway.tell({"sequences": list(sequences), "length": length, "num_new": num_new})
@@ -72,7 +78,7 @@ def _run(gateways: Sequence[Child], count: int, length: int, num_new: int) -> li
     for gateway in busy:
         gateway.hear()
     for gateway in busy:
-        gateway.tell({"go": True})
+        gateway.tell({"go": [profiled.start, profiled.stop]})
     return [Ran(**gateway.hear()) for gateway in busy]
 
 
@@ -101,7 +107,7 @@ def main() -> None:
         for line in sys.stdin:
             asked = json.loads(line)
             if "go" in asked:
-                _say(asdict(side.go()))
+                _say(asdict(side.go(range(*asked["go"]))))
             else:
                 side.submit(**asked)
                 _say({"ready": True})

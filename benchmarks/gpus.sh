@@ -26,6 +26,7 @@ step tests 420 -m pytest -q -rs tests/gpu
 step layer 120 -m cli.main bench layer --rows 1,8,32,128,512,2048,8192
 step peers 120 -m cli.main bench layer --workers 16 --experts 16 --top-k 2 --rows 32,128
 step overlap 120 -m benchmarks.overlap --rows 512,2048 --out "$OUT/overlap"
+step stages 150 -m benchmarks.stages --model one
 step one 400 -m benchmarks.papers --model one --out "$OUT/one"
 step plain 300 -m benchmarks.papers --model plain --out "$OUT/plain"
 step wide 300 -m benchmarks.papers --model wide --out "$OUT/wide"

@@ -160,10 +160,10 @@ def main(
                 step = Step(mesh.dispatcher, batches)
                 for _ in range(10):
                     step.run_on()
-                mesh.served()
+                mesh.workers.served()
                 for _ in range(steps):
                     step.run_on()
-                stages = [lanes(served) for served in mesh.served()]
+                stages = [lanes(served) for served in mesh.workers.served()]
                 step.land()
                 found = shares(stages)
                 stem = out / f"overlap-{size}"

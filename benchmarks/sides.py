@@ -13,6 +13,7 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity
 
 from benchmarks.random_model import checkpoint_on, dtype_on
 from benchmarks.work import Work, prompt, say, say_prefill, say_tpot, shares
@@ -46,15 +47,17 @@ class Ran:
     imbalance: float | None = None
     """Rows of a layer's busiest expert over the mean of its experts, mean over the layers; None
     where experts are here and nobody counts."""
+    kernels_us: Mapping[str, float] | None = None
+    """Of each kernel that this process launched, a step of those that were profiled."""
 
     @property
     def ended_s(self) -> float:
         return self.began_s + sum(self.steps_s)
 
 
-Run = Callable[[int, int, int], list[Ran]]
-"""``count`` sequences behind prompts of ``length`` tokens are given ``num_new`` each; what every
-engine did that had any."""
+Run = Callable[..., list[Ran]]
+"""``(count, length, num_new)``: so many sequences behind prompts of ``length`` tokens are given
+``num_new`` each; what every engine did that had any. Gateways take the steps to profile, too."""
 
 
 def measure(run: Run, work: Work, engines: int) -> dict[str, Any]:
@@ -134,21 +137,31 @@ class Side:
         for request in self._requests.values():
             self._engine.submit(request)
 
-    def go(self) -> Ran:
-        """Step until all are through."""
-        times = []
+    def go(self, profiled: range = range(0)) -> Ran:
+        """Step until all are through; of the profiled steps the kernels are told, too."""
+        times: list[float] = []
         before = dict(self._experts.rows_by_expert)
+        profiler = None
         first_s = time.perf_counter()
         while self._engine.num_requests:
+            if profiled and len(times) == profiled.start:
+                profiler = torch.profiler.profile(activities=[ProfilerActivity.CUDA])
+                profiler.start()
             began_s = time.perf_counter()
             self._engine.step()
             times.append(time.perf_counter() - began_s)
+            if profiler is not None and len(times) == profiled.stop:
+                profiler.stop()
+        if len(times) < profiled.stop:
+            raise SystemExit(f"there were {len(times)} steps: {profiled} were to be profiled")
         ends = [output.end for output in self._engine.take_outputs() if output.end]
         wrong = [end.finish_reason for end in ends if end.finish_reason != "length"]
         if wrong:
             raise SystemExit(f"requests ended with {wrong}")
         tokens = [list(one.token_ids[one.num_prompt_tokens :]) for one in self._requests.values()]
-        return Ran(list(self._requests), first_s, times, tokens, self._imbalance(before))
+        kernels_us = None if profiler is None else _kernels_us(profiler, len(profiled))
+        imbalance = self._imbalance(before)
+        return Ran(list(self._requests), first_s, times, tokens, imbalance, kernels_us)
 
     def _imbalance(self, before: Mapping[ExpertId, int]) -> float | None:
         layers: defaultdict[int, list[int]] = defaultdict(list)
@@ -156,6 +169,14 @@ class Side:
             layers[expert.layer].append(rows - before.get(expert, 0))
         busiest = [max(rows) / sum(rows) for rows in layers.values() if any(rows)]
         return fmean(busiest) * self._config.num_experts if busiest else None
+
+
+def _kernels_us(profiler: torch.profiler.profile, num_steps: int) -> dict[str, float]:
+    return {
+        one.key: one.self_device_time_total / num_steps
+        for one in profiler.key_averages()
+        if one.self_device_time_total
+    }
 
 
 @contextmanager

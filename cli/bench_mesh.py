@@ -11,7 +11,7 @@ import json
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -91,6 +91,8 @@ class BenchWorkers:
     children: Sequence[Child]
     held: Sequence[Sequence[ExpertId]]
     max_rows: int
+    gateways: dict[tuple[int, int], str] = field(default_factory=dict)
+    """Who was admitted, by the number of a worker and the session there."""
 
     @cached_property
     def _addresses(self) -> list[str]:
@@ -109,10 +111,12 @@ class BenchWorkers:
         for number, (child, held) in enumerate(zip(self.children, self.held, strict=True)):
             worker = self._addresses[number]
             who = {"gateway": gateway, "address": address.hex(), "session": number}
+            session: int = child.ask(who)["session"]
+            self.gateways[number, session] = gateway
             routing.peers.add(
                 worker_id=f"worker-{number}",
                 ucx_address=bytes.fromhex(worker),
-                session=child.ask(who)["session"],
+                session=session,
                 reply_session=number,
                 max_rows=self.max_rows,
             )
@@ -122,6 +126,10 @@ class BenchWorkers:
                     worker_ids=[f"worker-{number}"],
                 )
         return routing
+
+    def served(self) -> list[list[dict[str, Any]]]:
+        """Of each worker, the stages of each dispatch since the last time it was asked."""
+        return [child.ask({"served": True})["served"] for child in self.children]
 
 
 @contextmanager
@@ -178,10 +186,6 @@ class BenchMesh:
     def processes(self) -> list[subprocess.Popen[str]]:
         """Of the workers."""
         return [child.process for child in self.workers.children]
-
-    def served(self) -> list[list[dict[str, Any]]]:
-        """Of each worker, the stages of each dispatch since the last time it was asked."""
-        return [child.ask({"served": True})["served"] for child in self.workers.children]
 
 
 @contextmanager
