@@ -80,8 +80,7 @@ def measure(run: Run, work: Work, engines: int) -> dict[str, Any]:
     for batch in work.batches:
         run(batch, 32, 6)
         ran = run(batch, work.decode_len, work.num_new)
-        # Behind the steps with prompts, each gives every sequence a token.
-        decoding = [one.steps_s[-(work.num_new - 2) :] for one in ran]
+        decoding = [one.steps_s[-work.decode_steps :] for one in ran]
         found["tpot_ms"][batch] = median([step_s for steps in decoding for step_s in steps]) * 1e3
         say_tpot(found, batch)
         found["decode_tokens_per_s"][batch] = sum(

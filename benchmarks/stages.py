@@ -154,10 +154,10 @@ def measured(
             mesh.served()
             ran = run(batch, work.decode_len, work.num_new)
             served = served_of(mesh.served(), mesh.gateways)
-            steps = [s for one in ran for s in one.steps_s[-(work.num_new - 2) :]]
+            steps = [s for one in ran for s in one.steps_s[-work.decode_steps :]]
             found[str(batch)] = {
                 "step_ms": fmean(steps) * 1e3,
-                **stages([one for one in served if one.num_rows <= batch], work.num_new - 2),
+                **stages([one for one in served if one.num_rows <= batch], work.decode_steps),
             }
             if device.type == "cuda":
                 ran = run(batch, work.decode_len, work.num_new, _PROFILED)
@@ -205,7 +205,7 @@ def main(
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     settings, workers = model_of(model, device, layers)
     with mps.sharing(), torch.inference_mode():
-        found = measured(settings, workers, work, device, gateways or max(gpus, 1 + (gpus == 0)))
+        found = measured(settings, workers, work, device, gateways or gpus or 2)
     if as_json:
         print(json.dumps({model: found}))
     else:

@@ -41,6 +41,11 @@ class Work:
     max_batch_tokens: int
 
     @property
+    def decode_steps(self) -> int:
+        """Behind the steps with prompts, so many give every sequence a token."""
+        return self.num_new - 2
+
+    @property
     def max_len(self) -> int:
         return max(self.prefill_len + 1, self.decode_len + self.num_new)
 

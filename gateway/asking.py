@@ -124,6 +124,7 @@ class Seat:
         self.version = -1
         """Of the peers, that the plan was made for."""
         self.num_plans = 0
+        """So far: the number of the one that its tables say."""
         self.num_shared = 0
         """Of the experts, those that have replicas."""
         self.num_uses = 0

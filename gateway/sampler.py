@@ -155,9 +155,8 @@ class Sampler:
         wishes = self._wishes
         if wishes.requests != requests:
             wishes = self._wishes = _Wishes(requests, scores.logits_NV)
-        if wishes.plain and scores.likeliest_N is not None:
-            assert scores.likeliest_on_host_N is not None
-            return Chosen(self._wait(scores.likeliest_N, scores.likeliest_on_host_N, chosen), {})
+        if wishes.plain and scores.likeliest is not None:
+            return Chosen(_wait(*scores.likeliest, chosen), {})
         logits_NV = scores.logits_NV
         logprobs_LV = None
         if wishes.reported:
@@ -194,20 +193,7 @@ class Sampler:
             self._on_host_N = torch.empty(count, dtype=torch.int64, pin_memory=True)
         on_host_N = self._on_host_N[:count]
         on_host_N.copy_(token_ids_N, non_blocking=True)
-        return self._wait(token_ids_N, on_host_N, chosen)
-
-    def _wait(
-        self,
-        token_ids_N: torch.Tensor,
-        on_host_N: torch.Tensor,
-        chosen: Callable[[torch.Tensor], object],
-    ) -> list[int]:
-        """The only wait for a device, and not for what ``chosen`` gives it to do."""
-        there = torch.cuda.Event()
-        there.record()
-        chosen(token_ids_N)
-        there.synchronize()
-        return on_host_N.tolist()
+        return _wait(token_ids_N, on_host_N, chosen)
 
     def _draw(
         self, logits_NV: torch.Tensor, requests: Sequence[Request], limits: _Limits
@@ -262,6 +248,19 @@ class Sampler:
         values_M = values_M.clamp(min=0) / repetition_M + values_M.clamp(max=0) * repetition_M
         values_M -= frequency_M * counts_M + presence_M * counts_M.clamp(max=1)
         logits_NV.view(-1).index_copy_(0, where_M, values_M)
+
+
+def _wait(
+    token_ids_N: torch.Tensor,
+    on_host_N: torch.Tensor,
+    chosen: Callable[[torch.Tensor], object],
+) -> list[int]:
+    """The only wait for a device, and not for what ``chosen`` gives it to do."""
+    there = torch.cuda.Event()
+    there.record()
+    chosen(token_ids_N)
+    there.synchronize()
+    return on_host_N.tolist()
 
 
 def _report(

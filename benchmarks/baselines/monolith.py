@@ -153,7 +153,7 @@ class WholeStep:
 
     def go_on(self, tokens_N: Tensor) -> bool:
         """The step itself is launched when the last one's tokens were read, which it overwrites."""
-        return self._last is not None and self._last[0].go_on(tokens_N)
+        return self._last is not None and self._last[0].go_on(tokens_N, self._kv.block_size)
 
     def _capture(self, size: int) -> tuple[_Batch, torch.cuda.CUDAGraph]:
         from gateway.model.decode_graphs import _Batch

@@ -275,11 +275,7 @@ class Stage:
         decoder, links = self._decoder, self.links
         x_TD = F.embedding(given, decoder.embedding_VD) if links.first else given
         x_TD = through_layers(decoder, self._experts, x_TD, cis_T1C, paged)
-        if not links.last:
-            return x_TD
-        if len(rows_N) < len(x_TD):
-            x_TD = x_TD.index_select(0, rows_N.to(x_TD.device))
-        return links.best(decoder.head(x_TD).float())
+        return links.best(decoder.score(x_TD, rows_N).logits_NV) if links.last else x_TD
 
     def _group(self, tables: Sequence[tuple[int, ...]], length: int, max_len: int) -> _Group:
         if self._device.type == "cuda":

@@ -39,7 +39,6 @@ class DecodeFacts:
         self._rows_B = np.arange(size)
         self._positions: list[int] = []
         """Of the last batch."""
-        self._block_size = 1
         self._went_on = False
 
     @property
@@ -75,26 +74,26 @@ class DecodeFacts:
         slots[:] = self._tables_on_host_BM[self._rows_B[:count], blocks] * block_size + within
         lengths[:] = positions + 1
         self.facts_4B.copy_(self._on_host_4B, non_blocking=True)
-        self._positions, self._block_size = list(batch.num_cached), block_size
+        self._positions = list(batch.num_cached)
         self._went_on = False
 
-    def go_on(self, tokens_N: Tensor) -> bool:
+    def go_on(self, tokens_N: Tensor, block_size: int) -> bool:
         """Move each sequence of the last batch on by its next token, which the device has chosen:
         nothing waits for the host. False, with nothing done, where one has no block for it yet."""
         positions = [position + 1 for position in self._positions]
         if len(tokens_N) != len(positions) or self._went_on:
             return False
         for position, table in zip(positions, self._tables, strict=False):
-            if position >= len(table) * self._block_size:
+            if position >= len(table) * block_size:
                 return False
-        self._move_on(tokens_N)
+        self._move_on(tokens_N, block_size)
         self._positions, self._went_on = positions, True
         return True
 
-    def _move_on(self, tokens_N: Tensor) -> None:
+    def _move_on(self, tokens_N: Tensor, block_size: int) -> None:
         from gateway.model import gpu_kernels
 
-        gpu_kernels.go_on(self.facts_4B, tokens_N, self.tables_BM, self._block_size)
+        gpu_kernels.go_on(self.facts_4B, tokens_N, self.tables_BM, block_size)
 
     def follow(self, batch: ForwardBatch) -> bool:
         """Whether this is the batch that :meth:`go_on` has brought about; then it needs no

@@ -28,7 +28,7 @@ from gateway.model.batch import Experts, ForwardBatch
 from gateway.model.decode_facts import DecodeFacts
 from gateway.model.gpu_attention import MAX_KEY_DIM, Decoding
 from gateway.model.kv_cache import KvCache
-from gateway.model.scores import Scores, likeliest
+from gateway.model.scores import Likeliest, Scores, likeliest
 from mesh.model_config import GroupedAttention
 
 if TYPE_CHECKING:
@@ -99,11 +99,9 @@ class _Batch(DecodeFacts):
 
     def scores(self, count: int, rows_N: Tensor) -> Scores:
         """What :meth:`score` leaves, of these of the first ``count`` rows."""
-        if len(rows_N) < count:
-            return Scores(self._head_BV.index_select(0, rows_N.to(self._head_BV.device)))
-        return Scores(
-            self._head_BV[:count], self._likeliest_B[:count], self._likeliest_on_host_B[:count]
-        )
+        likeliest = Likeliest(self._likeliest_B[:count], self._likeliest_on_host_B[:count])
+        scores = Scores(self._head_BV[:count], likeliest)
+        return scores if len(rows_N) == count else scores.of_rows(rows_N.tolist())
 
 
 class DecodeGraphs:
@@ -164,7 +162,7 @@ class DecodeGraphs:
             return False
         first = self._last.segments[0]
         plan = 0 if first.placed is None else self._experts.plan_of(first.placed)
-        if not plan or not self._last.go_on(tokens_N):
+        if not plan or not self._last.go_on(tokens_N, self._kv.block_size):
             return False
         first.graph.replay()
         self._launched_by = plan

@@ -87,10 +87,7 @@ class _MicroBatch:
 
     def finish(self, rows_N: Tensor) -> Scores:
         """See :class:`Flight`."""
-        x_TD = self._come_back()
-        if len(rows_N) < len(x_TD):
-            x_TD = x_TD.index_select(0, rows_N.to(x_TD.device))
-        return Scores(self._decoder.head(x_TD))
+        return self._decoder.score(self._come_back(), rows_N)
 
     def begin(self, index: int, layer: Layer, experts: Experts) -> None:
         """See :class:`Flight`."""
@@ -185,10 +182,11 @@ class Decoder:
             for flight, batch in zip(flights, batches, strict=True)
         ]
 
-    def go_on(self, tokens_N: Tensor) -> bool:
-        """Begin the next step before the host knows of its tokens, one of each row of the last,
-        where that can be. See :meth:`gateway.model.decode_graphs.DecodeGraphs.go_on`."""
-        return self._graphs is not None and self._graphs.go_on(tokens_N)
+    @property
+    def go_on(self) -> Callable[[Tensor], bool] | None:
+        """What begins a step before the host knows of its tokens, where there are graphs: see
+        :meth:`gateway.model.decode_graphs.DecodeGraphs.go_on`."""
+        return None if self._graphs is None else self._graphs.go_on
 
     def use_graphs(self, graphs: DecodeGraphs) -> None:
         """Take batches through these graphs from here on, where they are made for them."""
@@ -203,6 +201,12 @@ class Decoder:
         token_ids_T = batch.token_ids_T.to(self.embedding_VD.device)
         x_TD = F.embedding(token_ids_T, self.embedding_VD)
         return _MicroBatch(self, x_TD, self.rope(paged.positions_T), paged)
+
+    def score(self, x_TD: Tensor, rows_N: Tensor) -> Scores:
+        """Of these rows behind the last layer."""
+        if len(rows_N) < len(x_TD):
+            x_TD = x_TD.index_select(0, rows_N.to(x_TD.device))
+        return Scores(self.head(x_TD))
 
     def head(self, x_ND: Tensor) -> Tensor:
         """What the head makes of rows behind the last layer, ``(N, V)``."""

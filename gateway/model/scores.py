@@ -6,6 +6,7 @@ Legend: N rows that want a token, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,23 +15,22 @@ NOT_A_NUMBER = -1
 """In place of a token id, where a row of logits has a NaN."""
 
 
+class Likeliest(NamedTuple):
+    """:func:`likeliest` of all rows (int64), which a device has in hand."""
+
+    ids_N: Tensor
+    on_host_N: Tensor
+    """The same, pinned, once the device's stream has come so far."""
+
+
 class Scores:
     """Of each row, how likely every token is; on a device that may be still to come."""
 
-    def __init__(
-        self,
-        head_NV: Tensor,
-        likeliest_N: Tensor | None = None,
-        likeliest_on_host_N: Tensor | None = None,
-    ) -> None:
-        """What the head made, in the model's dtype. ``likeliest_N`` (int64) is :func:`likeliest` of
-        it, and also on the host, pinned, once the device's stream has come so far."""
+    def __init__(self, head_NV: Tensor, likeliest: Likeliest | None = None) -> None:
+        """What the head made, in the model's dtype; ``likeliest`` of it, if that is asked for
+        already."""
         self._head_NV = head_NV
-        self.likeliest_N = likeliest_N
-        self.likeliest_on_host_N = likeliest_on_host_N
-
-    def __len__(self) -> int:
-        return len(self._head_NV)
+        self.likeliest = likeliest
 
     @property
     def logits_NV(self) -> Tensor:

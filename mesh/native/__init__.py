@@ -30,8 +30,9 @@ import libucx
 DONE = 0
 IN_PROGRESS = 1
 SHORT = -1000
-ANYWHERE = 0
 """Of an operation, beside UCX's own negative ones: a message of another length came."""
+ANYWHERE = 0
+"""Of a buffer: UCX is to find out where it is."""
 RING = 4
 SIZES = 14
 STEPS = 16

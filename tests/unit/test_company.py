@@ -287,7 +287,8 @@ def test_two_meet_however_unevenly_layers_route(rows: int, attend: int, evenness
     for seed in range(3):
         together = TwoGpus(rows, attend, evenness, seed, waits=True).step_ms(24)
         apart = TwoGpus(rows, attend, evenness, seed, waits=False).step_ms(24)
-        assert together < 0.9 * apart, seed
+        ratio = 0.9 if (rows, evenness) in ((16, 0.3), (16, 0.1)) else 0.88
+        assert together < ratio * apart, seed
 
 
 @pytest.mark.parametrize(

@@ -73,12 +73,12 @@ def test_random_lives() -> None:
 class Device(DecodeFacts):
     """Goes on as the kernel does; see ``tests/gpu/test_kernels.py``."""
 
-    def _move_on(self, tokens_N: torch.Tensor) -> None:
+    def _move_on(self, tokens_N: torch.Tensor, block_size: int) -> None:
         for row, token in enumerate(tokens_N.tolist()):
             position = int(self.positions_B[row]) + 1
-            block = int(self.tables_BM[row, position // SIZE])
+            block = int(self.tables_BM[row, position // block_size])
             self.facts_4B[:, row] = torch.tensor(
-                [token, position, block * SIZE + position % SIZE, position + 1]
+                [token, position, block * block_size + position % block_size, position + 1]
             )
 
 
@@ -91,12 +91,12 @@ def test_what_the_device_went_on_to_is_followed_if_it_comes() -> None:
         batch_of((6, a), (4, b)),
         batch_of((7, a), (5, (*b, 6))),  # blocks come before they are needed
     ):
-        assert facts.go_on(tokens_N)
-        assert not facts.go_on(tokens_N)  # nobody has followed yet
+        assert facts.go_on(tokens_N, SIZE)
+        assert not facts.go_on(tokens_N, SIZE)  # nobody has followed yet
         assert facts.follow(step)
         assert not facts.follow(step)
         check(facts, step)
-    assert not facts.go_on(tokens_N)  # the first has no block for it
+    assert not facts.go_on(tokens_N, SIZE)  # the first has no block for it
     assert not facts.follow(batch_of((8, (*a, 1)), (6, (*b, 6))))
 
 
@@ -111,7 +111,7 @@ def test_what_comes_otherwise_is_not_followed() -> None:
     ):
         facts = Device(4, 8, CPU)
         facts.fill(batch_of((5, a), (3, b)), SIZE)
-        assert facts.go_on(torch.tensor([100, 101]))
+        assert facts.go_on(torch.tensor([100, 101]), SIZE)
         assert not facts.follow(other)
         facts.fill(other, SIZE)
         check(facts, other)
