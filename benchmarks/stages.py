@@ -154,10 +154,11 @@ def measured(
             mesh.served()
             ran = run(batch, work.decode_len, work.num_new)
             served = served_of(mesh.served(), mesh.gateways)
+            most = batch * settings.get("num_experts_per_tok", 1)  # of a step without prompts
             steps = [s for one in ran for s in one.steps_s[-work.decode_steps :]]
             found[str(batch)] = {
                 "step_ms": fmean(steps) * 1e3,
-                **stages([one for one in served if one.num_rows <= batch], work.decode_steps),
+                **stages([one for one in served if one.num_rows <= most], work.decode_steps),
             }
             if device.type == "cuda":
                 ran = run(batch, work.decode_len, work.num_new, _PROFILED)

@@ -26,7 +26,7 @@ from mesh import native, wire
 from mesh.errors import Unavailable
 from mesh.mlp import StackedMlps
 from mesh.plan import ExpertId
-from mesh.replay import WHOLE, ReplayDevice, Replays, slot_rows, slots_of, step_of
+from mesh.replay import MAX_PARTS, WHOLE, ReplayDevice, Replays, slot_rows, slots_of, step_of
 
 log = structlog.get_logger()
 
@@ -34,6 +34,8 @@ _GRAPH_ROWS = 256
 """Up to here the rows that fill a buffer up take the GPU little: the weights take it longer."""
 _GRAPH_ROWS_OF_SEVERAL = 1024
 """Of many experts, the same; the transport's graphs, which are few, go further."""
+_GRAPH_ROWS_OF_PARTS = 2048
+"""Of messages of several experts that are computed together."""
 _RING_ROWS = 1024
 """Of larger buffers as many as are under way at once, for what they take."""
 _CAPTURE_AT_USE = 3
@@ -128,6 +130,10 @@ class GpuCompute:
         torch.cuda.set_stream(self._stream)
         self._pool = torch.cuda.graph_pool_handle()
         self._out = self._stream
+        self._nobodys = torch.zeros(
+            MAX_PARTS * wire.MAX_EXPERTS, dtype=torch.int32, pin_memory=True
+        )
+        """Counts of what is computed to no end but to have been, once."""
         try:
             self.replays = ReplayDevice(self._stream.cuda_stream)
         except Unavailable as error:
@@ -183,7 +189,7 @@ class GpuCompute:
         graphs = self._replays.get(expert, lambda: None)()
         if alone and self.replays is not None and graphs is not None:
 
-            def of_slot(slot: int, rows_RD: torch.Tensor) -> None:
+            def of_slot(slot: int | None, rows_RD: torch.Tensor) -> None:
                 run(expert, [Part(rows_RD, 0, len(rows_RD))])
 
             # With the weights themselves: those that the expert has move when it is stacked.
@@ -205,18 +211,20 @@ class GpuCompute:
             on_host_E = torch.zeros(num_experts, dtype=torch.int32, pin_memory=True)
             self._counts[buffer_RD.data_ptr()] = on_host_E
         ticket = GpuTicket(self._stream, self._events)
-        compute = functools.partial(_run_several, stack)
+        on_host_1E = on_host_E.view(1, -1)
         if len(buffer_RD) <= _GRAPH_ROWS_OF_SEVERAL:
-            self._replay(stack, buffer_RD, lambda: compute(buffer_RD, header_rows, on_host_E))
+            self._replay(stack, buffer_RD, lambda: stack.answer(buffer_RD, header_rows, on_host_1E))
         else:
-            compute(buffer_RD[: header_rows + part.num_rows], header_rows, on_host_E)
+            stack.answer(buffer_RD[: header_rows + part.num_rows], header_rows, on_host_1E)
         ticket.ends_here(on_host_E)
         if (replays := self.replays) is not None:
 
-            def of_slot(slot: int, rows_RD: torch.Tensor) -> None:
-                compute(rows_RD, header_rows, replays.counts[slot][:num_experts])
+            def of_parts(parts: int, slot: int | None, rows_RD: torch.Tensor) -> None:
+                on_host = self._nobodys if slot is None else replays.counts[slot]
+                on_host_PE = on_host[: parts * num_experts].view(parts, num_experts)
+                stack.answer(rows_RD, header_rows, on_host_PE)
 
-            self._hand_over(stack, here.replays, part, replays, of_slot, stack)
+            self._hand_over_several(stack, here.replays, part, replays, of_parts)
         return ticket
 
     def _replay(self, owner: object, buffer_RD: torch.Tensor, compute: Callable[[], None]) -> None:
@@ -240,40 +248,76 @@ class GpuCompute:
         graphs: Replays,
         part: Part,
         replays: ReplayDevice,
-        compute: Callable[[int, torch.Tensor], None],
+        compute: Callable[[int | None, torch.Tensor], None],
         kept: object,
     ) -> None:
         """Have the transport compute batches of this size, once they come often; the graphs need
         what is ``kept``."""
-        num_rows = part.start + part.num_rows
-        # Whose counts say how many rows are computed needs no graph for fewer.
-        step = WHOLE if part.start else step_of(num_rows)
-        slots = slots_of(num_rows)
-        if not slots:
+        num_rows = part.num_rows
+        step, slots = step_of(num_rows), slots_of(num_rows)
+        if not self._is_often(owner, slots, step):
             return
+        # What is merged of such, and of more rows that from here on find these graphs and are not
+        # seen here: any size, and as many as are under way at once.
+        doubled = (num_rows << n for n in range(1, _GRAPH_ROWS.bit_length()))
+        merged = [slots_of(more) for more in doubled if more <= _GRAPH_ROWS]
+        sizes = [slots[: _ring_of(slots)]]
+        sizes += [more[: native.UNDER_WAY] for more in merged if more.start not in graphs]
+        for slots in sizes:
+            self._capture_slots(graphs, part, replays, slots, step, compute, kept)
+
+    def _hand_over_several(
+        self,
+        stack: StackedMlps,
+        graphs: Replays,
+        part: Part,
+        replays: ReplayDevice,
+        compute: Callable[[int, int | None, torch.Tensor], None],
+    ) -> None:
+        """The same for messages of several experts, and for those that are computed together.
+        Their counts say how many rows are computed: that needs no graph for fewer."""
+        slots = slots_of(part.start + part.num_rows)
+        if not self._is_often(stack, slots, WHOLE):
+            return
+        ring, parts = slots[: _ring_of(slots)], 1
+        while ring:
+            of_parts = graphs.of_parts(parts)
+            whole = functools.partial(compute, parts)
+            self._capture_slots(of_parts, part, replays, ring, WHOLE, whole, stack)
+            parts *= 2
+            together = parts * slot_rows(slots.start)
+            fits = parts <= MAX_PARTS and together <= _GRAPH_ROWS_OF_PARTS
+            ring = slots_of(together)[: native.UNDER_WAY] if fits else range(0)
+
+    def _is_often(self, owner: object, slots: range, step: int) -> bool:
+        if not slots:
+            return False
         uses = self._uses.setdefault(owner, Counter())
         uses[slots.start, step] += 1
-        if uses[slots.start, step] != _CAPTURE_AT_USE:
-            return
-        sizes = [slots[: _ring_of(slots)]]
-        if not part.start:
-            # What is merged of such, and of more rows that from here on find these graphs and are
-            # not seen here: any size, and as many as are under way at once.
-            doubled = (num_rows << n for n in range(1, _GRAPH_ROWS.bit_length()))
-            merged = [slots_of(more) for more in doubled if more <= _GRAPH_ROWS]
-            sizes += [more[: native.UNDER_WAY] for more in merged if more.start not in graphs]
+        return uses[slots.start, step] == _CAPTURE_AT_USE
+
+    def _capture_slots(
+        self,
+        graphs: Replays,
+        part: Part,
+        replays: ReplayDevice,
+        slots: range,
+        step: int,
+        compute: Callable[[int | None, torch.Tensor], None],
+        kept: object,
+    ) -> None:
         try:
-            for slots in sizes:
-                for slot in slots:
-                    buffer_RD = self._slot(slot, part.buffer_RD, replays)
-                    rows_RD = buffer_RD[: slot_rows(slot, step)]
-                    if not part.start and slot == slots.start:
-                        compute(slot, torch.zeros_like(rows_RD))  # so many rows may be new to it
-                    graph = capture(functools.partial(compute, slot, rows_RD), self._pool)
-                    graphs.add(slot, graph.raw_cuda_graph_exec(), (graph, kept), step)
+            for slot in slots:
+                buffer_RD = self._slot(slot, part.buffer_RD, replays)
+                rows_RD = buffer_RD[: slot_rows(slot, step)]
+                if slot == slots.start:
+                    # So many rows may be new to it; the slot may be somebody's.
+                    compute(None, torch.zeros_like(rows_RD))
+                graph = capture(functools.partial(compute, slot, rows_RD), self._pool)
+                graphs.add(slot, graph.raw_cuda_graph_exec(), (graph, kept), step)
         except (RuntimeError, AttributeError) as error:
             # An older torch has no handles to give; these batches stay with our own turns.
-            log.warning("graph_not_handed_over", rows=part.num_rows, error=str(error))
+            log.warning("graph_not_handed_over", rows=slot_rows(slots.start), error=str(error))
 
     def _slot(self, slot: int, like_RD: torch.Tensor, replays: ReplayDevice) -> torch.Tensor:
         if slot not in replays.buffers:
@@ -303,16 +347,6 @@ class GpuCompute:
 
 def _ring_of(slots: range) -> int:
     return len(slots) if slot_rows(slots.start) <= _RING_ROWS else native.UNDER_WAY
-
-
-def _run_several(
-    stack: StackedMlps, buffer_RD: torch.Tensor, header_rows: int, on_host_E: torch.Tensor
-) -> None:
-    """By the counts ahead of the rows, which go to the host too."""
-    counts_E = buffer_RD[:header_rows].reshape(-1).view(torch.int32)[: len(on_host_E)]
-    on_host_E.copy_(counts_E, non_blocking=True)
-    rows_RD = buffer_RD[header_rows:]
-    rows_RD.copy_(stack(rows_RD, counts_E))
 
 
 def capture(compute: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:

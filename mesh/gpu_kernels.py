@@ -6,8 +6,9 @@ widths of what goes into a matrix and comes out.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,6 +19,15 @@ _BLOCK = 1024
 
 
 @triton.jit
+def _acted(gate, GELU: tl.constexpr):
+    if GELU:
+        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        return gate * tl.sigmoid(2 * inner)
+    else:
+        return gate * tl.sigmoid(gate)
+
+
+@triton.jit
 def _gated_kernel(gate_up, out, hidden, BLOCK: tl.constexpr, GELU: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -25,13 +35,8 @@ def _gated_kernel(gate_up, out, hidden, BLOCK: tl.constexpr, GELU: tl.constexpr)
     at = gate_up + row * 2 * hidden + column
     gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(at + hidden, mask=inside, other=0.0)
-    if GELU:
-        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        acted = gate * tl.sigmoid(2 * inner)
-    else:
-        acted = gate * tl.sigmoid(gate)
     # Rounded between the two, as in two kernels: the same numbers as on a CPU.
-    acted = acted.to(out.dtype.element_ty).to(tl.float32)
+    acted = _acted(gate, GELU).to(out.dtype.element_ty).to(tl.float32)
     tl.store(out + row * hidden + column, acted * up.to(tl.float32), mask=inside)
 
 
@@ -73,75 +78,177 @@ def group_ends(counts_E: Tensor, here_G: Tensor, num_rows: int) -> Tensor:
     return ends_G
 
 
+class Messages(NamedTuple):
+    """Rows of several experts: equal parts of a buffer, each in order of expert behind ``ahead``
+    rows. Counts that do not add up are nobody's harm: nothing outside a part is read or written."""
+
+    counts: Tensor
+    """int32: of each part how many rows each of E experts has; parts are ``counts_step`` apart."""
+    counts_step: int
+    here_G: Tensor
+    """int32, ascending: the experts that are here."""
+    num_experts: int
+    parts: int
+    stride: int
+    """Rows of a part."""
+    ahead: int
+
+
 @triton.jit
+def _of_part(counts, index, there, room):
+    count = tl.minimum(tl.maximum(tl.load(counts + index, mask=there, other=0), 0), room)
+    ends = tl.cumsum(count, axis=0)
+    return tl.minimum(ends, room) - tl.minimum(ends - count, room)
+
+
+_VARY = ["num_groups", "num_experts", "parts", "stride", "ahead", "counts_step"]
+
+
+@triton.jit(do_not_specialize=_VARY)
 def _grouped_kernel(
     x,
     weights,
     out,
-    ends,
+    counts,
+    here,
+    on_host,
     num_groups,
+    num_experts,
+    parts,
+    stride,
+    ahead,
+    counts_step,
     n_size,
     k_size,
+    IN: tl.constexpr,
+    TELL: tl.constexpr,
+    GATE: tl.constexpr,
     G_PAD: tl.constexpr,
+    E_PAD: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
 ):
     tile = tl.program_id(0)
+    if TELL and tile + tl.program_id(1) == 0:
+        e = tl.arange(0, E_PAD)
+        for part in range(parts):
+            said = tl.load(counts + part * counts_step + e, mask=e < num_experts)
+            tl.store(on_host + part * num_experts + e, said, mask=e < num_experts)
     g = tl.arange(0, G_PAD)
     there = g < num_groups
-    begins = tl.load(ends + g - 1, mask=there & (g > 0), other=0)
-    tiles = tl.where(there, tl.cdiv(tl.load(ends + g, mask=there, other=0) - begins, M), 0)
-    group = tl.sum((tl.cumsum(tiles, axis=0) <= tile).to(tl.int32), axis=0)
+    index = tl.load(here + g, mask=there, other=0)
+    room = stride - ahead
+    rows_G = tl.zeros([G_PAD], dtype=tl.int32)
+    for part in range(parts):
+        rows_G += _of_part(counts + part * counts_step, index, there, room)
+    tiles_G = tl.cdiv(rows_G, M)
+    group = tl.sum((tl.cumsum(tiles_G, axis=0) <= tile).to(tl.int32), axis=0)
     if group < num_groups:
-        before = tl.sum(tl.where(g < group, tiles, 0), axis=0)
-        begin = tl.sum(tl.where(g == group, begins, 0), axis=0)
-        row = begin + (tile - before) * M + tl.arange(0, M)
-        inside = row < tl.load(ends + group)
+        before = g < group
+        nth = (tile - tl.sum(tl.where(before, tiles_G, 0), axis=0)) * M + tl.arange(0, M)
+        inside = nth < tl.sum(tl.where(g == group, rows_G, 0), axis=0)
+        # Between the two matrices rows lie by expert; at either end in their messages.
+        between = tl.sum(tl.where(before, rows_G, 0), axis=0) + nth
+        outside = tl.zeros([M], dtype=tl.int32)
+        earlier = tl.sum(tl.zeros([M], dtype=tl.int32), axis=0)
+        for part in range(parts):
+            of_part_G = _of_part(counts + part * counts_step, index, there, room)
+            begin = part * stride + ahead + tl.sum(tl.where(before, of_part_G, 0), axis=0)
+            outside = tl.where(nth >= earlier, begin + nth - earlier, outside)
+            earlier += tl.sum(tl.where(g == group, of_part_G, 0), axis=0)
+        row_in = outside if IN else between
+        row_out = between if IN else outside
         column = tl.program_id(1) * N + tl.arange(0, N)
         k_at = tl.arange(0, K)
-        x_at = x + row.to(tl.int64)[:, None] * k_size + k_at[None, :]
-        w_row = group.to(tl.int64) * n_size + column
-        w_at = weights + w_row[None, :] * k_size + k_at[:, None]
+        x_at = x + row_in.to(tl.int64)[:, None] * k_size + k_at[None, :]
+        matrix = group.to(tl.int64) * n_size
+        if GATE:
+            matrix *= 2
+        w_at = weights + (matrix + column)[None, :] * k_size + k_at[:, None]
         acc = tl.zeros([M, N], dtype=tl.float32)
+        if GATE:
+            up = tl.zeros([M, N], dtype=tl.float32)
         for start in range(0, k_size, K):
             left = k_at < k_size - start
-            part = tl.load(x_at + start, mask=inside[:, None] & left[None, :], other=0.0)
-            weight = tl.load(
-                w_at + start, mask=left[:, None] & (column < n_size)[None, :], other=0.0
-            )
-            acc += tl.dot(part, weight, input_precision="ieee")
-        at = out + row.to(tl.int64)[:, None] * n_size + column[None, :]
+            there_w = left[:, None] & (column < n_size)[None, :]
+            part_x = tl.load(x_at + start, mask=inside[:, None] & left[None, :], other=0.0)
+            weight = tl.load(w_at + start, mask=there_w, other=0.0)
+            acc += tl.dot(part_x, weight, input_precision="ieee")
+            if GATE:
+                weight = tl.load(w_at + n_size * k_size + start, mask=there_w, other=0.0)
+                up += tl.dot(part_x, weight, input_precision="ieee")
+        if GATE:
+            # Rounded as between kernels.
+            gate = acc.to(out.dtype.element_ty).to(tl.float32)
+            acc = _acted(gate, GATE == 2).to(out.dtype.element_ty).to(tl.float32)
+            acc *= up.to(out.dtype.element_ty).to(tl.float32)
+        at = out + row_out.to(tl.int64)[:, None] * n_size + column[None, :]
         tl.store(at, acc, mask=inside[:, None] & (column < n_size)[None, :])
 
 
-def grouped_linear(x_RK: Tensor, weights_GNK: Tensor, ends_G: Tensor) -> Tensor:
-    """``out_RN``: rows of each group by its matrix; those past the last end are left undefined.
-
-    By torch's grouped GEMM where it has one that a graph may hold, which is bfloat16's.
-    """
-    if x_RK.dtype == torch.bfloat16:
-        return F.grouped_mm(x_RK, weights_GNK.transpose(1, 2), offs=ends_G)
-    x_RK = x_RK.contiguous()
-    groups, n_size, k_size = weights_GNK.shape
-    out_RN = x_RK.new_empty(len(x_RK), n_size)
-    # Twice the mean or more, so that most groups are one tile: each tile reads its weights.
-    rows = min(128, max(16, triton.next_power_of_2(2 * len(x_RK) // groups)))
-    columns = 128 if rows == 128 else 64
-    grid = (triton.cdiv(len(x_RK), rows) + groups, triton.cdiv(n_size, columns))
+def _grouped(
+    x_RK: Tensor,
+    messages: Messages,
+    weights: Tensor,
+    out_RN: Tensor,
+    into: bool,
+    gate: int = 0,
+    on_host: Tensor | None = None,
+) -> None:
+    k_size, n_size = x_RK.shape[1], out_RN.shape[1]
+    groups, num_rows = len(weights), messages.parts * messages.stride
+    # Few rows are as quick as the memory gives the weights, if enough programs ask for them.
+    rows = min(128, max(16, triton.next_power_of_2(num_rows // groups)))
+    columns = (64 if num_rows <= 32 else 128) // (2 if gate else 1)
+    width = 128 if rows <= 32 else 64
+    grid = (min(groups, num_rows) + num_rows // rows, triton.cdiv(n_size, columns))
     _grouped_kernel[grid](
         x_RK,
-        weights_GNK,
+        weights,
         out_RN,
-        ends_G,
+        messages.counts,
+        messages.here_G,
+        messages.counts if on_host is None else on_host,
         groups,
+        messages.num_experts,
+        messages.parts,
+        messages.stride,
+        messages.ahead,
+        messages.counts_step,
         n_size,
         k_size,
+        IN=into,
+        TELL=on_host is not None,
+        GATE=gate,
         G_PAD=triton.next_power_of_2(groups),
+        E_PAD=triton.next_power_of_2(messages.num_experts),
         M=rows,
         N=columns,
-        K=64,
+        K=width,
         num_warps=8 if rows == 128 else 4,
-        num_stages=4,
+        num_stages=3,
     )
+
+
+def grouped_in(
+    x_RK: Tensor,
+    messages: Messages,
+    weights: Tensor,
+    activation: str | None = None,
+    on_host: Tensor | None = None,
+) -> Tensor:
+    """Rows of messages by their experts' matrices, ``(G, N, K)``: ``(R, N)``, in order of expert
+    whatever message they came in; behind the last row they are undefined. With an activation that
+    :func:`gated` knows, of ``(G, 2 N, K)`` with gate in front of up. ``on_host`` (int32, pinned)
+    gets the counts, part by part."""
+    width = weights.shape[1] // (2 if activation else 1)
+    out_RN = x_RK.new_empty(messages.parts * messages.stride, width)
+    gate = 0 if activation is None else 2 if _GELU[activation] else 1
+    _grouped(x_RK, messages, weights, out_RN, into=True, gate=gate, on_host=on_host)
     return out_RN
+
+
+def grouped_out(x_RK: Tensor, messages: Messages, weights: Tensor, out_RN: Tensor) -> None:
+    """What :func:`grouped_in` returns, by ``(G, N, K)``, to where the rows came from."""
+    _grouped(x_RK, messages, weights, out_RN, into=False)

@@ -40,6 +40,8 @@ class Mlp(Protocol):
 class PlainMlp:
     """Two matrices with an activation between them."""
 
+    gate: str | None = None
+
     def __init__(self, up_HD: Tensor, down_DH: Tensor, activation: str) -> None:
         self._into_HD = up_HD
         self._down_DH = down_DH
@@ -90,6 +92,8 @@ class GatedMlp:
         self._into_HD = gate_up_HD
         self._down_DH = down_DH
         self._between = _gate_on(gate_up_HD.device, activation)
+        self.gate = activation if _in_one_pass(gate_up_HD.device, activation) else None
+        """What a kernel may do at once with the first matrix; None: nothing."""
         self.native: NativeMlp | None = None
         if (
             _ACTIVATIONS[activation] is F.silu
@@ -109,20 +113,32 @@ class GatedMlp:
         return {"gate_up": self._into_HD, "down": self._down_DH}
 
 
+def _in_one_pass(device: torch.device, activation: str) -> bool:
+    if device.type != "cuda":
+        return False
+    from mesh import gpu_kernels
+
+    return gpu_kernels.gates(activation)
+
+
 def _gate_on(device: torch.device, activation: str) -> Callable[[Tensor], Tensor]:
     """``act(gate) * up`` of the two side by side; on a GPU in one pass over them."""
     act = _ACTIVATIONS[activation]
-    if device.type == "cuda":
+    if _in_one_pass(device, activation):
         from mesh import gpu_kernels
 
-        if gpu_kernels.gates(activation):
-            return lambda gate_up_RH: gpu_kernels.gated(gate_up_RH, activation)
+        return lambda gate_up_RH: gpu_kernels.gated(gate_up_RH, activation)
 
     def gate(gate_up_RH: Tensor) -> Tensor:
         gate_RH, up_RH = gate_up_RH.chunk(2, dim=-1)
         return act(gate_RH).mul_(up_RH)
 
     return gate
+
+
+_FEW_ROWS = 16
+"""Of an expert, on average: up to here a grouped GEMM of ours reads weights as fast as the memory
+gives them, where torch's, which is bfloat16's alone, takes half as long again or more."""
 
 
 class StackedMlps:
@@ -136,7 +152,7 @@ class StackedMlps:
 
     def __init__(self, mlps: Mapping[int, PlainMlp | GatedMlp]) -> None:
         first = next(iter(mlps.values()))
-        self._between = first._between
+        self._between, self._gate = first._between, first.gate
         device = first._into_HD.device
         self._here_G = torch.tensor(list(mlps), dtype=torch.int32, device=device)
         for name in ("_into_HD", "_down_DH"):
@@ -162,11 +178,52 @@ class StackedMlps:
 
         Counts that do not add up are nobody's harm: rows past them come back as anything.
         """
-        from mesh.gpu_kernels import group_ends, grouped_linear
+        from mesh.gpu_kernels import Messages
+
+        if self._suits_torch(len(x_RD)):
+            return self._by_torch(x_RD, counts_E)
+        x_RD = x_RD.contiguous()
+        y_RD = torch.empty_like(x_RD)
+        messages = Messages(counts_E, 0, self._here_G, len(counts_E), 1, len(x_RD), 0)
+        self._compute(x_RD, messages, y_RD)
+        return y_RD
+
+    def answer(self, buffer_RD: Tensor, header_rows: int, on_host_PE: Tensor) -> None:
+        """Replace the rows of P messages, equal parts of the buffer, by the outputs. Each has its
+        counts (int32) in ``header_rows`` ahead of its rows; they go to the host, too."""
+        from mesh.gpu_kernels import Messages
+
+        parts, num_experts = on_host_PE.shape
+        counts = buffer_RD.view(-1).view(torch.int32)
+        stride = len(buffer_RD) // parts
+        if parts == 1 and self._suits_torch(stride):
+            on_host_PE[0].copy_(counts[:num_experts], non_blocking=True)
+            rows_RD = buffer_RD[header_rows:]
+            rows_RD.copy_(self._by_torch(rows_RD, counts[:num_experts]))
+            return
+        step = stride * len(counts) // len(buffer_RD)
+        messages = Messages(counts, step, self._here_G, num_experts, parts, stride, header_rows)
+        self._compute(buffer_RD, messages, buffer_RD, on_host_PE)
+
+    def _suits_torch(self, num_rows: int) -> bool:
+        return self._into_HD.dtype == torch.bfloat16 and num_rows > _FEW_ROWS * len(self._here_G)
+
+    def _by_torch(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
+        from mesh.gpu_kernels import group_ends
 
         ends_G = group_ends(counts_E, self._here_G, len(x_RD))
-        hidden_RH = self._between(grouped_linear(x_RD, self._into_HD, ends_G))
-        return grouped_linear(hidden_RH, self._down_DH, ends_G)
+        hidden_RH = F.grouped_mm(x_RD, self._into_HD.transpose(1, 2), offs=ends_G)
+        return F.grouped_mm(self._between(hidden_RH), self._down_DH.transpose(1, 2), offs=ends_G)
+
+    def _compute(
+        self, x_RD: Tensor, messages: Any, out_RD: Tensor, on_host: Tensor | None = None
+    ) -> None:
+        from mesh.gpu_kernels import grouped_in, grouped_out
+
+        hidden_RH = grouped_in(x_RD, messages, self._into_HD, self._gate, on_host)
+        if self._gate is None:
+            hidden_RH = self._between(hidden_RH)
+        grouped_out(hidden_RH, messages, self._down_DH, out_RD)
 
 
 class ClampedMlp:

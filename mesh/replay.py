@@ -16,6 +16,8 @@ from mesh.errors import Unavailable
 SLOTS = native.RING * native.SIZES
 WHOLE = native.STEPS - 1
 """The step of a slot whose graph computes all of its rows."""
+MAX_PARTS = 8
+"""Messages of several experts that are computed together, each in its part of a slot."""
 
 
 def slots_of(num_rows: int) -> range:
@@ -52,7 +54,8 @@ class ReplayDevice:
         self.buffers: dict[int, torch.Tensor] = {}
         """By slot, those that were lent."""
         self.counts: dict[int, torch.Tensor] = {}
-        """Of the same, int32 on the host: where graphs of several experts leave their counts."""
+        """Of the same, int32 on the host: where graphs of several experts leave the counts of each
+        part, behind each other."""
 
     def __del__(self) -> None:
         if self.handle:
@@ -62,7 +65,7 @@ class ReplayDevice:
         """This slot's memory from here on, :func:`slot_rows` rows of it."""
         self.buffers[slot] = rows_RD
         self.counts[slot] = torch.zeros(
-            wire.MAX_EXPERTS, dtype=torch.int32, pin_memory=rows_RD.is_cuda
+            MAX_PARTS * wire.MAX_EXPERTS, dtype=torch.int32, pin_memory=rows_RD.is_cuda
         )
         native.short.device_lend(
             self.handle, slot, rows_RD.data_ptr(), self.counts[slot].data_ptr()
@@ -87,15 +90,27 @@ class Replays:
 
     def __init__(self, owner: object = None, here: Iterable[int] = ()) -> None:
         self._record = native.Replays()
-        for index in here:
+        self._here = tuple(here)
+        for index in self._here:
             self._record.here[index] = 1
         self._kept: list[object] = [owner]
+        self._doubled: Replays | None = None
         self.handle: int | None = ctypes.addressof(self._record)
 
     def add(self, slot: int, graph: int, keep: object = None, step: int = WHOLE) -> None:
         """Launch this graph for the slot's first rows, as many as the step has."""
         self._kept.append(keep)
         self._record.graphs[slot * native.STEPS + step] = graph
+
+    def of_parts(self, parts: int) -> Replays:
+        """The graphs for so many messages of several experts (a power of two), each in its part
+        of a slot."""
+        if parts == 1:
+            return self
+        if self._doubled is None:
+            self._doubled = Replays(here=self._here)
+            self._record.doubled = self._doubled.handle
+        return self._doubled.of_parts(parts // 2)
 
     def __contains__(self, slot: int) -> bool:
         return any(self._record.graphs[slot * native.STEPS + step] for step in range(native.STEPS))

@@ -39,6 +39,8 @@ class Sharing(Structure):
         ("times", c_void_p),
         ("num_experts", c_int64),
         ("width", c_int64),
+        ("parts", c_int64),
+        ("step", c_int64),
     ]
 
 

@@ -27,6 +27,7 @@ typedef struct {
     int32_t *on_host;
     const float *times; /* by expert */
     int64_t num_experts, width;
+    int64_t parts, step; /* so many of these, and floats from one to the next */
 } sharing;
 
 typedef struct {
@@ -102,10 +103,13 @@ static void place(const placing *p) {
 }
 
 static void multiply_by_expert(const sharing *s, float *rows, int64_t count) {
-    float *end = rows + count;
-    memcpy(s->on_host, s->counts, sizeof *s->counts * (size_t)s->num_experts);
-    for (int64_t e = 0; e < s->num_experts; e++)
-        for (int64_t i = 0; i < s->counts[e] * s->width && rows < end; i++) *rows++ *= s->times[e];
+    const int32_t *counts = s->counts;
+    for (int64_t part = 0; part < s->parts; part++, counts += s->step) {
+        memcpy(s->on_host + part * s->num_experts, counts, sizeof *counts * (size_t)s->num_experts);
+        float *row = rows + part * s->step, *end = row + count;
+        for (int64_t e = 0; e < s->num_experts; e++)
+            for (int64_t i = 0; i < counts[e] * s->width && row < end; i++) *row++ *= s->times[e];
+    }
 }
 
 static void copy(const row_copy *one) {

@@ -122,6 +122,7 @@ class Replays(Structure):
         ("graphs", c_void_p * GRAPHS),
         ("expected_us", c_uint32 * (SIZES * STEPS)),
         ("here", c_uint8 * (1 << 10)),
+        ("doubled", c_void_p),
     ]
 
 

@@ -18,13 +18,15 @@ enum { DISPATCH = 1, REPLY = 2, REFERENCE = 6 };
 enum { EXPERT_BITS = 10, EXPERTS = 1 << EXPERT_BITS, SEVERAL = EXPERTS - 1, LAYERS = 1 << 10 };
 enum { UNKNOWN_EXPERT = 2, BAD_COUNTS = 5, DEVICE_FAILED = 7, MALFORMED = 8 };
 enum { SESSIONS = 1 << 16, MAX_IN_HAND = 256, LOOK_US = 1000, LOOK_AROUND_US = 1000000 };
-enum { MAX_MERGED = MAX_PARTS, AHEAD_US = 30, BESIDE_ROWS = 256 };
+enum { MAX_MERGED = MAX_PARTS, AHEAD_US = 30 };
 
 #define KIND(tag) ((tag) >> 60)
 #define SESSION(tag) ((tag) >> 44 & 0xFFFF)
 #define EXPERT(tag) ((tag) >> 16 & 0xFFFFF)
 #define IS_SEVERAL(tag) (((tag) >> 16 & SEVERAL) == SEVERAL)
 #define ROWS(tag) ((int64_t)((tag) & 0xFFFF))
+/* Fewer are of sequences that decode: several times as many, where each token has several experts. */
+#define MANY_ROWS(tag) (IS_SEVERAL(tag) ? 1024 : 256)
 #define REPLY_TAG(tag, reply_session) \
     ((uint64_t)REPLY << 60 | (reply_session) << 44 | ((tag) & 0xFFFFFFFFFFFULL))
 
@@ -249,9 +251,8 @@ static void count_several(answering *all, uint64_t tag, const int32_t *counts_E,
         }
 }
 
-/* Why the counts that several were computed by are refused; 0: they are not. */
-static int32_t judge(const answering *all, const batch *one) {
-    const int32_t *counts_E = device_counts(all->device, one->slot);
+/* Why the counts that a message was computed by are refused; 0: they are not. */
+static int32_t judge(const answering *all, const work *one, const int32_t *counts_E) {
     int64_t rows = 0;
     int unknown = 0;
     for (int32_t e = 0; e < all->num_experts; e++) {
@@ -259,7 +260,7 @@ static int32_t judge(const answering *all, const batch *one) {
         rows += counts_E[e];
         unknown |= counts_E[e] && !one->replays->here[e];
     }
-    return rows != one->rows ? BAD_COUNTS : unknown ? UNKNOWN_EXPERT : 0;
+    return rows != ROWS(one->tag) ? BAD_COUNTS : unknown ? UNKNOWN_EXPERT : 0;
 }
 
 static void reply(answering *all, work *one, uint64_t answers) {
@@ -314,13 +315,18 @@ static int time_has_come(const answering *all) {
 }
 
 /* Whether a dispatch can be computed still. */
-static int stands(answering *all, work *one) {
+static int stands(const answering *all, const work *one) {
     const session *from = &all->sessions[SESSION(one->tag)];
-    if (from->endpoint && (KIND(one->tag) != REFERENCE ||
-                           lends(&from->arenas, one->first, one->header_rows, ROWS(one->tag))))
-        return 1;
+    return from->endpoint &&
+           (KIND(one->tag) != REFERENCE ||
+            lends(&from->arenas, one->first, one->header_rows, ROWS(one->tag)));
+}
+
+/* The same; what cannot is done with. */
+static int stands_or_falls(answering *all, work *one) {
+    if (stands(all, one)) return 1;
     all->computing--;
-    if (from->endpoint)
+    if (all->sessions[SESSION(one->tag)].endpoint)
         refuse(all, one, MALFORMED);
     else
         drop(all, one); /* its gateway died, or left */
@@ -329,8 +335,8 @@ static int stands(answering *all, work *one) {
 
 /* Whether to wait for others in step with its gateway. */
 static int held(const answering *all, const work *one, int64_t now) {
-    if (all->num_sessions < 2 || all->num_sessions > MAX_COMPANY || IS_SEVERAL(one->tag) ||
-        ROWS(one->tag) >= BESIDE_ROWS)
+    if (all->num_sessions < 2 || all->num_sessions > MAX_COMPANY ||
+        ROWS(one->tag) >= MANY_ROWS(one->tag))
         return 0;
     return now < company_until(&all->sessions[SESSION(one->tag)].pace, all->paces,
                                all->num_sessions, all->took_us, now);
@@ -348,31 +354,69 @@ static void take_along(answering *all, batch *taken, work ***end, work **link) {
     work *one = *link;
     *link = one->next;
     one->next = NULL;
-    if (!stands(all, one)) return;
-    taken->replays = one->replays;
+    if (!stands_or_falls(all, one)) return;
     taken->rows += ROWS(one->tag);
     **end = one;
     *end = &one->next;
 }
 
-/* What has waited the longest and is not held, and all that may be computed with it. */
-static batch next_batch(answering *all) {
-    int64_t now = now_us();
-    batch taken = {0};
-    work **end = &taken.works, **link = &all->waiting;
-    while (*link && group_held(all, *link, now)) link = &(*link)->next;
-    if (*link) take_along(all, &taken, &end, link);
+static int is_alike(const work *one, const work *other) {
+    return EXPERT(one->tag) == EXPERT(other->tag) && one->replays == other->replays;
+}
+
+/* All that waits for the same expert, as far as a graph holds it. */
+static void join(answering *all, batch *taken, work **end) {
+    const work *first = taken->works;
     int32_t left = MAX_MERGED - 1;
-    for (link = &all->waiting; taken.works && *link && left;) {
-        const work *one = *link;
-        if (EXPERT(one->tag) == EXPERT(taken.works->tag) && one->replays == taken.replays &&
-            !IS_SEVERAL(one->tag) &&
-            device_knows(all->device, taken.replays->graphs, taken.rows + ROWS(one->tag))) {
-            take_along(all, &taken, &end, link);
+    for (work **link = &all->waiting; *link && left;) {
+        if (is_alike(*link, first) &&
+            device_knows(all->device, taken->replays->graphs, taken->rows + ROWS((*link)->tag))) {
+            take_along(all, taken, &end, link);
             left--;
         } else
             link = &(*link)->next;
     }
+    taken->room = taken->rows;
+}
+
+/* Messages for several experts, which keep their counts: as many as graphs take at once, one or two
+ * or four..., the longest of which says how long each one's part is. */
+static void join_several(answering *all, batch *taken, work **end) {
+    const work *first = taken->works;
+    int64_t longest = first->header_rows + ROWS(first->tag);
+    int32_t count = 1;
+    taken->room = longest;
+    for (const work *one = all->waiting; one && taken->replays->doubled; one = one->next) {
+        if (!is_alike(one, first) || !stands(all, one)) continue;
+        int64_t rows = one->header_rows + ROWS(one->tag);
+        longest = rows > longest ? rows : longest;
+        if (++count < 2 * taken->parts) continue;
+        if (!device_knows(all->device, taken->replays->doubled->graphs, count * longest)) break;
+        taken->replays = taken->replays->doubled;
+        taken->parts = count;
+        taken->room = count * longest;
+    }
+    int32_t left = taken->parts - 1;
+    for (work **link = &all->waiting; left;) {
+        if (is_alike(*link, first) && stands(all, *link)) {
+            take_along(all, taken, &end, link);
+            left--;
+        } else
+            link = &(*link)->next;
+    }
+}
+
+/* What has waited the longest and is not held, and all that may be computed with it. */
+static batch next_batch(answering *all) {
+    int64_t now = now_us();
+    batch taken = {.parts = 1};
+    work **end = &taken.works, **link = &all->waiting;
+    while (*link && group_held(all, *link, now)) link = &(*link)->next;
+    if (*link) {
+        taken.replays = (*link)->replays;
+        take_along(all, &taken, &end, link);
+    }
+    if (taken.works) (IS_SEVERAL(taken.works->tag) ? join_several : join)(all, &taken, end);
     find_end(all);
     return taken;
 }
@@ -403,14 +447,13 @@ static transfer transfer_of(const answering *all, const work *one, int64_t at) {
 static enum { FOUND, LATER, NEVER } find_room(answering *all, batch *one) {
     const work *first = one->works;
     void *const *graphs = one->replays->graphs;
-    int64_t rows = first->header_rows + one->rows;
     if (!first->next && first->slot >= 0) {
         one->slot = first->slot;
-        one->graph = device_graph(graphs, first->slot, rows);
+        one->graph = device_graph(graphs, first->slot, one->room);
         return one->graph >= 0 ? FOUND : NEVER;
     }
-    one->slot = device_take(all->device, graphs, rows, &one->graph);
-    return one->slot >= 0 ? FOUND : device_knows(all->device, graphs, rows) ? LATER : NEVER;
+    one->slot = device_take(all->device, graphs, one->room, &one->graph);
+    return one->slot >= 0 ? FOUND : device_knows(all->device, graphs, one->room) ? LATER : NEVER;
 }
 
 static void put_back(answering *all, const batch *one) {
@@ -427,7 +470,7 @@ static void wait_for_turn(answering *all, work *one) {
     *all->waiting_end = one;
     all->waiting_end = &one->next;
     all->computing++;
-    if (!IS_SEVERAL(one->tag) && ROWS(one->tag) < BESIDE_ROWS)
+    if (ROWS(one->tag) < MANY_ROWS(one->tag))
         company_came(&all->sessions[SESSION(one->tag)].pace, (int32_t)(EXPERT(one->tag) / EXPERTS),
                      one->trail.received_us);
 }
@@ -449,15 +492,16 @@ static void launch_waiting(answering *all) {
             refuse_all(all, &one, DEVICE_FAILED);
             continue;
         }
-        int64_t launched_us = now_us();
+        int64_t launched_us = now_us(), part_rows = (1LL << one.slot / RING) / one.parts;
+        uint64_t tag = one.works->tag;
         all->batch++;
         for (work *of = one.works; of; of = of->next) {
             company_left(&all->sessions[SESSION(of->tag)].pace, all->batch);
             if (of->slot != one.slot) parts[count++] = transfer_of(all, of, at);
-            at += ROWS(of->tag);
+            at += IS_SEVERAL(tag) ? part_rows : ROWS(of->tag);
         }
         if (!device_launch(all->device, one.slot, one.replays->graphs[one.graph], parts, count,
-                           count && one.rows >= BESIDE_ROWS)) {
+                           count && one.rows >= MANY_ROWS(tag))) {
             all->computing -= num_works(&one);
             give_back(all, &one);
             fail(all, &one);
@@ -484,22 +528,26 @@ static void look_at_device(answering *all) {
             continue;
         }
         uint64_t tag = one.works->tag;
-        int32_t refusal = IS_SEVERAL(tag) ? judge(all, &one) : 0;
-        if (refusal) {
-            refuse_all(all, &one, refusal);
-            continue;
-        }
+        const int32_t *counts_E = device_counts(all->device, one.slot);
         for (work *of = one.works; of; of = of->next) {
+            int32_t refusal = IS_SEVERAL(tag) ? judge(all, of, counts_E) : 0;
+            counts_E += all->num_experts;
             of->trail.done_us = all->turned_us;
-            reply(all, of, of->slot < 0 ? 0 : own_rows(all, of));
+            if (refusal)
+                refuse(all, of, refusal);
+            else
+                reply(all, of, of->slot < 0 ? 0 : own_rows(all, of));
         }
         device_times took = device_took(all->device, one.slot); /* last: nobody waits for it */
-        for (work *of = one.works; of; of = of->next) of->trail.took = took;
         *expected_us(&one) = all->took_us = took.compute_us;
-        if (IS_SEVERAL(tag))
-            count_several(all, tag, device_counts(all->device, one.slot), took.compute_us);
-        else
-            count(all, tag, one.rows, took.compute_us);
+        if (!IS_SEVERAL(tag)) count(all, tag, one.rows, took.compute_us);
+        counts_E = device_counts(all->device, one.slot);
+        for (work *of = one.works; of; of = of->next) {
+            of->trail.took = took;
+            if (IS_SEVERAL(tag) && of->state != FAILED)
+                count_several(all, tag, counts_E, took.compute_us / (uint32_t)one.parts);
+            counts_E += all->num_experts;
+        }
     }
 }
 

@@ -258,10 +258,12 @@ EXPORT int64_t company_until(const pace *one, const pace *const *others, int32_t
 /* ---- answering.c: see mesh/transport/base.py's Answering ---- */
 
 /* What a device computes an expert by, or several of a layer together. */
-typedef struct {
+typedef struct replays {
     void *graphs[GRAPHS];  /* CUgraphExec, by slot and step; NULL where there is none */
     uint32_t expected_us[SIZES * STEPS]; /* what those of a size and step took the last time */
     uint8_t here[1 << 10]; /* of several: whether an expert of the layer is one of them */
+    struct replays *doubled; /* of several: for twice as many messages, each in an equal part of a
+                              * slot, that leave their counts behind each other; NULL: none */
 } replays;
 
 typedef struct {
@@ -288,6 +290,8 @@ typedef struct {
     replays *replays;
     int32_t slot, graph;
     int64_t rows;
+    int64_t room;  /* rows of the slot that it needs, counts included */
+    int32_t parts; /* of several experts: the messages, each in its part of the slot */
 } batch;
 
 /* When a dispatch went through its stages, CLOCK_MONOTONIC. */

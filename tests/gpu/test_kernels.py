@@ -16,7 +16,8 @@ from gateway.model.gpu_kernels import num_splits, paged_decode, rms_norm, turn_a
 from gateway.model.rope import rotate_
 from gateway.model.router import Router
 from gateway.model.scores import NOT_A_NUMBER
-from mesh.gpu_kernels import gated, group_ends, grouped_linear
+from mesh.gpu_kernels import Messages, gated, grouped_in, grouped_out
+from mesh.mlp import GatedMlp, PlainMlp, StackedMlps
 from mesh.model_config import RouterConfig
 from tests.gpu.device import DEVICE, DTYPES, close
 
@@ -32,24 +33,117 @@ def test_gated_is_activation_times_up(dtype: torch.dtype, rows: int, hidden: int
     close(gated(gate_up, "gelu_new"), F.gelu(gate, approximate="tanh") * up)
 
 
+HERE = [0, 2, 3, 6]
+"""Of seven experts."""
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", [None, "silu", "gelu_new"])
 @pytest.mark.parametrize(
-    "counts", [[1], [0, 1, 0], [5, 0, 33, 2], [200, 0, 16], [0, 0], [64] * 9], ids=str
+    ("stride", "counts"),
+    [
+        (4, [[1, 0, 0, 0]]),
+        (8, [[0, 2, 0, 1], [0, 0, 0, 0]]),
+        (40, [[5, 0, 33, 1], [0, 1, 0, 0], [1, 2, 3, 4], [9, 9, 9, 9]]),
+        (256, [[200, 0, 16, 30], [3, 100, 1, 17]]),
+        (2000, [[700, 300, 900, 95]]),
+    ],
+    ids=str,
 )
-def test_each_group_of_rows_goes_through_its_own_matrix(
-    dtype: torch.dtype, counts: list[int]
+def test_rows_of_messages_go_through_their_experts_and_back(
+    dtype: torch.dtype, activation: str | None, stride: int, counts: list[list[int]]
 ) -> None:
-    groups, spare = len(counts), 3
-    weights = torch.randn(groups, 144, 80, device=DEVICE, dtype=dtype) / 9
-    x = torch.randn(sum(counts) + spare, 80, device=DEVICE, dtype=dtype)
-    counts_E = torch.tensor(counts, dtype=torch.int32, device=DEVICE)
-    here_G = torch.arange(groups, dtype=torch.int32, device=DEVICE)
-    got = grouped_linear(x, weights, group_ends(counts_E, here_G, len(x)))
-    begin = 0
-    for weight, count in zip(weights, counts, strict=True):
-        rows = slice(begin, begin + count)
-        close(got[rows], F.linear(x[rows].double(), weight.double()), of=dtype)
-        begin += count
+    width, hidden, ahead = 80, 144, 1
+    parts, wide = len(counts), hidden if activation is None else 2 * hidden
+    into = torch.randn(len(HERE), wide, width, device=DEVICE, dtype=dtype) / 9
+    down = torch.randn(len(HERE), width, hidden, device=DEVICE, dtype=dtype) / 9
+    x = torch.randn(parts * stride, width, device=DEVICE, dtype=dtype)
+    before, words = x.clone(), x.view(-1).view(torch.int32)
+    step = stride * len(words) // len(x)
+    for part, of_part in enumerate(counts):
+        said = torch.zeros(7, dtype=torch.int32)
+        said[HERE] = torch.tensor(of_part, dtype=torch.int32)
+        words[part * step : part * step + 7] = said.to(DEVICE)
+    here_G = torch.tensor(HERE, dtype=torch.int32, device=DEVICE)
+    messages = Messages(words, step, here_G, 7, parts, stride, ahead)
+    on_host = torch.full((parts, 7), -1, dtype=torch.int32, pin_memory=DEVICE == "cuda")
+    between = grouped_in(x, messages, into, activation, on_host)
+    grouped_out(between, messages, down, x)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    assert on_host[:, HERE].tolist() == counts
+    assert on_host.sum() == sum(map(sum, counts))
+    place = 0
+    begins = [part * stride + ahead for part in range(parts)]
+    for expert in range(len(HERE)):
+        for part, of_part in enumerate(counts):
+            rows = slice(begins[part], begins[part] + of_part[expert])
+            begins[part] = rows.stop
+            want = F.linear(before[rows].double(), into[expert].double())
+            if activation is not None:
+                gate, up = want.chunk(2, dim=-1)
+                tanh = {"approximate": "tanh"} if activation == "gelu_new" else {}
+                want = (F.gelu if tanh else F.silu)(gate, **tanh) * up
+            mine = slice(place, place + of_part[expert])
+            place = mine.stop
+            close(between[mine], want, of=dtype)
+            close(x[rows], F.linear(between[mine].double(), down[expert].double()), of=dtype)
+    for part, end in enumerate(begins):
+        rest = slice(end, (part + 1) * stride)
+        assert torch.equal(x[rest], before[rest])
+
+
+@pytest.mark.parametrize("counts", [[9, 0, 0, 0], [-5, 3, 0, 0], [1 << 30, 1 << 30, 1 << 30, 7]])
+def test_counts_that_do_not_add_up_touch_no_row_of_another_message(counts: list[int]) -> None:
+    stride, width = 8, 80
+    x = torch.randn(3 * stride, width, device=DEVICE, dtype=torch.float16)
+    before, words = x.clone(), x.view(-1).view(torch.int32)
+    step = stride * len(words) // len(x)
+    for part, said in enumerate(([1, 0, 0, 0], counts, [0, 0, 0, 2])):
+        words[part * step : part * step + 4] = torch.tensor(said, dtype=torch.int32, device=DEVICE)
+    into, down = (torch.randn(4, width, width, device=DEVICE).half() / 9 for _ in range(2))
+    here_G = torch.arange(4, dtype=torch.int32, device=DEVICE)
+    messages = Messages(words, step, here_G, 4, 3, stride, 1)
+    grouped_out(grouped_in(x, messages, into), messages, down, x)
+    for row, expert in ((1, 0), (2 * stride + 1, 3), (2 * stride + 2, 3)):
+        hidden = F.linear(before[row].double(), into[expert].double()).half()
+        close(x[row], F.linear(hidden.double(), down[expert].double()), of=torch.float16)
+    for rest in (slice(2, stride), slice(2 * stride + 3, 3 * stride)):
+        assert torch.equal(x[rest], before[rest])
+
+
+@pytest.mark.parametrize("rows", [7, 64, 700])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["silu", "gelu", "plain"])
+@pytest.mark.skipif(DEVICE != "cuda", reason="stacks are made on a GPU alone")
+def test_a_stack_computes_as_its_mlps(kind: str, dtype: torch.dtype, rows: int) -> None:
+    def weight(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=DEVICE, dtype=dtype) / 16
+
+    mlps: dict[int, PlainMlp | GatedMlp] = {
+        index: PlainMlp(weight(128, 64), weight(64, 128), "gelu")
+        if kind == "plain"
+        else GatedMlp(weight(256, 64), weight(64, 128), kind)
+        for index in (0, 1, 4)
+    }
+    ends = [0, rows // 2, rows // 2 + 2, rows]
+    x_RD = torch.randn(rows, 64, device=DEVICE, dtype=dtype)
+    outs = [mlp(x_RD[ends[n] : ends[n + 1]]).double() for n, mlp in enumerate(mlps.values())]
+    stack = StackedMlps.of(mlps)
+    assert stack is not None
+    counts_E = torch.tensor([ends[1], 2, 0, 0, rows - ends[2]], dtype=torch.int32, device=DEVICE)
+    close(stack(x_RD, counts_E), torch.cat(outs), of=dtype)
+    buffer_RD = torch.zeros(2 * (rows + 1), 64, device=DEVICE, dtype=dtype)
+    for part in buffer_RD.chunk(2):
+        part.view(-1).view(torch.int32)[:5] = counts_E
+        part[1:] = x_RD
+    for buffer in (buffer_RD[: rows + 1].clone(), buffer_RD):
+        on_host_PE = torch.zeros(len(buffer) // (rows + 1), 5, dtype=torch.int32, pin_memory=True)
+        stack.answer(buffer, 1, on_host_PE)
+        torch.cuda.synchronize()
+        assert (on_host_PE == counts_E.cpu()).all()
+        for part in buffer.split(rows + 1):
+            close(part[1:], torch.cat(outs), of=dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

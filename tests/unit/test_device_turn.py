@@ -75,6 +75,16 @@ class Worker:
             self.graphs.append(graph)
             self.replays[expert].add(slot, ctypes.addressof(graph), step=step)
 
+    def capture_parts(self, parts: int, num_rows: int) -> None:
+        """For so many messages of several experts, in slots of so many rows."""
+        for slot in slots_of(num_rows):
+            if slot not in self.device.buffers:
+                self.device.lend(slot, torch.zeros(slot_rows(slot), WIDTH))
+            buffer_RD, counts = self.device.buffers[slot], self.device.counts[slot]
+            self.graphs.append(together(buffer_RD, counts, parts=parts))
+            of_parts = self.replays[wire.SEVERAL].of_parts(parts)
+            of_parts.add(slot, ctypes.addressof(self.graphs[-1]))
+
     def allow(self, graphs: int) -> None:
         """Let so many of all that were launched run."""
         ctypes.c_int32.in_dll(self.knobs, "allowed").value = graphs
@@ -158,14 +168,25 @@ def rows(count: int, first: float = 1.0) -> torch.Tensor:
 
 
 def together(
-    buffer_RD: torch.Tensor, counts_E: torch.Tensor, fails: int = 0, times: Sequence[float] = ()
+    buffer_RD: torch.Tensor,
+    counts_E: torch.Tensor,
+    fails: int = 0,
+    times: Sequence[float] = (),
+    parts: int = 1,
 ) -> Graph:
-    """A graph of several experts."""
+    """A graph of several experts, for so many messages."""
     factors_E = torch.tensor(times or [e + 2.0 for e in range(NUM_EXPERTS)])
+    stride = len(buffer_RD) // parts
     shares = Sharing(
-        buffer_RD.data_ptr(), counts_E.data_ptr(), factors_E.data_ptr(), NUM_EXPERTS, WIDTH
+        buffer_RD.data_ptr(),
+        counts_E.data_ptr(),
+        factors_E.data_ptr(),
+        NUM_EXPERTS,
+        WIDTH,
+        parts,
+        stride * WIDTH,
     )
-    rows_RD = buffer_RD[HEADER_ROWS:]
+    rows_RD = buffer_RD[HEADER_ROWS:stride]
     graph = Graph(rows_RD.data_ptr(), rows_RD.numel(), 0, fails, shares=ctypes.pointer(shares))
     graph.kept = factors_E
     return graph
@@ -708,6 +729,61 @@ def test_rows_of_several_experts_come_back_each_from_its_own(
     worker.turn_until(lambda: worker.answering.in_hand == 0)
     named = sum(n > 0 for n in counts)
     assert worker.counted == {e: (n, 0.5 / named) for e, n in enumerate(counts) if n}
+
+
+def test_messages_of_several_experts_are_computed_together_as_many_as_graphs_take(
+    worker: Worker,
+) -> None:
+    """Five wait, of one to six rows: the first four by one graph, in equal parts of a slot, some
+    of them brought there by reference; then the fifth."""
+    for num_rows in (4, 8):
+        worker.capture(wire.SEVERAL, num_rows)
+    worker.capture_parts(2, 16)
+    worker.capture_parts(4, 32)
+    arenas = Arenas(worker.device)
+    assert worker.answering.borrow(SESSION, arenas.said)
+    first = [worker.dispatch(n, wire.SEVERAL, headed((1,), rows(1))) for n in range(UNDER_WAY)]
+    worker.turn_until(lambda: worker.answering.computing == UNDER_WAY)
+    referred_RD = arenas.head((1, 2), 4)
+    referred = worker.refer(10, wire.SEVERAL, first=4, count=3)
+    said = [(2, 4), (0, 1), (1, 1), (3, 0)]
+    sent = [
+        worker.dispatch(11 + n, wire.SEVERAL, headed(counts, rows(sum(counts), 9 * n)))
+        for n, counts in enumerate(said)
+    ]
+    worker.turn_until(lambda: worker.answering.computing == UNDER_WAY + 5)
+    before = worker.launched
+    worker.allow(1000)
+    every = [*first, referred, *sent]
+    worker.turn_until(lambda: all(one.answered for one in every))
+    assert all(worker.gateway.failure(one.reply) is None for one in every)
+    for n, (one, counts) in enumerate(zip(sent, said, strict=True)):
+        assert torch.equal(one.y_RD, by_expert(counts, rows(sum(counts), 9 * n)))
+    assert torch.equal(arenas.reply_RD[4:7], by_expert((1, 2), referred_RD))
+    assert arenas.reply_RD.isnan().sum() == (ARENA_ROWS - 3) * WIDTH
+    worker.turn_until(lambda: worker.answering.in_hand == 0)
+    assert worker.launched - before == 3 + 1  # brought, four at once, taken away; the fifth
+    rows_of = {e: n for e, (n, _) in worker.counted.items()}
+    assert rows_of == {0: UNDER_WAY + 1 + 2 + 0 + 1 + 3, 1: 2 + 4 + 1 + 1}
+
+
+def test_of_those_that_are_computed_together_only_whose_counts_are_wrong_is_refused(
+    worker: Worker,
+) -> None:
+    worker.capture(wire.SEVERAL, 4)
+    worker.capture_parts(2, 8)
+    first = [worker.dispatch(n, wire.SEVERAL, headed((1,), rows(1))) for n in range(UNDER_WAY)]
+    worker.turn_until(lambda: worker.answering.computing == UNDER_WAY)
+    wrong = worker.dispatch(8, wire.SEVERAL, headed((5, 1), rows(2)))
+    right = worker.dispatch(9, wire.SEVERAL, headed((1, 1), rows(2)))
+    worker.turn_until(lambda: worker.answering.computing == UNDER_WAY + 2)
+    worker.allow(1000)
+    assert worker.refusals() == [(wire.Refusal.BAD_COUNTS, 8, 0, wire.SEVERAL, 2)]
+    worker.turn_until(lambda: right.answered and not worker.answering.in_hand)
+    assert torch.equal(right.y_RD, by_expert((1, 1), rows(2)))
+    assert not wrong.answered
+    assert all(one.answered for one in first)
+    assert {e: n for e, (n, _) in worker.counted.items()} == {0: UNDER_WAY + 1, 1: 1}
 
 
 @pytest.mark.parametrize("first", [HEADER_ROWS, 5, ARENA_ROWS - 3])
