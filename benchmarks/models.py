@@ -64,6 +64,7 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
     ),
     "one": (_PAPERS | {"num_local_experts": 1, "num_experts_per_tok": 1}, 1),
     "many": (_PAPERS | {"num_local_experts": 16, "num_experts_per_tok": 2}, 16),
+    "shared": (_PAPERS | {"num_local_experts": 16, "num_experts_per_tok": 2}, 1),
     "colocated": (
         _PAPERS
         | {

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gateway.model.gpu_kernels import normed
+from gateway.model.norm import RmsNorm
 from mesh.launch import Launcher
 
 _ROWS = 64
@@ -111,10 +113,14 @@ def _combine_kernel(
     weights,
     residual,
     out,
+    norm,
+    normed_out,
     num_choices,
     width,
+    eps: tl.constexpr,
     BLOCK: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    NORM: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -129,10 +135,16 @@ def _combine_kernel(
     if RESIDUAL:
         total = total.to(out.dtype.element_ty).to(tl.float32)
         total += tl.load(residual + token * width + column, mask=inside, other=0.0).to(tl.float32)
+    total = total.to(out.dtype.element_ty)
     tl.store(out + token * width + column, total, mask=inside)
+    if NORM:
+        value = total.to(tl.float32)
+        value = normed(value, norm, width, eps, column, inside, out.dtype.element_ty)
+        tl.store(normed_out + token * width + column, value, mask=inside)
 
 
 _launch_combine = Launcher(_combine_kernel)
+_launch_combine_and_norm = Launcher(_combine_kernel, num_warps=8)
 
 
 def combine(
@@ -146,11 +158,26 @@ def combine(
     more_TD = reply_RD if residual_TD is None else residual_TD
     _launch_combine(
         (num_tokens, columns),
-        (reply_RD, rows_TK, weights_TK, more_TD, out_TD),
+        (reply_RD, rows_TK, weights_TK, more_TD, out_TD, out_TD, out_TD),
         fixed=(num_choices, width),
-        constants=(block, residual_TD is not None),
+        constants=(0.0, block, residual_TD is not None, False),
     )
     return out_TD
+
+
+def combine_and_norm(
+    reply_RD: Tensor, rows_TK: Tensor, weights_TK: Tensor, residual_TD: Tensor, norm: RmsNorm
+) -> tuple[Tensor, Tensor]:
+    """The same with a residual, and the norm of that."""
+    out_TD, normed_TD = torch.empty_like(residual_TD), torch.empty_like(residual_TD)
+    num_choices, width = rows_TK.shape[1], reply_RD.shape[1]
+    _launch_combine_and_norm(
+        (len(rows_TK), 1),
+        (reply_RD, rows_TK, weights_TK, residual_TD, out_TD, norm.weight_D, normed_TD),
+        fixed=(num_choices, width),
+        constants=(norm.eps, triton.next_power_of_2(width), True, True),
+    )
+    return out_TD, normed_TD
 
 
 @functools.cache

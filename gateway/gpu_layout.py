@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gateway import gpu_kernels
 from gateway.layout import IntArray
+from gateway.model.norm import RmsNorm
 
 _MAX_HEADERS = 256
 
@@ -129,3 +130,14 @@ class GpuLayout:
     ) -> Tensor:
         """See :class:`gateway.layout.Layout`; ``residual_TD`` is added."""
         return gpu_kernels.combine(reply_ND, rows_TK, weights_TK, residual_TD)
+
+    def combine_and_norm(
+        self,
+        reply_ND: Tensor,
+        rows_TK: Tensor,
+        weights_TK: Tensor,
+        residual_TD: Tensor,
+        norm: RmsNorm,
+    ) -> tuple[Tensor, Tensor]:
+        """The same, and the norm of that."""
+        return gpu_kernels.combine_and_norm(reply_ND, rows_TK, weights_TK, residual_TD, norm)

@@ -101,6 +101,7 @@ def _of_part(counts, index, there, room):
     return tl.minimum(ends, room) - tl.minimum(ends - count, room)
 
 
+_PROGRAMS = 384
 _VARY = ["num_groups", "num_experts", "parts", "stride", "ahead", "counts_step"]
 
 
@@ -200,7 +201,9 @@ def _grouped(
     groups, num_rows = len(weights), messages.parts * messages.stride
     # Few rows are as quick as the memory gives the weights, if enough programs ask for them.
     rows = min(128, max(16, triton.next_power_of_2(num_rows // groups)))
-    columns = (64 if num_rows <= 32 else 128) // (2 if gate else 1)
+    columns = 64 if gate else 128
+    while columns > 16 and min(groups, num_rows) * n_size < _PROGRAMS * columns:
+        columns //= 2
     width = 128 if rows <= 32 else 64
     grid = (min(groups, num_rows) + num_rows // rows, triton.cdiv(n_size, columns))
     _grouped_kernel[grid](

@@ -34,6 +34,7 @@ from mesh.model_config import GroupedAttention
 if TYPE_CHECKING:
     from gateway.dispatch import Placed
     from gateway.model.decoder import Decoder, Layer
+    from gateway.model.norm import RmsNorm
 
 log = structlog.get_logger()
 
@@ -245,19 +246,18 @@ class _Capturing:
         routed = last is not None and last.router is not None
 
         def attend() -> None:
-            x_TD = self._begin() if before is None else self._come_back(before)
+            norms = [layer.attention_norm for _, layer in layers]
+            x_TD, normed_TD = self._begin(before, *norms[:1])
             for number, layer in layers:
-                x_TD = layer.attention(
-                    number, layer.attention_norm(x_TD), x_TD, self._cis_T1C, self._decoding
-                )
-                normed_TD = layer.mlp_norm(x_TD)
+                if normed_TD is None:
+                    normed_TD = layer.attention_norm(x_TD)
+                x_TD = layer.attention(number, normed_TD, x_TD, self._cis_T1C, self._decoding)
+                normed_TD = None
                 if layer.router is not None:
-                    chosen = layer.router(normed_TD, self._batch.lengths_B)
-                    made["placed"] = self._experts.place(
-                        number, self._micro_batch, normed_TD, *chosen
-                    )
+                    chosen = layer.router.behind(layer.mlp_norm, x_TD, self._batch.lengths_B)
+                    made["placed"] = self._experts.place(number, self._micro_batch, *chosen)
                 elif layer.dense is not None:
-                    x_TD = x_TD + layer.dense(normed_TD)
+                    x_TD = x_TD + layer.dense(layer.mlp_norm(x_TD))
             if not routed:
                 self._batch.score(self._decoder, x_TD)
             made["x"] = x_TD
@@ -277,21 +277,24 @@ class _Capturing:
             )
         )
 
-    def _begin(self) -> Tensor:
-        """The first segment's own: embeddings and rotations."""
+    def _begin(
+        self, before: _Segment | None, norm: RmsNorm | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual with what the experts of the segment before made, and its norm where that
+        comes with it; of the first segment embeddings, and rotations for all."""
         batch = self._batch
-        self._cis_T1C = batch.kept = self._decoder.rope(batch.positions_B)
-        return F.embedding(batch.tokens_B, self._decoder.embedding_VD)
-
-    def _come_back(self, before: _Segment) -> Tensor:
-        """The residual with what the experts of the segment before made."""
+        if before is None:
+            self._cis_T1C = batch.kept = self._decoder.rope(batch.positions_B)
+            return F.embedding(batch.tokens_B, self._decoder.embedding_VD), None
         placed = before.placed
         if placed is None:
-            return before.x_TD
-        summed: Tensor = self._experts.layout.combine(
-            self._experts.arenas[1], placed.rows_TK, placed.weights_TK, before.x_TD
-        )
-        return summed
+            return before.x_TD, None
+        layout, reply_ND = self._experts.layout, self._experts.arenas[1]
+        came = reply_ND, placed.rows_TK, placed.weights_TK, before.x_TD
+        if norm is None:
+            return layout.combine(*came), None
+        summed_TD, normed_TD = layout.combine_and_norm(*came, norm)
+        return summed_TD, normed_TD
 
 
 class GraphedBatch:

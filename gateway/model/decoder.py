@@ -93,9 +93,11 @@ class _MicroBatch:
         """See :class:`Flight`."""
         x_TD = self._come_back()
         x_TD = layer.attention(index, layer.attention_norm(x_TD), x_TD, self._cis_T1C, self._paged)
-        normed_TD = layer.mlp_norm(x_TD)
         if layer.router is not None:
-            self._pending = experts.dispatch(index, normed_TD, *layer.router(normed_TD))
+            normed_TD, *chosen = layer.router.behind(layer.mlp_norm, x_TD)
+            self._pending = experts.dispatch(index, normed_TD, *chosen)
+        else:
+            normed_TD = layer.mlp_norm(x_TD)
         here = layer.dense or layer.shared
         self._x_TD = x_TD if here is None else x_TD + here(normed_TD)
 

@@ -9,6 +9,7 @@ D hidden size, E experts, K experts of a token.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -16,6 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from mesh.launch import Launcher
+
+if TYPE_CHECKING:
+    from gateway.model.norm import RmsNorm
 
 _PAIRS = 512
 _POSITIONS = 64
@@ -276,28 +280,34 @@ def paged_decode(
 
 
 @triton.jit
+def normed(value, weight, width, eps: tl.constexpr, column, inside, dtype: tl.constexpr):
+    scale = tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
+    weighed = value * scale * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    return weighed.to(dtype)
+
+
+@triton.jit
 def _rms_norm_kernel(x, weight, out, width, eps: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
     value = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
-    weighed = value * scale * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * width + column, weighed, mask=inside)
+    value = normed(value, weight, width, eps, column, inside, out.dtype.element_ty)
+    tl.store(out + row * width + column, value, mask=inside)
 
 
 _launch_rms_norm = Launcher(_rms_norm_kernel, num_warps=8)
 
 
-def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+def rms_norm(x_TD: Tensor, norm: RmsNorm) -> Tensor:
     """``x / sqrt(mean(x²) + eps) * weight`` of each row, in float32; both contiguous."""
     out_TD = torch.empty_like(x_TD)
     num_rows, width = x_TD.shape
     _launch_rms_norm(
         (num_rows, 1),
-        (x_TD, weight_D, out_TD),
+        (x_TD, norm.weight_D, out_TD),
         fixed=(width,),
-        constants=(eps, triton.next_power_of_2(width)),
+        constants=(norm.eps, triton.next_power_of_2(width)),
     )
     return out_TD
 
@@ -314,11 +324,14 @@ def _choose_kernel(
     bias,
     correction,
     there,
+    norm,
+    normed_out,
     ids,
     weights,
     num_experts,
     width,
     scale: tl.constexpr,
+    eps: tl.constexpr,
     CHOICES: tl.constexpr,
     EXPERTS: tl.constexpr,
     CHOICES_PAD: tl.constexpr,
@@ -329,6 +342,8 @@ def _choose_kernel(
     BIAS: tl.constexpr,
     CORRECTED: tl.constexpr,
     THERE: tl.constexpr,
+    NORM: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, EXPERTS)
@@ -337,10 +352,17 @@ def _choose_kernel(
         column = tl.arange(0, BLOCK)
         inside = column < width
         value = tl.load(scored + token * width + column, mask=inside, other=0.0).to(tl.float32)
+        if NORM:
+            value = normed(value, norm, width, eps, column, inside, normed_out.dtype.element_ty)
+            tl.store(normed_out + token * width + column, value, mask=inside)
+            value = value.to(tl.float32)
         logit = tl.zeros([EXPERTS], dtype=tl.float32)
-        for e in range(0, num_experts):
-            row = tl.load(router + e * width + column, mask=inside, other=0.0).to(tl.float32)
-            logit = tl.where(expert == e, tl.sum(value * row, axis=0), logit)
+        for first in range(0, num_experts, AT_ONCE):
+            some = first + tl.arange(0, AT_ONCE)
+            here = (some < num_experts)[:, None] & inside[None, :]
+            row = tl.load(router + some[:, None] * width + column[None, :], mask=here, other=0.0)
+            dot = tl.sum(value[None, :] * row.to(tl.float32), axis=1)
+            logit += tl.sum(tl.where(expert[None, :] == some[:, None], dot[:, None], 0.0), axis=0)
         if BIAS:
             logit += tl.load(bias + expert, mask=is_one, other=0.0)
     else:
@@ -397,13 +419,18 @@ def choose(
     bias_E: Tensor | None = None,
     correction_E: Tensor | None = None,
     there_T: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    norm: RmsNorm | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """``ids_TK`` (int64) and ``weights_TK`` (float32) of each token's K best experts.
 
-    ``scored`` is ``logits_TE`` in float32 or, with the router's weights (and bias), ``x_TD``.
+    ``scored`` is ``logits_TE`` in float32 or, with the router's weights (and bias), ``x_TD``, which
+    with a ``norm`` is normed first and then returned, too: else that is just what was scored.
     Tokens whose ``there_T`` (int32) is 0 go to nobody: to an id past the experts.
     """
     num_tokens = len(scored)
+    normed_TD = scored if norm is None else torch.empty_like(scored)
+    weight_D = scored if norm is None else norm.weight_D
+    experts = max(16, triton.next_power_of_2(num_experts))
     ids_TK = torch.empty(num_tokens, top_k, dtype=torch.int64, device=scored.device)
     weights_TK = torch.empty(num_tokens, top_k, dtype=torch.float32, device=scored.device)
     width = scored.shape[1]
@@ -412,14 +439,17 @@ def choose(
         (
             scored,
             *(scored if t is None else t for t in (router_ED, bias_E, correction_E, there_T)),
+            weight_D,
+            normed_TD,
             ids_TK,
             weights_TK,
         ),
         fixed=(num_experts, width),
         constants=(
             scale,
+            0.0 if norm is None else norm.eps,
             top_k,
-            max(16, triton.next_power_of_2(num_experts)),
+            experts,
             max(16, triton.next_power_of_2(top_k)),
             0 if router_ED is None else triton.next_power_of_2(width),
             scoring,
@@ -428,9 +458,11 @@ def choose(
             bias_E is not None and router_ED is not None,
             correction_E is not None,
             there_T is not None,
+            norm is not None,
+            min(4, triton.next_power_of_2(num_experts)),
         ),
     )
-    return ids_TK, weights_TK
+    return ids_TK, weights_TK, normed_TD
 
 
 @triton.jit(do_not_specialize=["num_rows"])

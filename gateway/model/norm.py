@@ -19,30 +19,34 @@ class RmsNorm:
     """
 
     def __init__(self, weight_D: Tensor, eps: float) -> None:
-        self._weight_D = weight_D.contiguous()
-        self._eps = eps
+        self.weight_D = weight_D.contiguous()
+        self.eps = eps
         self._on_cpu = weight_D.device.type == "cpu" and weight_D.dtype == torch.float32
+
+    def goes_by_kernel(self, x: Tensor) -> bool:
+        """Whether kernels of ours take it, by itself or with what comes before or behind."""
+        return x.is_cuda and x.dim() == 2 and x.is_contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._on_cpu:
             # Compiled: for a few rows, a tensor library's calls cost more than the work.
             x = x.contiguous()
             y = torch.empty_like(x)
-            size = self._weight_D.shape[-1]
+            size = self.weight_D.shape[-1]
             native.short.rms_norm(
                 x.data_ptr(),
                 x.numel() // size,
-                self._weight_D.data_ptr(),
-                self._weight_D.numel() // size,
+                self.weight_D.data_ptr(),
+                self.weight_D.numel() // size,
                 size,
-                self._eps,
+                self.eps,
                 y.data_ptr(),
             )
             return y
-        if x.is_cuda and x.dim() == 2 and x.is_contiguous():
+        if self.goes_by_kernel(x):
             from gateway.model import gpu_kernels
 
-            return gpu_kernels.rms_norm(x, self._weight_D, self._eps)
-        if self._weight_D.dim() == 1:
-            return F.rms_norm(x, self._weight_D.shape, self._weight_D, self._eps)
-        return F.rms_norm(x, x.shape[-1:], eps=self._eps).mul_(self._weight_D)
+            return gpu_kernels.rms_norm(x, self)
+        if self.weight_D.dim() == 1:
+            return F.rms_norm(x, self.weight_D.shape, self.weight_D, self.eps)
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps).mul_(self.weight_D)

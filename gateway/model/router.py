@@ -5,11 +5,16 @@ Legend: T tokens, D hidden size, E experts, K experts of a token, G groups of ex
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from mesh.linear import Linear
 from mesh.model_config import RouterConfig
+
+if TYPE_CHECKING:
+    from gateway.model.norm import RmsNorm
 
 
 class Router:
@@ -46,11 +51,32 @@ class Router:
         Rows whose ``there_T`` (int32) is 0 are nobody's: their ids are past the experts.
         """
         if x_TD.is_cuda and self._config.num_groups == 1:
-            return self._choose_on_gpu(x_TD, there_T)
+            ids_TK, weights_TK, _ = self._choose_on_gpu(x_TD, there_T)
+            return ids_TK, weights_TK
         ids_TK, weights_TK = self._choose_by_torch(self._logits(x_TD))
         if there_T is not None:
             ids_TK = ids_TK.where(there_T[:, None] > 0, len(self._weight_ED))
         return ids_TK, weights_TK
+
+    def behind(
+        self, norm: RmsNorm, x_TD: Tensor, there_T: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``norm(x_TD)``, and what its rows choose: in one pass where a kernel does both."""
+        if self._scores_here(x_TD) and norm.goes_by_kernel(x_TD):
+            ids_TK, weights_TK, normed_TD = self._choose_on_gpu(x_TD, there_T, norm)
+            return normed_TD, ids_TK, weights_TK
+        normed_TD = norm(x_TD)
+        return normed_TD, *self(normed_TD, there_T)
+
+    def _scores_here(self, x_TD: Tensor) -> bool:
+        if not x_TD.is_cuda or self._config.num_groups > 1:
+            return False
+        from gateway.model import gpu_kernels
+
+        return (
+            len(self._weight_ED) <= gpu_kernels.MAX_SCORED_EXPERTS
+            and len(x_TD) <= gpu_kernels.MAX_SCORED_TOKENS
+        )
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         if self._narrow_ED is None or x_TD.dtype != self._narrow_ED.dtype:
@@ -58,14 +84,12 @@ class Router:
         logits_TE = torch.mm(x_TD, self._narrow_ED.t(), out_dtype=torch.float32)
         return logits_TE if self._bias_E is None else logits_TE.add_(self._bias_E)
 
-    def _choose_on_gpu(self, x_TD: Tensor, there_T: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _choose_on_gpu(
+        self, x_TD: Tensor, there_T: Tensor | None, norm: RmsNorm | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         from gateway.model import gpu_kernels
 
-        config, num_experts = self._config, len(self._weight_ED)
-        score_here = (
-            num_experts <= gpu_kernels.MAX_SCORED_EXPERTS
-            and len(x_TD) <= gpu_kernels.MAX_SCORED_TOKENS
-        )
+        config, score_here = self._config, self._scores_here(x_TD)
         return gpu_kernels.choose(
             x_TD.contiguous() if score_here else self._logits(x_TD),
             self._weight_ED if score_here else None,
@@ -74,10 +98,11 @@ class Router:
             normalize=config.normalize,
             softmax_of_chosen=self._softmax_of_chosen,
             scale=config.scale,
-            num_experts=num_experts,
+            num_experts=len(self._weight_ED),
             bias_E=self._bias_E,
             correction_E=self._correction_E,
             there_T=there_T,
+            norm=norm,
         )
 
     def _choose_by_torch(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:

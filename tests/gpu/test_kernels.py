@@ -9,10 +9,11 @@ import torch.nn.functional as F
 triton = pytest.importorskip("triton", reason="kernels are written in Triton")
 
 from gateway.asking import Tables
-from gateway.gpu_kernels import combine, place, scatter, sort_by_expert
+from gateway.gpu_kernels import combine, combine_and_norm, place, scatter, sort_by_expert
 from gateway.model.batch import ForwardBatch, SequenceSlice
 from gateway.model.decode_facts import DecodeFacts
-from gateway.model.gpu_kernels import num_splits, paged_decode, rms_norm, turn_and_store
+from gateway.model.gpu_kernels import choose, num_splits, paged_decode, rms_norm, turn_and_store
+from gateway.model.norm import RmsNorm
 from gateway.model.rope import rotate_
 from gateway.model.router import Router
 from gateway.model.scores import NOT_A_NUMBER
@@ -151,7 +152,7 @@ def test_a_stack_computes_as_its_mlps(kind: str, dtype: torch.dtype, rows: int) 
 def test_a_row_is_normed_in_float32(dtype: torch.dtype, rows: int, width: int) -> None:
     x = torch.randn(rows, width, device=DEVICE, dtype=dtype)
     weight = torch.randn(width, device=DEVICE, dtype=dtype)
-    close(rms_norm(x, weight, 1e-5), F.rms_norm(x, (width,), weight, 1e-5))
+    close(rms_norm(x, RmsNorm(weight, 1e-5)), F.rms_norm(x, (width,), weight, 1e-5))
 
 
 @pytest.mark.parametrize("tokens", [1, 128, 700])
@@ -184,6 +185,34 @@ def test_experts_are_chosen_as_on_a_cpu(
     torch.testing.assert_close(weights.cpu(), want_weights, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 2, 1), (5, 7, 2), (64, 16, 4)])
+def test_a_row_is_normed_and_scored_in_one_pass(
+    dtype: torch.dtype, tokens: int, experts: int, top_k: int
+) -> None:
+    norm = RmsNorm(torch.rand(80, device=DEVICE, dtype=dtype) + 0.5, 1e-5)
+    x_TD = torch.randn(tokens, 80, device=DEVICE, dtype=dtype)
+    weight_ED = torch.randn(experts, 80, device=DEVICE, dtype=dtype)
+    bias_E = torch.randn(experts, device=DEVICE)
+    ids_TK, weights_TK, normed_TD = choose(
+        x_TD,
+        weight_ED.float(),
+        top_k,
+        scoring="softmax",
+        normalize=False,
+        softmax_of_chosen=False,
+        scale=2.0,
+        num_experts=experts,
+        bias_E=bias_E,
+        norm=norm,
+    )
+    close(normed_TD, norm(x_TD))
+    scores_TE = F.linear(normed_TD.double(), weight_ED.double(), bias_E.double()).softmax(dim=-1)
+    want_TK, want_ids_TK = scores_TE.topk(top_k)
+    assert torch.equal(ids_TK, want_ids_TK)
+    torch.testing.assert_close(weights_TK, 2 * want_TK.float(), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(("tokens", "choices", "experts"), [(1, 2, 4), (33, 8, 128), (700, 4, 40)])
 def test_rows_are_sorted_by_expert_scattered_and_combined(
     tokens: int, choices: int, experts: int
@@ -211,6 +240,10 @@ def test_rows_are_sorted_by_expert_scattered_and_combined(
     want_TD = (arena_RD[rows_TK] * weights_TK[..., None]).sum(dim=1)
     close(combine(arena_RD, rows_TK, weights_TK), want_TD)
     close(combine(arena_RD, rows_TK, weights_TK, x_TD), x_TD + want_TD)
+    norm = RmsNorm(torch.rand(48, device=DEVICE), 1e-5)
+    summed_TD, normed_TD = combine_and_norm(arena_RD, rows_TK, weights_TK, x_TD, norm)
+    close(summed_TD, x_TD + want_TD)
+    close(normed_TD, norm(summed_TD))
 
 
 def test_ids_past_the_experts_count_for_none_and_come_last() -> None:
