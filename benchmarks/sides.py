@@ -115,7 +115,7 @@ class Side:
             experts,
             Sampler(),
             overlap_tokens=overlap_tokens,
-            go_on=decoder.go_on,
+            ahead=decoder.ahead,
         )
 
     def run(self, count: int, length: int, num_new: int) -> list[Ran]:

@@ -11,11 +11,11 @@ import structlog
 import torch
 
 from gateway.engine_outputs import Output, loads_of
-from gateway.micro_batches import requests_of_rows, split, to_batch
+from gateway.micro_batches import MicroBatch, requests_of_rows, split, to_batch
 from gateway.model.batch import Experts, ForwardBatch
 from gateway.model.scores import NOT_A_NUMBER, Scores
-from gateway.request import End, Request
-from gateway.sampler import Chosen, Sampler
+from gateway.request import End, Request, State
+from gateway.sampler import Chosen, Sampled, Sampler
 from gateway.scheduler import Part, Scheduler
 from mesh.errors import EngineDied, ExpertUnavailable, MeshError
 from mesh.plan import ExpertId
@@ -54,15 +54,45 @@ class MeshExperts(Experts, Protocol):
     def paces(self) -> Sequence[inference_pb2.WorkerPace]: ...
 
 
-class _Computed(NamedTuple):
-    """What came of a step."""
+class Ahead(Protocol):
+    """A device that runs a step before the host knows the tokens of the one before; see
+    :class:`gateway.model.decode_graphs.DecodeGraphs`."""
 
+    def foresee(self, block_tables: Sequence[tuple[int, ...]]) -> bool:
+        """Asked while a step is under way whose every sequence decodes on, each with these blocks:
+        whether :meth:`go_on` may be called behind it."""
+        ...
+
+    def go_on(self, token_ids_N: torch.Tensor) -> bool:
+        """Begin the next step of the same sequences with these tokens (int64, on the device), one
+        each. Whether it was begun; it may be dropped for another step."""
+        ...
+
+    def proceed(self) -> Callable[[], Scores] | None:
+        """What runs the step that was begun, and gives the scores of all sequences; they may lie
+        where the last step's lay, and are made after the experts' ``on_away`` was called. None
+        where it cannot be run any more."""
+        ...
+
+
+class _Computed(NamedTuple):
+    """What came of a step whose tokens the host need not know yet."""
+
+    parts: tuple[Part, ...]
     wanting: list[Request]
     """Who wanted a token and gets one."""
-    chosen: Chosen
-    """Of each of them."""
+    sampled: Sampled | None
+    """Of each of them; None: of nobody."""
     void: Mapping[Request, ExpertUnavailable]
     """Who had a row that no expert answered."""
+
+
+class _Unsaid(NamedTuple):
+    """What a step gave, until it is said."""
+
+    wanting: list[Request]
+    chosen: Chosen
+    ended: list[Request]
 
 
 class Engine:
@@ -74,8 +104,10 @@ class Engine:
 
     Between a step's tokens and the next step a GPU has nothing to do, so what the next one does
     not need is left to :meth:`catch_up`, which the experts call while rows are away. Where the next
-    step can be foreseen, ``go_on`` begins it as soon as the device knows the tokens (int64, one a
-    row), before the host does; it says whether it could.
+    step can be foreseen, ``ahead`` begins it as soon as the device knows the tokens. The host
+    *settles* a step, takes in its tokens, while rows of the next are away: rows of who ended with
+    them are wanted by nobody then. Whatever changes requests in between settles first, and what
+    was begun is dropped.
     """
 
     def __init__(
@@ -86,7 +118,7 @@ class Engine:
         sampler: Sampler,
         *,
         overlap_tokens: int | None = None,
-        go_on: Callable[[torch.Tensor], bool] | None = None,
+        ahead: Ahead | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._scheduler = scheduler
@@ -98,16 +130,17 @@ class Engine:
         little of what nobody waits for."""
         self._sampler = sampler
         self._overlap_tokens = math.inf if overlap_tokens is None else overlap_tokens
-        self._go_on = go_on
+        self._ahead = ahead
         self._to_foresee: tuple[Part, ...] = ()
         """The parts of the step that is under way, until somebody has looked what follows."""
         self._foreseen = False
-        self._begun = False
-        """Whether the device has begun the next step."""
+        """Whether the step behind that is of the same parts, of which none has ended."""
+        self._unsettled: _Computed | None = None
+        """The last step, if the next of the same parts is begun, until its tokens are taken in."""
         self._clock = clock
         self._outputs: list[Output] = []
-        self._unsaid: tuple[_Computed, list[Request]] | None = None
-        """The last step, and who ended with it, until :meth:`catch_up`."""
+        self._unsaid: _Unsaid | None = None
+        """The last step that is settled, until :meth:`catch_up`."""
         self._num_steps = 0
         self._step_s = 0.0
         self._host_s = 0.0
@@ -132,6 +165,7 @@ class Engine:
 
     def cancel(self, request_ids: Sequence[str]) -> None:
         """End requests; ids that are not known have ended already."""
+        self._settle()
         for request_id in request_ids:
             request = self._scheduler.cancel(request_id)
             if request is not None:
@@ -139,6 +173,7 @@ class Engine:
 
     def fail_all(self, error: MeshError) -> None:
         """End every request with an error."""
+        self._settle()
         for request in self._scheduler.fail_all(error):
             self._say_end(request)
 
@@ -152,7 +187,8 @@ class Engine:
         return self._scheduler.next_event_s()
 
     def take_outputs(self) -> list[Output]:
-        """What there is to say since the last call."""
+        """What there is to say since the last call; of a step behind which the next is begun, only
+        once that is under way."""
         self.catch_up()
         outputs, self._outputs = self._outputs, []
         return outputs
@@ -164,18 +200,29 @@ class Engine:
         MAX_FAILURES of these in a row.
         """
         started_s = self._clock()
-        parts = self._scheduler.schedule(started_s)
+        proceed = self._what_was_begun()
+        if self._unsettled is None:
+            parts = self._scheduler.schedule(started_s)
+        else:
+            parts = self._unsettled.parts
         idle_since_s, self._idle_since_s = self._idle_since_s, None
         if parts:
             try:
-                computed = self._compute(parts, started_s if idle_since_s is None else idle_since_s)
+                if proceed is None:
+                    self._compute(parts, started_s if idle_since_s is None else idle_since_s)
+                else:
+                    self._proceed(parts, proceed)
+            except EngineDied:
+                raise
             except Exception as error:  # whatever it was, the other requests go on
+                self._settle()
                 self._fail(parts, error)
-            else:
-                self._advance(parts, computed)
             self._num_steps += 1
             self._step_s += self._clock() - started_s
-        expired = self._scheduler.expire(self._clock())
+        expired: list[Request] = []
+        if self._clock() >= self._scheduler.next_expiry_s:
+            self._settle()
+            expired = self._scheduler.expire(self._clock())
         for request in expired:
             self._say_end(request)
         return bool(parts or expired)
@@ -185,59 +232,113 @@ class Engine:
         before was the host's time. Where that is not said, it is when the forward begins."""
         self._launched_s = self._clock()
 
+    def _what_was_begun(self) -> Callable[[], Scores] | None:
+        """What runs it. None, and all steps are settled: there is nothing, it cannot be run, or a
+        newcomer would have to wait for it."""
+        if self._unsettled is None or self._ahead is None:
+            return None
+        proceed = None if self._scheduler.num_waiting else self._ahead.proceed()
+        if proceed is None:
+            self._settle()
+        return proceed
+
     @torch.inference_mode()
-    def _compute(self, parts: tuple[Part, ...], idle_since_s: float) -> _Computed:
-        """Forward and sample."""
+    def _compute(self, parts: tuple[Part, ...], idle_since_s: float) -> None:
+        """A step that was scheduled."""
         micro_batches, num_tokens = [parts], sum([num_tokens for _, num_tokens, _ in parts])
         if num_tokens >= self._overlap_tokens:
             micro_batches = split(parts)
-        begun, self._begun, self._foreseen = self._begun, False, False
-        alike = self._go_on is not None and num_tokens == len(parts) and len(micro_batches) == 1
-        self._to_foresee = parts if alike else ()
+        alike = self._ahead is not None and num_tokens == len(parts) and len(micro_batches) == 1
+        self._to_foresee, self._foreseen = parts if alike else (), False
         self._experts.begin_step(len(micro_batches))
         batches = [to_batch(micro_batch, self._scheduler.blocks) for micro_batch in micro_batches]
         self.launching()
         scores = Scores.joined(self._forward(batches, self._experts))
-        if not begun:
-            self._host_s += self._launched_s - idle_since_s
-        self.catch_up()
-        void = requests_of_rows(micro_batches, self._experts.void_rows())
+        self._host_s += self._launched_s - idle_since_s
         wanting = [part.request for part in parts if part.wants_token]
-        if void:
-            kept = [row for row, request in enumerate(wanting) if request not in void]
-            scores, wanting = scores.of_rows(kept), [wanting[row] for row in kept]
-        self._foreseen = self._foreseen and not void
-        chosen = self._sampler.sample(scores, wanting, self._begin) if wanting else Chosen([], {})
-        self._idle_since_s = self._clock()
-        return _Computed(wanting, chosen, void)
+        self._sample(parts, wanting, micro_batches, scores)
 
-    def _begin(self, token_ids_N: torch.Tensor) -> None:
-        if self._foreseen and self._go_on is not None:
-            self._begun = self._go_on(token_ids_N)
+    @torch.inference_mode()
+    def _proceed(self, parts: tuple[Part, ...], proceed: Callable[[], Scores]) -> None:
+        """A step that was begun, of the same parts as the one before."""
+        assert self._unsettled is not None
+        wanting = self._unsettled.wanting
+        self._to_foresee, self._foreseen = parts, False
+        self._experts.begin_step(1)
+        scores = proceed()
+        self._settle()
+        self._sample(parts, wanting, [parts], scores)
 
-    def _advance(self, parts: tuple[Part, ...], computed: _Computed) -> None:
-        self._failures = 0
-        wanting, (token_ids, _), void = computed
+    def _sample(
+        self,
+        parts: tuple[Part, ...],
+        wanting: list[Request],
+        micro_batches: list[MicroBatch],
+        scores: Scores,
+    ) -> None:
+        """Choose the tokens, and begin the next step with them where it is foreseen."""
+        rows = self._experts.void_rows()
+        void = requests_of_rows(micro_batches, rows) if rows else {}
+        if void or not self._foreseen:
+            kept = [
+                row
+                for row, request in enumerate(wanting)
+                if request.state is State.RUNNING and request not in void
+            ]
+            if len(kept) < len(wanting):
+                scores, wanting = scores.of_rows(kept), [wanting[row] for row in kept]
+        sampled = self._sampler.sample(scores, wanting) if wanting else None
+        begun = (
+            self._ahead is not None
+            and sampled is not None
+            and self._foreseen
+            and not void
+            and self._ahead.go_on(sampled.token_ids_N)
+        )
+        self._unsettled = _Computed(parts, wanting, sampled, void)
+        if not begun:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Take in the tokens of the last step, if that is still to be done. Where a device does not
+        give them, that step has failed."""
+        computed, self._unsettled = self._unsettled, None
+        if computed is None:
+            return
+        self.catch_up()
+        sampled = computed.sampled
+        try:
+            chosen = Chosen([], {}) if sampled is None else sampled.chosen()
+        except Exception as error:
+            self._fail(computed.parts, error)
+        else:
+            self._idle_since_s = self._clock()
+            self._advance(computed, chosen)
+
+    def _advance(self, computed: _Computed, chosen: Chosen) -> None:
+        parts, wanting, _, void = computed
+        if wanting:
+            self._failures = 0
         now = self._clock()
         for request, error in void.items():
-            if request.stall is None:
+            if request.stall is None and request.state is State.RUNNING:
                 log.warning("request_stalled", request_id=request.request_id, why=str(error))
-        tokens = dict(zip(wanting, token_ids, strict=True))
+        tokens = dict(zip(wanting, chosen.token_ids, strict=True))
         ended = []
-        if NOT_A_NUMBER in token_ids:
+        if NOT_A_NUMBER in chosen.token_ids:
             ended = [request for request, token in tokens.items() if token == NOT_A_NUMBER]
             for request in ended:
                 self._scheduler.fail(request, _nan_error(request))
         advanced = self._scheduler.advance(parts, tokens, void, now)
         for request, stalled_s in advanced.resumed:
             log.info("request_resumed", request_id=request.request_id, after_s=round(stalled_s, 3))
-        self._unsaid = computed, ended + advanced.ended
+        self._unsaid = _Unsaid(wanting, chosen, ended + advanced.ended)
 
     def catch_up(self) -> None:
         """Do what the last step left."""
         if self._unsaid is None:
             return
-        (wanting, (token_ids, logprobs), _), ended = self._unsaid
+        wanting, (token_ids, logprobs), ended = self._unsaid
         self._unsaid = None
         said = [
             Output(request, token_id) for request, token_id in zip(wanting, token_ids, strict=True)
@@ -256,11 +357,17 @@ class Engine:
         self._scheduler.publish()
 
     def _while_away(self) -> None:
-        if self._unsaid is not None:
+        if self._unsettled is not None:
+            self._settle()
+        elif self._unsaid is not None:
             self.catch_up()
         elif self._to_foresee:
             parts, self._to_foresee = self._to_foresee, ()
-            self._foreseen = self._scheduler.foresee(parts)
+            self._foreseen = (
+                self._ahead is not None
+                and self._scheduler.foresee(parts)
+                and self._ahead.foresee([part.request.table.blocks for part in parts])
+            )
         else:
             self.on_away()
 
@@ -274,11 +381,11 @@ class Engine:
         error = cause
         if not isinstance(error, MeshError):
             error = MeshError(f"the step of this request failed: {cause!r}; see the gateway's log")
-        for part in parts:
-            self._scheduler.fail(part.request, error)
-            self._say_end(part.request)
+        for request in [part.request for part in parts if part.request.state is State.RUNNING]:
+            self._scheduler.fail(request, error)
+            self._say_end(request)
         self._failures += 1
-        if self._failures == MAX_FAILURES:
+        if self._failures >= MAX_FAILURES:
             raise EngineDied(f"{MAX_FAILURES} steps in a row failed, the last with {cause!r}")
 
     def stats(self) -> pb.EngineStats:

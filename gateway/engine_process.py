@@ -86,7 +86,7 @@ def run_engine(config: GatewayConfig, sock: socket.socket) -> int:
         dispatcher,
         Sampler(),
         overlap_tokens=config.overlap_tokens or None,
-        go_on=decoder.go_on,
+        ahead=decoder.ahead,
     )
     channel = EngineChannel(sock)
     waiter = Waiter(transport, spin_s=SPIN_S[device.type], descriptors=[channel.fileno()])

@@ -1,6 +1,7 @@
 """From logits to tokens, for rows with different wishes in one batch.
 
-Legend: N rows, V vocabulary, M (row, token) pairs or random rows, L rows that want logprobs.
+Legend: N rows, V vocabulary, M (row, token) pairs or random rows, L rows that want logprobs, of X
+tokens at most.
 
 The chain is vLLM's: early ends are masked and penalties applied to the logits, then come
 temperature, min_p, top_k and top_p, then the draw. A draw inverts the cumulative distribution
@@ -41,6 +42,49 @@ class Chosen(NamedTuple):
     """One a row, or NOT_A_NUMBER."""
     logprobs: Mapping[int, TokenLogprobs]
     """By row, of those that want some."""
+
+
+class _Report(NamedTuple):
+    """What was asked about the chosen tokens of L rows, on its way to the host."""
+
+    rows: Sequence[int]
+    counts: Sequence[int]
+    """How many of the likeliest tokens each wants."""
+    chosen_L: torch.Tensor
+    top_ids_LX: torch.Tensor
+    top_LX: torch.Tensor
+
+    def by_row(self) -> dict[int, TokenLogprobs]:
+        columns = self.chosen_L.tolist(), self.top_ids_LX.tolist(), self.top_LX.tolist()
+        return {
+            row: TokenLogprobs(logprob, list(zip(ids[:count], values[:count], strict=True)))
+            for row, count, logprob, ids, values in zip(
+                self.rows, self.counts, *columns, strict=True
+            )
+        }
+
+
+class Sampled:
+    """Tokens that are as good as chosen: a device may still be at it."""
+
+    def __init__(
+        self, token_ids_N: torch.Tensor, on_host_N: torch.Tensor, report: _Report | None = None
+    ) -> None:
+        self.token_ids_N = token_ids_N
+        """int64, on the device."""
+        self._on_host_N = on_host_N
+        self._report = report
+        self._there: torch.cuda.Event | None = None
+        if token_ids_N.is_cuda:
+            self._there = torch.cuda.Event()
+            self._there.record()
+
+    def chosen(self) -> Chosen:
+        """Wait for them, and for nothing that was launched behind them."""
+        if self._there is not None:
+            self._there.synchronize()
+        report = self._report
+        return Chosen(self._on_host_N.tolist(), {} if report is None else report.by_row())
 
 
 class _RandomStream:
@@ -141,22 +185,15 @@ class Sampler:
         self._histories: WeakKeyDictionary[Request, _History] = WeakKeyDictionary()
         self._wishes = _Wishes([], torch.empty(0, 0))
         """Of the last step's rows."""
-        self._on_host_N = torch.empty(0, dtype=torch.int64)
-        """Pinned: what a device copies the token ids to."""
 
-    def sample(
-        self,
-        scores: Scores,
-        requests: Sequence[Request],
-        chosen: Callable[[torch.Tensor], object] = lambda token_ids_N: None,
-    ) -> Chosen:
-        """The next token of each request. On a device nothing waits for it but, in the end, the
-        copy of the token ids; ``chosen`` is told of them (int64) right before that wait."""
+    def sample(self, scores: Scores, requests: Sequence[Request]) -> Sampled:
+        """The next token of each request. Waits for no device. What is chosen is to be asked for
+        before the next step's scores are made: a graph may put them in the same place."""
         wishes = self._wishes
         if wishes.requests != requests:
             wishes = self._wishes = _Wishes(requests, scores.logits_NV)
         if wishes.plain and scores.likeliest is not None:
-            return Chosen(_wait(*scores.likeliest, chosen), {})
+            return Sampled(*scores.likeliest)
         logits_NV = scores.logits_NV
         logprobs_LV = None
         if wishes.reported:
@@ -177,23 +214,8 @@ class Sampler:
                 wishes.limits,
             )
             token_ids_N.index_copy_(0, wishes.random_M, drawn_M)
-        token_ids = self._to_host(token_ids_N, chosen)
-        if logprobs_LV is None:
-            return Chosen(token_ids, {})
-        return Chosen(token_ids, _report(logprobs_LV, token_ids_N, wishes))
-
-    def _to_host(
-        self, token_ids_N: torch.Tensor, chosen: Callable[[torch.Tensor], object]
-    ) -> list[int]:
-        if not token_ids_N.is_cuda:
-            chosen(token_ids_N)
-            return token_ids_N.tolist()
-        count = len(token_ids_N)
-        if len(self._on_host_N) < count:
-            self._on_host_N = torch.empty(count, dtype=torch.int64, pin_memory=True)
-        on_host_N = self._on_host_N[:count]
-        on_host_N.copy_(token_ids_N, non_blocking=True)
-        return _wait(token_ids_N, on_host_N, chosen)
+        report = None if logprobs_LV is None else _report(logprobs_LV, token_ids_N, wishes)
+        return Sampled(token_ids_N, _to_host(token_ids_N), report)
 
     def _draw(
         self, logits_NV: torch.Tensor, requests: Sequence[Request], limits: _Limits
@@ -250,33 +272,17 @@ class Sampler:
         logits_NV.view(-1).index_copy_(0, where_M, values_M)
 
 
-def _wait(
-    token_ids_N: torch.Tensor,
-    on_host_N: torch.Tensor,
-    chosen: Callable[[torch.Tensor], object],
-) -> list[int]:
-    """The only wait for a device, and not for what ``chosen`` gives it to do."""
-    there = torch.cuda.Event()
-    there.record()
-    chosen(token_ids_N)
-    there.synchronize()
-    return on_host_N.tolist()
-
-
-def _report(
-    logprobs_LV: torch.Tensor, token_ids_N: torch.Tensor, wishes: _Wishes
-) -> dict[int, TokenLogprobs]:
-    """By row, what was asked about the chosen tokens."""
+def _report(logprobs_LV: torch.Tensor, token_ids_N: torch.Tensor, wishes: _Wishes) -> _Report:
     chosen_L1 = token_ids_N.index_select(0, wishes.reported_L).clamp_(min=0).unsqueeze(1)
     counts = [wishes.requests[row].sampling.logprobs or 0 for row in wishes.reported]
-    chosen = logprobs_LV.gather(1, chosen_L1).flatten().tolist()
-    top = logprobs_LV.topk(min(max(counts), logprobs_LV.shape[1]))
-    return {
-        row: TokenLogprobs(logprob, list(zip(ids[:count], values[:count], strict=True)))
-        for row, count, logprob, ids, values in zip(
-            wishes.reported, counts, chosen, top.indices.tolist(), top.values.tolist(), strict=True
-        )
-    }
+    chosen_L = logprobs_LV.gather(1, chosen_L1).flatten()
+    top_LX, top_ids_LX = logprobs_LV.topk(min(max(counts), logprobs_LV.shape[1]))
+    return _Report(wishes.reported, counts, *map(_to_host, (chosen_L, top_ids_LX, top_LX)))
+
+
+def _to_host(values: torch.Tensor) -> torch.Tensor:
+    """In pinned memory, once the device's stream has come so far."""
+    return values.to("cpu", non_blocking=True)
 
 
 def _mask_early_ends(

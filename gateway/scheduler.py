@@ -91,7 +91,7 @@ class Scheduler:
         """Who decoded in the last step, and its parts: they mostly do again."""
         self._unpublished: list[Request] = []
         """Who had blocks filled since the last :meth:`publish`."""
-        self._next_expiry_s = math.inf
+        self.next_expiry_s = math.inf
         """No deadline and no patience ends before; it may be early, never late."""
 
     @property
@@ -125,7 +125,7 @@ class Scheduler:
             )
         self._requests[request.request_id] = request
         self._waiting.append(request)
-        self._next_expiry_s = min(self._next_expiry_s, request.deadline_s)
+        self.next_expiry_s = min(self.next_expiry_s, request.deadline_s)
 
     def cancel(self, request_id: str) -> Request | None:
         """End a request now, wherever it is; None when there is no such request."""
@@ -147,18 +147,18 @@ class Scheduler:
 
     def expire(self, now: float) -> list[Request]:
         """End what is past its deadline, or has been stalled for longer than the patience."""
-        if now < self._next_expiry_s:
+        if now < self.next_expiry_s:
             return []
         expired = [r for r in self._requests.values() if self._expiry_s(r) <= now]
         for request in expired:
             self.fail(request, request.stall.error if request.stall else _deadline_error(request))
-        self._next_expiry_s = min(map(self._expiry_s, self._requests.values()), default=math.inf)
+        self.next_expiry_s = min(map(self._expiry_s, self._requests.values()), default=math.inf)
         return expired
 
     def next_event_s(self) -> float:
         """When there may be something to do after an empty step, if nobody else calls before."""
         retries = (request.stall.retry_at_s for request in self._running if request.stall)
-        return min(self._next_expiry_s, min(retries, default=math.inf))
+        return min(self.next_expiry_s, min(retries, default=math.inf))
 
     def routing_changed(self) -> None:
         """Try stalled requests again at once."""
@@ -222,7 +222,7 @@ class Scheduler:
                 continue
             if void and request in void:
                 request.stall = self._stall(request.stall, void[request], now)
-                self._next_expiry_s = min(self._next_expiry_s, self._expiry_s(request))
+                self.next_expiry_s = min(self.next_expiry_s, self._expiry_s(request))
                 continue
             if request.stall is not None:
                 resumed.append((request, now - request.stall.since_s))
@@ -244,15 +244,14 @@ class Scheduler:
 
     def foresee(self, parts: tuple[Part, ...]) -> bool:
         """Whether the step behind this one, which is not through, is of the same requests with a
-        token each, unless one ends that need not. They hold blocks for two more tokens then: those
-        of the step behind that are known before it is."""
+        token each, unless one ends that need not. They hold blocks for that token then."""
         if self._waiting or len(parts) != len(self._running):
             return False
         for request, num_tokens, wants_token in parts:
             last = request.num_outputs + 1 >= request.sampling.max_tokens
             if num_tokens > 1 or not wants_token or last or request.stall is not None:
                 return False
-            num_positions = len(request.token_ids) + 2
+            num_positions = len(request.token_ids) + 1
             if num_positions > request.table.num_positions and not request.table.grow(
                 self.blocks, num_positions
             ):

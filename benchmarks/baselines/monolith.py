@@ -9,7 +9,7 @@ one, a dense GEMM an expert.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +21,7 @@ from expert_worker.gpu_compute import capture
 from gateway.model.batch import Experts, ForwardBatch
 from gateway.model.decoder import Decoder
 from gateway.model.kv_cache import KvCache
-from gateway.model.scores import Scores
+from gateway.model.scores import Likeliest, Scores
 from mesh.checkpoint import Checkpoint
 from mesh.mlp import Mlp, StackedMlps
 from mesh.model_config import ModelConfig
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from gateway.model.decode_graphs import _Batch
 
 
+_TURNS = 3
+"""To settle a step, to say what it gave, and to foresee the next."""
 _GROUPED_ROWS = 1024
 """More than a decode step has, whose graph cannot ask the device how many rows an expert has."""
 
@@ -50,7 +52,6 @@ class ExpertsHere:
     epoch = refused = replayed_rows = 0
     expert_wait_s = 0.0
     rows_by_expert: Mapping[Any, int] = {}
-    on_away = None
 
     def __init__(
         self,
@@ -62,6 +63,7 @@ class ExpertsHere:
         shards: int = 1,
     ) -> None:
         """With ``shards``, slice ``shard`` of each expert's hidden units."""
+        self.on_away: Callable[[], None] = lambda: None
         self._num_experts = config.num_experts
         self._layers: dict[int, tuple[Mapping[int, Mlp], StackedMlps | None]] = {}
         self._grouped_rows = _GROUPED_ROWS if dtype == torch.float16 else math.inf
@@ -128,7 +130,8 @@ def through_layers(
 
 
 class WholeStep:
-    """In place of :class:`gateway.model.decode_graphs.DecodeGraphs`."""
+    """In place of :class:`gateway.model.decode_graphs.DecodeGraphs`. What the mesh does while rows
+    are away is done while the step is computed."""
 
     def __init__(
         self, decoder: Decoder, kv: KvCache, experts: ExpertsHere, max_model_len: int
@@ -136,24 +139,30 @@ class WholeStep:
         self._decoder, self._kv, self._experts = decoder, kv, experts
         self._max_model_len = max_model_len
         self._found: dict[int, tuple[_Batch, torch.cuda.CUDAGraph]] = {}
-        self._last: tuple[_Batch, torch.cuda.CUDAGraph] | None = None
+        self._last: _Flight | None = None
 
     def start(self, batch: ForwardBatch, micro_batch: int) -> _Flight | None:
-        self._last, last = None, self._last
+        self._last = None
         count = len(batch.num_tokens)
         if len(batch.token_ids_T) > count:
             return None
         size = 1 << (count - 1).bit_length()
         if size not in self._found:
             self._found[size] = self._capture(size)
-        self._last = filled, graph = self._found[size]
-        if self._last != last or not filled.follow(batch):
-            filled.fill(batch, self._kv.block_size)
-        return _Flight(graph, filled, count)
+        filled, graph = self._found[size]
+        filled.fill(batch, self._kv.block_size)
+        self._last = _Flight(graph, filled, self._experts)
+        return self._last
+
+    def foresee(self, block_tables: Sequence[tuple[int, ...]]) -> bool:
+        last = self._last
+        return last is not None and last.batch.foresee(block_tables, self._kv.block_size)
 
     def go_on(self, tokens_N: Tensor) -> bool:
-        """The step itself is launched when the last one's tokens were read, which it overwrites."""
-        return self._last is not None and self._last[0].go_on(tokens_N, self._kv.block_size)
+        return self._last is not None and self._last.batch.go_on(tokens_N, self._kv.block_size)
+
+    def proceed(self) -> Callable[[], Scores] | None:
+        return None if self._last is None else self._last.finish
 
     def _capture(self, size: int) -> tuple[_Batch, torch.cuda.CUDAGraph]:
         from gateway.model.decode_graphs import _Batch
@@ -180,11 +189,18 @@ class WholeStep:
 
 
 class _Flight:
-    def __init__(self, graph: torch.cuda.CUDAGraph, batch: _Batch, count: int) -> None:
-        self._graph, self._batch, self._count = graph, batch, count
+    def __init__(self, graph: torch.cuda.CUDAGraph, batch: _Batch, experts: ExpertsHere) -> None:
+        self._graph, self.batch, self._experts = graph, batch, experts
 
     def begin(self, index: int, layer: Any, experts: Any) -> None: ...
 
-    def finish(self, rows_N: Tensor) -> Scores:
+    def finish(self, rows_N: Tensor | None = None) -> Scores:
         self._graph.replay()
-        return self._batch.scores(self._count, rows_N)
+        scores = self.batch.scores(rows_N)
+        if scores.likeliest is not None:
+            # The next step is launched before these are read.
+            ids_N = scores.likeliest.ids_N
+            scores.likeliest = Likeliest(ids_N, ids_N.to("cpu", non_blocking=True))
+        for _ in range(_TURNS):
+            self._experts.on_away()
+        return scores

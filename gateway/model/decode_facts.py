@@ -38,8 +38,14 @@ class DecodeFacts:
         self._tables: list[BlockTable] = [()] * size
         self._rows_B = np.arange(size)
         self._positions: list[int] = []
-        """Of the last batch."""
-        self._went_on = False
+        """Where each sequence of the batch stands."""
+        self._next_positions: list[int] = []
+        """Where it will, once that is foreseen."""
+
+    @property
+    def count(self) -> int:
+        """Sequences of the batch."""
+        return len(self._positions)
 
     @property
     def tokens_B(self) -> Tensor:
@@ -74,40 +80,34 @@ class DecodeFacts:
         slots[:] = self._tables_on_host_BM[self._rows_B[:count], blocks] * block_size + within
         lengths[:] = positions + 1
         self.facts_4B.copy_(self._on_host_4B, non_blocking=True)
-        self._positions = list(batch.num_cached)
-        self._went_on = False
+        self._positions, self._next_positions = list(batch.num_cached), []
 
-    def go_on(self, tokens_N: Tensor, block_size: int) -> bool:
-        """Move each sequence of the last batch on by its next token, which the device has chosen:
-        nothing waits for the host. False, with nothing done, where one has no block for it yet."""
+    def foresee(self, block_tables: Sequence[BlockTable], block_size: int) -> bool:
+        """Make ready to :meth:`go_on`, while the batch is on its way: these are the blocks of its
+        sequences, those that it has and perhaps more. False where one has no block for its next
+        token."""
+        if block_tables != self._tables[: self.count]:
+            self._lay_out(block_tables)
         positions = [position + 1 for position in self._positions]
-        if len(tokens_N) != len(positions) or self._went_on:
-            return False
-        for position, table in zip(positions, self._tables, strict=False):
+        for position, table in zip(positions, block_tables, strict=True):
             if position >= len(table) * block_size:
                 return False
+        self._next_positions = positions
+        return True
+
+    def go_on(self, tokens_N: Tensor, block_size: int) -> bool:
+        """Move each sequence on by its next token (int64), which the device has chosen: nothing
+        waits for the host. False, with nothing done, where that was not foreseen."""
+        if not self._next_positions or len(tokens_N) != len(self._next_positions):
+            return False
         self._move_on(tokens_N, block_size)
-        self._positions, self._went_on = positions, True
+        self._positions, self._next_positions = self._next_positions, []
         return True
 
     def _move_on(self, tokens_N: Tensor, block_size: int) -> None:
         from gateway.model import gpu_kernels
 
         gpu_kernels.go_on(self.facts_4B, tokens_N, self.tables_BM, block_size)
-
-    def follow(self, batch: ForwardBatch) -> bool:
-        """Whether this is the batch that :meth:`go_on` has brought about; then it needs no
-        :meth:`fill`."""
-        if not self._went_on or list(batch.num_cached) != self._positions:
-            return False
-        tables = batch.block_tables
-        for new, old in zip(tables, self._tables, strict=False):
-            if new is not old and new[: len(old)] != old:
-                return False
-        if tables != self._tables[: len(tables)]:
-            self._lay_out(tables)
-        self._went_on = False
-        return True
 
     def _lay_out(self, tables: Sequence[BlockTable]) -> None:
         """Take over the tables of the first rows, where they are others than before."""

@@ -98,11 +98,14 @@ class _Batch(DecodeFacts):
         self._likeliest_B = likeliest(self._head_BV)
         self._likeliest_on_host_B.copy_(self._likeliest_B, non_blocking=True)
 
-    def scores(self, count: int, rows_N: Tensor) -> Scores:
-        """What :meth:`score` leaves, of these of the first ``count`` rows."""
+    def scores(self, rows_N: Tensor | None) -> Scores:
+        """What :meth:`score` leaves, of these sequences; None: of all."""
+        count = self.count
         likeliest = Likeliest(self._likeliest_B[:count], self._likeliest_on_host_B[:count])
         scores = Scores(self._head_BV[:count], likeliest)
-        return scores if len(rows_N) == count else scores.of_rows(rows_N.tolist())
+        if rows_N is None or len(rows_N) == count:
+            return scores
+        return scores.of_rows(rows_N.tolist())
 
 
 class DecodeGraphs:
@@ -128,12 +131,11 @@ class DecodeGraphs:
         self._last: _Batch | None = None
         """Of the last step, where that is one batch."""
         self._launched_by = 0
-        """The plan by which the first segment of the next step was launched; 0: it was not."""
+        """The plan by which :meth:`go_on` has launched the next step's first segment, or 0."""
 
     def start(self, batch: ForwardBatch, micro_batch: int) -> GraphedBatch | None:
         """The batch on its way through graphs; None where it is none for them."""
-        self._last, last = None, self._last
-        launched_by, self._launched_by = self._launched_by, 0
+        self._last, self._launched_by = None, 0
         count = len(batch.num_tokens)
         if not self._possible or count > _MAX_BATCH:
             return None
@@ -147,19 +149,20 @@ class DecodeGraphs:
         found = self._batches.get(key)
         if found is None:
             found = self._batches[key] = self._capture(size, micro_batch)
-        if found is not last or not found.follow(batch):
-            found.fill(batch, self._kv.block_size)
-            launched_by = 0
+        found.fill(batch, self._kv.block_size)
         if micro_batch == 0:
             self._last = found
-        return GraphedBatch(found, self._experts, count, launched_by)
+        return GraphedBatch(found, self._experts)
+
+    def foresee(self, block_tables: Sequence[tuple[int, ...]]) -> bool:
+        """See :class:`gateway.engine.Ahead`."""
+        return self._last is not None and self._last.foresee(block_tables, self._kv.block_size)
 
     def go_on(self, tokens_N: Tensor) -> bool:
-        """Launch the next step's first segment, for the sequences of the last step with these
-        tokens, which the device has chosen: it need not wait for the host to hear of them. Whether
-        it was launched. Should the next step be another after all, what was computed is read by
-        nobody: keys and values lie past the end of all that is known."""
-        if self._last is None or self._version != self._experts.arena_version:
+        """See :class:`gateway.engine.Ahead`. Launches the next step's first segment. Should that
+        be another step after all, what was computed is read by nobody: keys and values lie past the
+        end of all that is known."""
+        if self._last is None:
             return False
         first = self._last.segments[0]
         plan = 0 if first.placed is None else self._experts.plan_of(first.placed)
@@ -168,6 +171,13 @@ class DecodeGraphs:
         first.graph.replay()
         self._launched_by = plan
         return True
+
+    def proceed(self) -> Callable[[], Scores] | None:
+        """See :class:`gateway.engine.Ahead`. None where the graphs are void by now, too."""
+        launched_by, self._launched_by = self._launched_by, 0
+        if self._last is None or not launched_by or self._version != self._experts.arena_version:
+            return None
+        return GraphedBatch(self._last, self._experts, launched_by).finish
 
     def _capture(self, size: int, micro_batch: int) -> _Batch:
         began_s = time.monotonic()
@@ -300,11 +310,10 @@ class _Capturing:
 class GraphedBatch:
     """See :class:`gateway.model.decoder.Flight`."""
 
-    def __init__(self, batch: _Batch, experts: DeviceExperts, count: int, launched_by: int) -> None:
+    def __init__(self, batch: _Batch, experts: DeviceExperts, launched_by: int = 0) -> None:
         """``launched_by``: the plan by which the first segment was launched already, or 0."""
         self._batch = batch
         self._experts = experts
-        self._count = count
         self._launched_by = launched_by
         self._next = 0
         self._away: Placed | None = None
@@ -316,11 +325,12 @@ class GraphedBatch:
             return  # a dense layer, in one graph with the next one that has experts
         self._advance()
 
-    def finish(self, rows_N: Tensor) -> Scores:
-        """See :class:`gateway.model.decoder.Flight`. Only behind the last layer."""
+    def finish(self, rows_N: Tensor | None = None) -> Scores:
+        """See :class:`gateway.model.decoder.Flight`. Runs the layers that were not begun; None:
+        the scores of all rows."""
         while self._next < len(self._batch.segments):
             self._advance()
-        return self._batch.scores(self._count, rows_N)
+        return self._batch.scores(rows_N)
 
     def _advance(self) -> None:
         segment = self._batch.segments[self._next]

@@ -185,10 +185,10 @@ class Decoder:
         ]
 
     @property
-    def go_on(self) -> Callable[[Tensor], bool] | None:
-        """What begins a step before the host knows of its tokens, where there are graphs: see
-        :meth:`gateway.model.decode_graphs.DecodeGraphs.go_on`."""
-        return None if self._graphs is None else self._graphs.go_on
+    def ahead(self) -> DecodeGraphs | None:
+        """What begins a step before the host knows its tokens, where there are graphs: see
+        :class:`gateway.engine.Ahead`."""
+        return self._graphs
 
     def use_graphs(self, graphs: DecodeGraphs) -> None:
         """Take batches through these graphs from here on, where they are made for them."""

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from expert_worker.data_plane import DataPlane
@@ -28,14 +30,14 @@ from gateway.kv_blocks import BlockAllocator
 from gateway.model.batch import Experts, ForwardBatch, PendingExperts
 from gateway.model.decoder import Decoder
 from gateway.model.kv_cache import KvCache
-from gateway.model.scores import Scores
+from gateway.model.scores import Likeliest, Scores, likeliest
 from gateway.peers import Peers
 from gateway.request import Request, Sampling
 from gateway.sampler import Sampler
 from gateway.scheduler import Limits, Scheduler
 from mesh.checkpoint import Checkpoint
 from mesh.config import GatewayConfig
-from mesh.errors import ConfigError, EngineDied, ExpertUnavailable
+from mesh.errors import ConfigError, EngineDied, ExpertUnavailable, Unavailable
 from mesh.model_config import ModelConfig
 from mesh.plan import ExpertId
 from mesh.transport.loopback import LoopbackHub
@@ -50,8 +52,22 @@ CPU = torch.device("cpu")
 SIZE = 4
 
 
+@dataclass
+class Away:
+    """Rows that are waited for, which gives the engine time."""
+
+    experts: LosableExperts
+    pending: PendingExperts
+
+    def combine(self) -> Tensor:
+        for _ in range(self.experts.turns):
+            self.experts.on_away()
+        return self.pending.combine()
+
+
 class LosableExperts:
-    """The experts of this process as the dispatcher has them; ``lost`` ones answer nothing."""
+    """The experts of this process as the dispatcher has them; ``lost`` ones answer nothing. The
+    engine has so many ``turns`` in each layer, as if there were more layers."""
 
     def __init__(self, local: LocalExperts) -> None:
         self._local = local
@@ -59,6 +75,7 @@ class LosableExperts:
         self._calls: Counter[int] = Counter()
         self._num_micro_batches = 1
         self.lost: set[ExpertId] = set()
+        self.turns = 3
         self.epoch = self.refused = self.replayed_rows = self.failovers = 0
         self.expert_wait_s = self.pause_s = 0.0
         self.on_away: Callable[[], None] = lambda: None
@@ -79,7 +96,7 @@ class LosableExperts:
             for expert in {ExpertId(layer, index) for index in indices} & self.lost:
                 self._void[micro_batch, row] = ExpertUnavailable(*expert, "it was lost")
                 weights_TK[row] = math.inf  # whatever is made of a void row is garbage
-        return self._local.dispatch(layer, x_TD, expert_ids_TK, weights_TK)
+        return Away(self, self._local.dispatch(layer, x_TD, expert_ids_TK, weights_TK))
 
     def void_rows(self) -> dict[tuple[int, int], ExpertUnavailable]:
         return self._void
@@ -111,6 +128,80 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return Model(config, decoder, LocalExperts(directory, config))
 
 
+class Unreadable:
+    """Tokens of a device that failed."""
+
+    def __getitem__(self, rows: slice) -> Unreadable:
+        return self
+
+    def tolist(self) -> list[int]:
+        raise RuntimeError("illegal memory access")
+
+
+class Chain:
+    """In place of the graphs of a device: see :class:`gateway.engine.Ahead`. What is begun has
+    written its keys and values whether it proceeds or not, and the tokens of each step lie where
+    those of the last one lay."""
+
+    def __init__(self, forward: Forward, local: LocalExperts, experts: LosableExperts) -> None:
+        self._forward, self._local, self._experts = forward, local, experts
+        self._batch: ForwardBatch | None = None
+        self._tables: list[tuple[int, ...]] | None = None
+        self._begun: ForwardBatch | None = None
+        self._ids = torch.zeros(8, dtype=torch.int64)
+        self.on_host: Tensor | Unreadable = torch.zeros(8, dtype=torch.int64)
+        self.holds = True
+        """Whether what is begun may proceed."""
+        self.num_begun = self.num_proceeded = 0
+
+    def forward(self, batches: Sequence[ForwardBatch], experts: Experts) -> list[Scores]:
+        self._begun = self._batch = self._tables = None
+        if len(batches) > 1:
+            return self._forward(batches, experts)
+        self._batch = batches[0]
+        return [self._run(experts)]
+
+    def _run(self, experts: Experts) -> Scores:
+        assert self._batch is not None
+        (scores,) = self._forward([self._batch], experts)
+        logits_NV = scores.logits_NV
+        count = len(logits_NV)
+        self._ids[:count] = likeliest(logits_NV)
+        if isinstance(self.on_host, Tensor):
+            self.on_host[:count] = self._ids[:count]
+        return Scores(logits_NV, Likeliest(self._ids[:count], self.on_host[:count]))  # type: ignore[arg-type]
+
+    def foresee(self, block_tables: Sequence[tuple[int, ...]]) -> bool:
+        assert self._batch is not None
+        self._tables = list(block_tables)
+        return all(
+            position + 1 < len(table) * SIZE
+            for position, table in zip(self._batch.num_cached, block_tables, strict=True)
+        )
+
+    def go_on(self, token_ids_N: Tensor) -> bool:
+        assert self._batch is not None
+        assert self._tables is not None
+        positions = [position + 1 for position in self._batch.num_cached]
+        tokens_N = token_ids_N.clamp(min=0)
+        self._begun = ForwardBatch(
+            positions, [1] * len(positions), self._tables, tokens_N, torch.arange(len(tokens_N))
+        )
+        self._tables = None
+        self._forward([self._begun], self._local)
+        self.num_begun += 1
+        return True
+
+    def proceed(self) -> Callable[[], Scores] | None:
+        begun, self._begun = self._begun, None
+        if not self.holds:
+            return None
+        assert begun is not None
+        self._batch = begun
+        self.num_proceeded += 1
+        return lambda: self._run(self._experts)
+
+
 @dataclass
 class Bench:
     """An engine, its clock, and what it said."""
@@ -121,6 +212,8 @@ class Bench:
     now: float = 0.0
     tokens: dict[str, list[int]] = field(default_factory=dict)
     ends: dict[str, pb.Output] = field(default_factory=dict)
+    logprobs: dict[str, list[float]] = field(default_factory=dict)
+    chain: Chain | None = None
 
     def step(self) -> bool:
         self.now += 0.03
@@ -129,6 +222,8 @@ class Bench:
             output = message_of([each])
             assert output.request_id not in self.ends
             self.tokens.setdefault(output.request_id, []).extend(output.token_ids)
+            found = [position.chosen.logprob for position in output.logprobs]
+            self.logprobs.setdefault(output.request_id, []).extend(found)
             if output.finish_reason:
                 self.ends[output.request_id] = output
         return did
@@ -147,7 +242,7 @@ def make_bench(
     max_batch_tokens: int = 64,
     overlap_tokens: int | None = None,
     forward: Callable[[Forward], Forward] = lambda forward: forward,
-    go_on: Callable[[Tensor], bool] | None = None,
+    ahead: bool = False,
 ) -> Bench:
     blocks = BlockAllocator(num_blocks, SIZE)
     kv = KvCache(model.config, num_blocks, SIZE, CPU, torch.float32)
@@ -156,16 +251,17 @@ def make_bench(
     def real(batches: Sequence[ForwardBatch], experts: Experts) -> list[Scores]:
         return model.decoder.forward(batches, kv, experts)
 
+    chain = Chain(real, model.local, experts) if ahead else None
     engine = Engine(
         Scheduler(blocks, Limits(max_batch_tokens, 8, 8, 0.4, 60.0)),
-        forward(real),
+        forward(real if chain is None else chain.forward),
         experts,
         Sampler(),
         overlap_tokens=overlap_tokens,
-        go_on=go_on,
+        ahead=chain,
         clock=lambda: bench.now,
     )
-    bench = Bench(engine, experts, blocks)
+    bench = Bench(engine, experts, blocks, chain=chain)
     return bench
 
 
@@ -215,44 +311,6 @@ def test_tokens_do_not_depend_on_what_runs_beside_chunks_or_preemption(
         bench.engine.submit(each)
     assert bench.run() == alone
     assert (bench.engine.stats().preemptions > 0) == (num_blocks == 16)
-    assert bench.blocks.num_free == num_blocks
-
-
-@pytest.mark.parametrize("num_blocks", [64, 16])
-def test_what_is_begun_before_the_host_knows_its_tokens_is_the_next_step(
-    model: Model, alone: dict[str, list[int]], num_blocks: int
-) -> None:
-    begun: list[list[int]] = []
-    came: list[int] = []
-
-    def go_on(token_ids_N: Tensor) -> bool:
-        begun.append(token_ids_N.tolist())
-        return True
-
-    def watched(forward: Forward) -> Forward:
-        def call(batches: Sequence[ForwardBatch], experts: Experts) -> list[Scores]:
-            if begun:
-                (batch,) = batches
-                assert batch.token_ids_T.tolist() == begun.pop()
-                came.append(len(batch.num_tokens))
-            for _ in range(9):
-                bench.experts.on_away()
-            return forward(batches, experts)
-
-        return call
-
-    bench = make_bench(model, num_blocks=num_blocks, forward=watched, go_on=go_on)
-    for each in four_requests():
-        bench.engine.submit(each)
-    bench.step()
-    bench.step()
-    bench.experts.lost = {ExpertId(model.config.moe_layers[0], index) for index in range(16)}
-    begun.clear()
-    bench.step()
-    assert not begun  # some rows come again
-    bench.experts.lost = set()
-    assert bench.run() == alone
-    assert came
     assert bench.blocks.num_free == num_blocks
 
 
@@ -444,6 +502,335 @@ def test_the_time_of_the_host_ends_with_the_launch(model: Model) -> None:
     assert bench.engine.stats().host_s == 6.5
 
 
+# A device that runs a step before the host knows the tokens of the one before.
+
+
+def chain_of(bench: Bench) -> Chain:
+    assert bench.chain is not None
+    return bench.chain
+
+
+def begun(model: Model, *requests: Request, steps: int = 4) -> Bench:
+    """A bench in the middle of a chain: the host does not know the last step's tokens yet."""
+    bench = make_bench(model, ahead=True)
+    for each in requests:
+        bench.engine.submit(each)
+    for _ in range(steps):
+        bench.step()
+    assert chain_of(bench).num_begun > chain_of(bench).num_proceeded
+    for each in requests:
+        assert each.num_outputs == len(bench.tokens[each.request_id]) == steps - 1
+    return bench
+
+
+def one_step_on(bench: Bench) -> int:
+    """Whether that step was the one that had been begun."""
+    before = chain_of(bench).num_proceeded
+    bench.step()
+    return chain_of(bench).num_proceeded - before
+
+
+def test_the_first_rows_of_a_step_leave_before_the_last_ones_tokens_are_known(
+    model: Model, alone: dict[str, list[int]]
+) -> None:
+    known: list[int] = []
+    bench = make_bench(model, ahead=True)
+    dispatch = bench.experts.dispatch
+
+    def watched(layer: int, *of_rows: Tensor) -> PendingExperts:
+        if layer == model.config.moe_layers[0]:
+            known.append(each.num_outputs)
+        return dispatch(layer, *of_rows)
+
+    bench.experts.dispatch = watched  # type: ignore[method-assign]
+    each = four_requests()[0]
+    bench.engine.submit(each)
+    for _ in range(2):
+        bench.step()
+    host_s = bench.engine.stats().host_s
+    assert bench.run()["long"] == alone["long"]
+    # The prompt and what follows it; from there on one ahead.
+    assert known == [0, 1, *range(1, 11)]
+    assert chain_of(bench).num_begun == chain_of(bench).num_proceeded == 10
+    assert bench.engine.stats().host_s == host_s
+    assert bench.blocks.num_free == 64
+
+
+def wishes(alone: dict[str, list[int]]) -> list[list[Request]]:
+    """Requests that end at different steps, in different ways."""
+    stops = {name: frozenset({tokens[5]}) for name, tokens in alone.items()}
+    logprobs = four_requests()
+    logprobs[0] = request("long", range(3, 30), logprobs=2)
+    logprobs[2] = request("one token", [200], 7, logprobs=0, stop_token_ids=stops["one token"])
+    return [
+        four_requests(),
+        logprobs,
+        [
+            request("long", range(3, 30), 30, stop_token_ids=stops["long"]),
+            request("same start", [*range(3, 20), 99], 9, repetition_penalty=1.3),
+            request("one token", [200], 3),
+            request("early", [7, 8, 9], 40, min_tokens=20, stop_token_ids=frozenset(range(150))),
+            request("seeded", range(40, 49), 17, temperature=1.1, top_k=40, seed=9, logprobs=1),
+            request("seeded, too", range(40, 49), 17, temperature=0.8, min_p=0.01, seed=10),
+        ],
+        [request(n, alone[n], 30, stop_token_ids=stops[n]) for n in ("long", "one token")],
+    ]
+
+
+@pytest.mark.parametrize("num_blocks", [64, 16])
+@pytest.mark.parametrize("turns", [0, 1, 3])
+@pytest.mark.parametrize("which", range(4))
+def test_a_step_ahead_of_its_tokens_the_tokens_are_the_same(
+    model: Model, alone: dict[str, list[int]], which: int, turns: int, num_blocks: int
+) -> None:
+    benches = [make_bench(model, num_blocks=num_blocks, ahead=ahead) for ahead in (False, True)]
+    for bench in benches:
+        bench.experts.turns = turns
+        for each in wishes(alone)[which]:
+            bench.engine.submit(each)
+        bench.run()
+    behind, ahead = benches
+    assert ahead.tokens == behind.tokens
+    assert ahead.ends.keys() == behind.ends.keys()
+    for name, end in ahead.ends.items():
+        assert end.finish_reason == behind.ends[name].finish_reason
+        assert end.stop_reason == behind.ends[name].stop_reason
+        assert ahead.logprobs[name] == pytest.approx(behind.logprobs[name], abs=1e-4)
+    assert (chain_of(ahead).num_proceeded > 2) == (turns > 0)
+    assert ahead.blocks.num_free == num_blocks
+
+
+def test_what_is_left_of_a_chain_in_the_cache_is_as_it_was_said(
+    model: Model, alone: dict[str, list[int]]
+) -> None:
+    """Of a step that nobody waited for nothing is found."""
+    bench = make_bench(model, ahead=True)
+    bench.engine.submit(request("long", range(3, 30), stop_token_ids=frozenset({alone["long"][5]})))
+    bench.run()
+    bench.engine.submit(request("more", [*range(3, 30), *alone["long"][:9]], 3))
+    assert bench.run()["more"] == alone["long"][9:]
+    assert bench.ends["more"].cached_tokens >= 28
+
+
+def test_a_step_in_which_there_was_no_time_settles_the_last_one_behind_it(
+    model: Model, alone: dict[str, list[int]]
+) -> None:
+    bench = begun(model, four_requests()[3])
+    bench.experts.turns = 0
+    assert one_step_on(bench) == 1
+    assert bench.tokens["seeded"] == alone["seeded"][:5]
+    bench.experts.turns = 3
+    assert bench.run()["seeded"] == alone["seeded"]
+
+
+def test_what_is_cancelled_amid_a_chain_has_all_its_tokens(
+    model: Model, alone: dict[str, list[int]]
+) -> None:
+    bench = begun(model, *four_requests()[:2])
+    bench.engine.cancel(["long", "unknown"])
+    assert one_step_on(bench) == 0
+    assert bench.tokens["long"] == alone["long"][:4]
+    assert bench.ends["long"].finish_reason == "cancelled"
+    assert bench.run()["same start"] == alone["same start"]
+
+
+def test_what_ends_with_tokens_that_nobody_knew_is_not_cancelled(
+    model: Model, alone: dict[str, list[int]]
+) -> None:
+    stop = frozenset({alone["long"][3]})
+    assert alone["long"].index(alone["long"][3]) == 3
+    bench = begun(model, request("long", range(3, 30), stop_token_ids=stop))
+    bench.engine.cancel(["long"])
+    assert not bench.step()
+    assert bench.tokens["long"] == alone["long"][:4]
+    assert bench.ends["long"].finish_reason == "stop"
+    assert bench.engine.num_requests == 0
+
+
+def test_a_deadline_ends_a_request_amid_a_chain(model: Model, alone: dict[str, list[int]]) -> None:
+    each = request("long", range(3, 30), 99)
+    each.deadline_s = 0.03 * 9.5
+    bench = make_bench(model, ahead=True)
+    bench.engine.submit(each)
+    bench.engine.submit(four_requests()[1])
+    bench.run()
+    assert chain_of(bench).num_proceeded > 5
+    assert bench.ends["long"].error_code == "DeadlineExceeded"
+    assert "after 10 tokens" in bench.ends["long"].error_message
+    assert bench.tokens["long"] == alone["long"][:10]
+    assert bench.tokens["same start"] == alone["same start"]
+
+
+def test_all_fail_amid_a_chain_with_all_their_tokens(
+    model: Model, alone: dict[str, list[int]]
+) -> None:
+    bench = begun(model, *four_requests()[:2])
+    bench.engine.fail_all(Unavailable("the gateway is shutting down"))
+    assert not bench.step()
+    for name in ("long", "same start"):
+        assert bench.tokens[name] == alone[name][:4]
+        assert bench.ends[name].error_code == "Unavailable"
+    assert bench.engine.num_requests == 0
+    assert bench.blocks.num_free == 64
+
+
+def test_a_newcomer_does_not_wait_for_the_step_that_is_begun(
+    model: Model, alone: dict[str, list[int]]
+) -> None:
+    bench = begun(model, four_requests()[0])
+    bench.engine.submit(four_requests()[1])
+    assert one_step_on(bench) == 0
+    assert bench.tokens == {"long": alone["long"][:5], "same start": alone["same start"][:1]}
+    bench.run()
+    assert {name: alone[name] for name in bench.tokens} == bench.tokens
+
+
+def test_what_cannot_proceed_is_scheduled_in_the_same_step(
+    model: Model, alone: dict[str, list[int]]
+) -> None:
+    bench = begun(model, *four_requests()[:2])
+    chain_of(bench).holds = False
+    assert one_step_on(bench) == 0
+    assert bench.tokens["long"] == alone["long"][:4]
+    chain_of(bench).holds = True
+    bench.run()
+    assert {name: alone[name] for name in bench.tokens} == bench.tokens
+
+
+@pytest.mark.parametrize("turns", [0, 3])
+def test_a_step_that_raises_amid_a_chain_takes_no_token_of_the_last_one(
+    model: Model, alone: dict[str, list[int]], turns: int
+) -> None:
+    stop = frozenset({alone["long"][3]})
+    bench = begun(model, request("long", range(3, 30), stop_token_ids=stop), four_requests()[1])
+    dispatch, bench.experts.turns = bench.experts.dispatch, turns
+
+    def raising(layer: int, *of_rows: Tensor) -> PendingExperts:
+        if layer == model.config.moe_layers[1]:
+            raise RuntimeError("out of memory")
+        return dispatch(layer, *of_rows)
+
+    bench.experts.dispatch = raising  # type: ignore[method-assign]
+    assert one_step_on(bench) == 1
+    for name in ("long", "same start"):
+        assert bench.tokens[name] == alone[name][:4]
+    assert bench.ends["long"].finish_reason == "stop"
+    assert "out of memory" in bench.ends["same start"].error_message
+    assert bench.engine.num_requests == 0
+    bench.experts.dispatch, bench.experts.turns = dispatch, 3  # type: ignore[method-assign]
+    bench.engine.submit(four_requests()[2])
+    assert bench.run()["one token"] == alone["one token"]
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_tokens_that_cannot_be_read_fail_their_requests(
+    model: Model, alone: dict[str, list[int]], between: bool
+) -> None:
+    chain = chain_of(bench := begun(model, *four_requests()[:2]))
+    assert bench.engine._unsettled is not None
+    assert bench.engine._unsettled.sampled is not None
+    bench.engine._unsettled.sampled._on_host_N = Unreadable()  # type: ignore[assignment]
+    if between:
+        bench.engine.cancel(["long"])
+    bench.step()
+    for name in ("long", "same start"):
+        assert bench.tokens[name] == alone[name][:3]
+        assert "illegal memory access" in bench.ends[name].error_message
+    assert bench.engine.num_requests == 0
+    # Time and again, and it is no use to go on.
+    chain.on_host = Unreadable()
+    for n in range(MAX_FAILURES - 2):
+        bench.engine.submit(request(str(n), [1]))
+        bench.run()
+    bench.engine.submit(request("last", [1]))
+    with pytest.raises(EngineDied, match=r"^3 steps in a row failed, the last with Runtime"):
+        bench.run()
+    assert bench.engine.num_requests == 0
+
+
+def test_rows_that_nobody_answers_amid_a_chain_come_again(
+    model: Model, alone: dict[str, list[int]]
+) -> None:
+    bench = begun(model, *four_requests())
+    layer = model.config.moe_layers[0]
+    for _ in range(3):
+        bench.experts.lost = {ExpertId(layer, index) for index in range(0, 16, 3)}
+        proceeded = one_step_on(bench)
+        stalled = [name for name in bench.tokens if len(bench.tokens[name]) < 12]
+        assert proceeded == 1
+        assert stalled
+        bench.engine.set_routing(pb.Routing(epoch=bench.experts.epoch + 1))
+        for _ in range(2):
+            bench.step()
+    assert bench.run() == alone
+    assert bench.engine.stats().stalled_s > 0
+
+
+def test_a_row_that_is_not_a_number_ends_its_request_amid_a_chain(
+    model: Model, alone: dict[str, list[int]]
+) -> None:
+    bench = begun(model, *four_requests()[:2])
+    dispatch = bench.experts.dispatch
+
+    def spoiling(layer: int, *of_rows: Tensor) -> PendingExperts:
+        if layer == model.config.moe_layers[-1] and len(of_rows[2]) == 2:
+            of_rows[2][0] = math.nan
+        return dispatch(layer, *of_rows)
+
+    bench.experts.dispatch = spoiling  # type: ignore[method-assign]
+    bench.run()
+    assert bench.tokens["long"] == alone["long"][:4]
+    assert "not a number" in bench.ends["long"].error_message
+    assert bench.tokens["same start"] == alone["same start"]
+
+
+LIVES = st.lists(
+    st.one_of(
+        st.tuples(st.just("step"), st.integers(1, 5)),
+        st.tuples(st.just("submit"), st.integers(0, 5)),
+        st.tuples(st.just("cancel"), st.integers(0, 5)),
+        st.tuples(st.just("lose"), st.integers(0, 15)),
+        st.tuples(st.just("route"), st.just(0)),
+    ),
+    max_size=24,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lives=LIVES)
+def test_whatever_happens_between_steps_happens_alike_a_step_ahead(
+    model: Model, alone: dict[str, list[int]], lives: list[tuple[str, int]]
+) -> None:
+    benches = [make_bench(model, num_blocks=99, ahead=ahead) for ahead in (False, True)]
+    kinds = wishes(alone)[2]
+    for bench in benches:
+        names: list[str] = []
+        for number, (what, n) in enumerate([*lives, ("route", 0)]):
+            if what == "step":
+                for _ in range(n):
+                    bench.step()
+            elif what == "submit":
+                each = kinds[n]
+                prompt = each.token_ids[: each.num_prompt_tokens]
+                new = Request(f"{each.request_id} {number}", array("q", prompt), each.sampling)
+                bench.engine.submit(new)
+                names.insert(0, new.request_id)
+            elif what == "cancel":
+                bench.engine.cancel(names[n : n + 1])
+            elif what == "lose":
+                bench.experts.lost.add(ExpertId(model.config.moe_layers[0], n))
+            elif what == "route":
+                bench.engine.set_routing(pb.Routing(epoch=bench.experts.epoch + 1))
+        bench.run()
+        bench.step()
+    behind, ahead = benches
+    assert ahead.tokens == behind.tokens
+    assert {name: end.finish_reason for name, end in ahead.ends.items()} == {
+        name: end.finish_reason for name, end in behind.ends.items()
+    }
+    assert ahead.blocks.num_free == 99
+
+
 class Connected(LosableExperts):
     """What the engine's loop needs of a dispatcher, beside its experts."""
 
@@ -464,8 +851,9 @@ class NeverIdle:
     def busy(self) -> None: ...
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 def test_the_front_hears_of_a_step_while_the_next_waits_for_its_rows_and_of_the_last_at_once(
-    model: Model,
+    model: Model, ahead: bool
 ) -> None:
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
@@ -481,19 +869,38 @@ def test_the_front_hears_of_a_step_while_the_next_waits_for_its_rows_and_of_the_
         messages = map(pb.FromEngine.FromString, payloads)
         return [output for message in messages for output in message.outputs.outputs]
 
-    def forward(batches: Sequence[ForwardBatch], _: Experts) -> list[Scores]:
+    def step(num_rows: int) -> Scores:
         heard.append(hear())
         for _layer in range(9):
             experts.on_away()
         heard.append(hear())
         if len(heard) == 2 * 3:
             raise RuntimeError("out of memory")
-        logits_NV = torch.zeros(len(batches[0].logit_rows_N), 9)
+        logits_NV = torch.zeros(num_rows, 9)
         logits_NV[:, 7] = 1
-        return [Scores(logits_NV)]
+        return Scores(logits_NV)
+
+    class Always:
+        """Goes on, whatever it is."""
+
+        def foresee(self, block_tables: Sequence[tuple[int, ...]]) -> bool:
+            return True
+
+        def go_on(self, token_ids_N: Tensor) -> bool:
+            self.num_rows = len(token_ids_N)
+            return True
+
+        def proceed(self) -> Callable[[], Scores]:
+            return lambda: step(self.num_rows)
 
     blocks = BlockAllocator(999, SIZE)
-    engine = Engine(Scheduler(blocks, Limits(999, 99, 99, 1.0, 1.0)), forward, experts, Sampler())
+    engine = Engine(
+        Scheduler(blocks, Limits(999, 99, 99, 1.0, 1.0)),
+        lambda batches, _: [step(len(batches[0].logit_rows_N))],
+        experts,
+        Sampler(),
+        ahead=Always() if ahead else None,
+    )
     ticks = itertools.count()  # so that all that was said is due
     loop = EngineLoop(engine, experts, EngineChannel(theirs), NeverIdle(), (), lambda: next(ticks))  # type: ignore[arg-type]
     for n in range(70):

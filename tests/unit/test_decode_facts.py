@@ -82,36 +82,43 @@ class Device(DecodeFacts):
             )
 
 
-def test_what_the_device_went_on_to_is_followed_if_it_comes() -> None:
+def test_sequences_go_on_by_the_blocks_that_were_foreseen() -> None:
     facts = Device(4, 8, CPU)
     a, b = (7, 2), (5, 3)
     facts.fill(batch_of((5, a), (3, b)), SIZE)
     tokens_N = torch.tensor([100, 101])
+    assert not facts.go_on(tokens_N, SIZE)  # nobody has looked for blocks
     for step in (
         batch_of((6, a), (4, b)),
         batch_of((7, a), (5, (*b, 6))),  # blocks come before they are needed
+        batch_of((8, (*a, 1)), (6, (*b, 6))),
     ):
+        assert facts.foresee(step.block_tables, SIZE)
+        assert not facts.go_on(tokens_N[:1], SIZE)
         assert facts.go_on(tokens_N, SIZE)
-        assert not facts.go_on(tokens_N, SIZE)  # nobody has followed yet
-        assert facts.follow(step)
-        assert not facts.follow(step)
+        assert not facts.go_on(tokens_N, SIZE)
         check(facts, step)
-    assert not facts.go_on(tokens_N, SIZE)  # the first has no block for it
-    assert not facts.follow(batch_of((8, (*a, 1)), (6, (*b, 6))))
+    facts.fill(batch_of((6, a), (7, b)), SIZE)
+    assert not facts.foresee([a, b], SIZE)  # the second has no block for it
+    assert not facts.go_on(tokens_N, SIZE)
 
 
-def test_what_comes_otherwise_is_not_followed() -> None:
+def test_another_batch_may_come_in_place_of_what_was_foreseen_or_begun() -> None:
     a, b = (7, 2), (5, 3)
-    for other in (
-        batch_of((6, a)),
-        batch_of((5, a), (4, b)),
-        batch_of((4, b), (6, a)),
-        batch_of((6, a), (4, (5, 4))),
-        batch_of((6, a), (4, b), (0, (1,))),
-    ):
-        facts = Device(4, 8, CPU)
-        facts.fill(batch_of((5, a), (3, b)), SIZE)
-        assert facts.go_on(torch.tensor([100, 101]), SIZE)
-        assert not facts.follow(other)
-        facts.fill(other, SIZE)
-        check(facts, other)
+    tokens_N = torch.tensor([100, 101])
+    for begun in (False, True):
+        for other in (
+            batch_of((6, a)),
+            batch_of((5, a), (4, b)),
+            batch_of((4, b), (6, a)),
+            batch_of((6, a), (4, (5, 4))),
+            batch_of((6, a), (4, b), (0, (1,))),
+        ):
+            facts = Device(4, 8, CPU)
+            facts.fill(batch_of((5, a), (3, b)), SIZE)
+            assert facts.foresee([a, (*b, 9)], SIZE)
+            if begun:
+                assert facts.go_on(tokens_N, SIZE)
+            facts.fill(other, SIZE)
+            check(facts, other)
+            assert not facts.go_on(tokens_N[: facts.count], SIZE)

@@ -40,7 +40,7 @@ def sample(
     logits: list[list[float]], requests: list[Request], sampler: Sampler | None = None
 ) -> list[Choice | None]:
     scores = Scores(torch.tensor(logits, dtype=torch.float32))
-    chosen = (sampler or Sampler()).sample(scores, requests)
+    chosen = (sampler or Sampler()).sample(scores, requests).chosen()
     assert set(chosen.logprobs) == {
         row for row, request in enumerate(requests) if request.sampling.logprobs is not None
     }

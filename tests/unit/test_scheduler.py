@@ -69,7 +69,7 @@ def foreseen(scheduler: Scheduler) -> bool:
     seen = scheduler.foresee(parts)
     if seen:
         for part in parts:
-            assert part.request.table.num_positions >= len(part.request.token_ids) + 2
+            assert part.request.table.num_positions >= len(part.request.token_ids) + 1
     scheduler.advance(parts, {p.request: 9 for p in parts if p.wants_token}, {}, 0.0)
     if seen:
         assert scheduler.schedule(0.0) == parts
@@ -89,10 +89,13 @@ def test_a_step_is_foreseen_where_the_same_requests_decode_on() -> None:
 
 def test_nothing_is_foreseen_that_nobody_has_blocks_for() -> None:
     scheduler = make_scheduler(num_blocks=4)
-    scheduler.add(make_request("a", prompt=3, max_tokens=6))
-    assert [foreseen(scheduler) for _ in range(5)] == [False, True, True, True, False]
+    scheduler.add(make_request("a", prompt=2, max_tokens=7))
+    scheduler.add(make_request("b", prompt=2, max_tokens=5))
+    assert [foreseen(scheduler) for _ in range(3)] == [False, True, False]
     assert scheduler.blocks.num_free == 0
     assert scheduler.counts.preemptions == 0
+    run_step(scheduler)
+    assert scheduler.counts.preemptions == 1
 
 
 def test_a_prompt_is_computed_in_chunks_then_one_token_a_step() -> None:
