@@ -225,30 +225,30 @@ class Asks:
         holds = self._asking.num_deaths == self._num_deaths and seat.version == self._peers.version
         return seat.num_plans if holds else 0
 
-    def leave(self, seat: Seat, graph: int) -> bool:
+    def leave(self, seat: Seat, *graphs: int) -> bool:
         """Launch the graph (``CUgraphExec``) that places the rows of a seat, which is prepared, and
-        send them; 0 where they were placed already. False, with nothing sent, where they do not
+        send them; none where they were placed already. False, with nothing sent, where they do not
         fit the plan. Raises MeshError when the device failed."""
-        left = self._asking.leave(seat.record, graph)
+        left = self._asking.leave(seat.record, graphs)
         if left:
             self._away[seat.micro_batch] = seat
         return left
 
     def wait(
-        self, seat: Seat, awake_since_s: float, then: Seat | None = None, graph: int = 0
+        self, seat: Seat, awake_since_s: float, then: Seat | None = None, graphs: Sequence[int] = ()
     ) -> tuple[bool, bool]:
         """Until all of a seat is back. It is not where that takes more than to wait, and it is to
         :meth:`surrender`. What was sent before ``awake_since_s`` says nothing of a worker.
 
-        With a graph, that is launched as soon as all is back, and its seat leaves, if it has one:
-        whether it did, is the second.
+        With graphs, those are launched as soon as all is back, and the seat that the last places
+        leaves, if there is one: whether it did, is the second.
         """
         back, left = self._asking.wait(
             seat.record,
             spin_s=self._spin_s,
             timeout_s=balance.MIN_PATIENCE_S,
             then=None if then is None else then.record,
-            graph=graph,
+            graphs=graphs,
         )
         if back:
             del self._away[seat.micro_batch]

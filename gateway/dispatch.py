@@ -232,9 +232,12 @@ class Dispatcher:
             self._lending.lend(self.peers, self.arenas)
         self.epoch = routing.epoch
 
-    def begin_step(self, num_micro_batches: int) -> None:
-        """Forget what the last step left."""
-        self._settle()
+    def begin_step(self, num_micro_batches: int, *, away: bool = False) -> None:
+        """Forget what the last step left; ``away``: but for rows of its own, which have left."""
+        if not away:
+            self._settle()
+        elif self._abandoned:
+            self._reap()
         self._num_micro_batches = num_micro_batches
         self._calls.clear()
         self._void.clear()
@@ -311,7 +314,7 @@ class Dispatcher:
             return self._send(layer, micro_batch, x_TD, *self._units(ids_TK, weights_TK))
         seat.asks.prepare(seat)
         placed = self.place(layer, micro_batch, x_TD.contiguous(), ids_TK, weights_TK)
-        self._leave(placed, seat, 0)
+        self._leave(placed, seat)
         return placed
 
     def _seat(self, micro_batch: int, layer: int, ids_TK: torch.Tensor) -> Seat | None:
@@ -412,11 +415,11 @@ class Dispatcher:
         else:
             seat.asks.prepare(seat)
             placed_already = launched_by == seat.num_plans
-            self._leave(placed, seat, 0 if placed_already else graph.raw_cuda_graph_exec())
+            self._leave(placed, seat, *(() if placed_already else (graph.raw_cuda_graph_exec(),)))
 
-    def _leave(self, placed: Placed, seat: Seat, graph: int) -> None:
+    def _leave(self, placed: Placed, seat: Seat, *graphs: int) -> None:
         self._note_look()
-        self._note_left(placed, seat, seat.asks.leave(seat, graph))
+        self._note_left(placed, seat, seat.asks.leave(seat, *graphs))
 
     def _note_left(self, placed: Placed, seat: Seat, left: bool) -> None:
         if left:
@@ -436,27 +439,41 @@ class Dispatcher:
     def turn(self, back: Placed, placed: Placed | None, graph: Graph) -> None:
         """:meth:`come_back`, then :meth:`leave`, or no more than the launch: with nothing in
         between where that can be."""
-        seat = placed.seat if placed is not None else None
-        if back.pending is None and (placed is None or seat is not None):
-            self._note_look()
-            if seat is not None:
-                seat.asks.prepare(seat)
-            came, left = self._wait_seat(self._asked[back], seat, graph.raw_cuda_graph_exec())
-            if came:
-                del self._asked[back]
-                if placed is not None and seat is not None:
-                    self._note_left(placed, seat, left)
-                return
+        if self.turn_at_once(back, placed, graph):
+            return
         self.come_back(back)
         if placed is None:
             graph.replay()
         else:
             self.leave(placed, graph)
 
-    def _wait_seat(self, seat: Seat, then: Seat | None = None, graph: int = 0) -> tuple[bool, bool]:
+    def turn_at_once(self, back: Placed, placed: Placed | None, *graphs: Graph) -> bool:
+        """With nothing in between, :meth:`come_back`, and :meth:`leave` with graphs of which the
+        last places the rows; False, with nothing launched, where that cannot be."""
+        seat = placed.seat if placed is not None else None
+        if back.pending is not None or (placed is not None and seat is None):
+            return False
+        self._note_look()
+        if seat is not None:
+            seat.asks.prepare(seat)
+        handles = [graph.raw_cuda_graph_exec() for graph in graphs]
+        came, left = self._wait_seat(self._asked[back], seat, handles)
+        if came:
+            del self._asked[back]
+            if placed is not None and seat is not None:
+                self._note_left(placed, seat, left)
+        return came
+
+    def is_away(self, placed: Placed) -> bool:
+        """Whether its rows have left and are still to come back."""
+        return placed in self._asked or placed.pending in self._away
+
+    def _wait_seat(
+        self, seat: Seat, then: Seat | None = None, graphs: Sequence[int] = ()
+    ) -> tuple[bool, bool]:
         self.on_away()
         began_s = time.monotonic()
-        came_and_left = seat.asks.wait(seat, self._awake_since_s, then, graph)
+        came_and_left = seat.asks.wait(seat, self._awake_since_s, then, graphs)
         self.expert_wait_s += self._note_look() - began_s
         return came_and_left
 

@@ -58,9 +58,10 @@ class Ahead(Protocol):
     """A device that runs a step before the host knows the tokens of the one before; see
     :class:`gateway.model.decode_graphs.DecodeGraphs`."""
 
-    def foresee(self, block_tables: Sequence[tuple[int, ...]]) -> bool:
+    def foresee(self, block_tables: Sequence[tuple[int, ...]], likeliest: bool) -> bool:
         """Asked while a step is under way whose every sequence decodes on, each with these blocks:
-        whether :meth:`go_on` may be called behind it."""
+        whether :meth:`go_on` may be called behind it. Where each is to go on with its ``likeliest``
+        token, that may come about by itself."""
         ...
 
     def go_on(self, token_ids_N: torch.Tensor) -> bool:
@@ -69,9 +70,9 @@ class Ahead(Protocol):
         ...
 
     def proceed(self) -> Callable[[], Scores] | None:
-        """What runs the step that was begun, and gives the scores of all sequences; they may lie
-        where the last step's lay, and are made after the experts' ``on_away`` was called. None
-        where it cannot be run any more."""
+        """What runs the step that was begun, experts and all, and gives the scores of all
+        sequences; they may lie where the last step's lay, and are made after the experts'
+        ``on_away`` was called. None where it cannot be run any more."""
         ...
 
 
@@ -264,7 +265,6 @@ class Engine:
         assert self._unsettled is not None
         wanting = self._unsettled.wanting
         self._to_foresee, self._foreseen = parts, False
-        self._experts.begin_step(1)
         scores = proceed()
         self._settle()
         self._sample(parts, wanting, [parts], scores)
@@ -363,13 +363,15 @@ class Engine:
             self.catch_up()
         elif self._to_foresee:
             parts, self._to_foresee = self._to_foresee, ()
-            self._foreseen = (
-                self._ahead is not None
-                and self._scheduler.foresee(parts)
-                and self._ahead.foresee([part.request.table.blocks for part in parts])
-            )
+            self._foreseen = self._scheduler.foresee(parts) and self._foresee(parts)
         else:
             self.on_away()
+
+    def _foresee(self, parts: tuple[Part, ...]) -> bool:
+        requests = [part.request for part in parts]
+        tables = [request.table.blocks for request in requests]
+        likeliest = self._sampler.takes_likeliest(requests)
+        return self._ahead is not None and self._ahead.foresee(tables, likeliest)
 
     def _say_end(self, request: Request) -> None:
         self.catch_up()

@@ -186,6 +186,11 @@ class Sampler:
         self._wishes = _Wishes([], torch.empty(0, 0))
         """Of the last step's rows."""
 
+    def takes_likeliest(self, requests: Sequence[Request]) -> bool:
+        """Whether it is known that each of them gets its likeliest token, and nothing else is asked
+        of its scores."""
+        return self._wishes.plain and self._wishes.requests == requests
+
     def sample(self, scores: Scores, requests: Sequence[Request]) -> Sampled:
         """The next token of each request. Waits for no device. What is chosen is to be asked for
         before the next step's scores are made: a graph may put them in the same place."""

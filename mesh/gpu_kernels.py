@@ -101,7 +101,7 @@ def _of_part(counts, index, there, room):
     return tl.minimum(ends, room) - tl.minimum(ends - count, room)
 
 
-_PROGRAMS = 384
+_FEW = 32
 _VARY = ["num_groups", "num_experts", "parts", "stride", "ahead", "counts_step"]
 
 
@@ -199,12 +199,12 @@ def _grouped(
 ) -> None:
     k_size, n_size = x_RK.shape[1], out_RN.shape[1]
     groups, num_rows = len(weights), messages.parts * messages.stride
-    # Few rows are as quick as the memory gives the weights, if enough programs ask for them.
     rows = min(128, max(16, triton.next_power_of_2(num_rows // groups)))
-    columns = 64 if gate else 128
-    while columns > 16 and min(groups, num_rows) * n_size < _PROGRAMS * columns:
-        columns //= 2
-    width = 128 if rows <= 32 else 64
+    # Few rows are as quick as the memory gives the weights, if enough of those are asked for at
+    # once: by many programs or, where few experts have rows, by each for more.
+    few = num_rows <= _FEW
+    columns = (64 if few else 128) // (2 if gate else 1)
+    width = 256 if few else 128 if rows <= 32 else 64
     grid = (min(groups, num_rows) + num_rows // rows, triton.cdiv(n_size, columns))
     _grouped_kernel[grid](
         x_RK,
@@ -230,7 +230,7 @@ def _grouped(
         N=columns,
         K=width,
         num_warps=8 if rows == 128 else 4,
-        num_stages=3,
+        num_stages=5 if few else 3,
     )
 
 

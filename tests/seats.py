@@ -7,7 +7,6 @@ import ctypes
 import torch
 
 from gateway.dispatch import Dispatcher, Placed
-from mesh import native
 from mesh.replay import ReplayDevice
 from mesh.transport.base import Transport
 from tests.rig import HIDDEN_SIZE, NUM_EXPERTS, make_dispatcher
@@ -74,7 +73,7 @@ class Layer:
         assert self.dispatcher._asks is not None
         plan = self.dispatcher.plan_of(self.placed)
         asking = self.dispatcher._asks._asking
-        native.long.asking_leave(asking._pointer, None, self.raw_cuda_graph_exec())  # type: ignore[attr-defined]
+        asking.leave(None, [self.raw_cuda_graph_exec()])  # type: ignore[arg-type]
         return plan
 
     def _fill(self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:

@@ -154,7 +154,7 @@ class WholeStep:
         self._last = _Flight(graph, filled, self._experts)
         return self._last
 
-    def foresee(self, block_tables: Sequence[tuple[int, ...]]) -> bool:
+    def foresee(self, block_tables: Sequence[tuple[int, ...]], likeliest: bool) -> bool:
         last = self._last
         return last is not None and last.batch.foresee(block_tables, self._kv.block_size)
 

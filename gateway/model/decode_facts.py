@@ -101,8 +101,12 @@ class DecodeFacts:
         if not self._next_positions or len(tokens_N) != len(self._next_positions):
             return False
         self._move_on(tokens_N, block_size)
-        self._positions, self._next_positions = self._next_positions, []
+        self.went_on()
         return True
+
+    def went_on(self) -> None:
+        """What was foreseen has come, by whatever moved the sequences on the device."""
+        self._positions, self._next_positions = self._next_positions, []
 
     def _move_on(self, tokens_N: Tensor, block_size: int) -> None:
         from gateway.model import gpu_kernels

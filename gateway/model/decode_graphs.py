@@ -14,7 +14,7 @@ V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -64,6 +64,16 @@ class DeviceExperts(Protocol):
 
     def turn(self, back: Placed, placed: Placed | None, graph: torch.cuda.CUDAGraph) -> None: ...
 
+    def turn_at_once(
+        self, back: Placed, placed: Placed | None, *graphs: torch.cuda.CUDAGraph
+    ) -> bool: ...
+
+    def is_away(self, placed: Placed) -> bool: ...
+
+    def begin_step(self, num_micro_batches: int, *, away: bool = False) -> None: ...
+
+    def void_rows(self) -> Mapping[tuple[int, int], Any]: ...
+
 
 @dataclass
 class _Segment:
@@ -88,6 +98,8 @@ class _Batch(DecodeFacts):
         self.segments: list[_Segment] = []
         self.kept: Tensor | None = None
         """What several segments read: were it freed, the next graph would overwrite it."""
+        self.moves: torch.cuda.CUDAGraph | None = None
+        """Moves each sequence on by its likeliest token."""
         self._head_BV = self._likeliest_B = torch.empty(0)
         pinned = device.type == "cuda"
         self._likeliest_on_host_B = torch.zeros(size, dtype=torch.int64, pin_memory=pinned)
@@ -97,6 +109,10 @@ class _Batch(DecodeFacts):
         self._head_BV = decoder.head(x_BD)
         self._likeliest_B = likeliest(self._head_BV)
         self._likeliest_on_host_B.copy_(self._likeliest_B, non_blocking=True)
+
+    def move_on(self, block_size: int) -> None:
+        """What a graph does between the last segment and the first of the next step."""
+        self._move_on(self._likeliest_B, block_size)
 
     def scores(self, rows_N: Tensor | None) -> Scores:
         """What :meth:`score` leaves, of these sequences; None: of all."""
@@ -132,10 +148,14 @@ class DecodeGraphs:
         """Of the last step, where that is one batch."""
         self._launched_by = 0
         """The plan by which :meth:`go_on` has launched the next step's first segment, or 0."""
+        self._joins = self._left = False
+        """Whether the next step is to begin with the end of the last, and whether it has: then its
+        first rows have left."""
 
     def start(self, batch: ForwardBatch, micro_batch: int) -> GraphedBatch | None:
         """The batch on its way through graphs; None where it is none for them."""
         self._last, self._launched_by = None, 0
+        self._joins = self._left = False
         count = len(batch.num_tokens)
         if not self._possible or count > _MAX_BATCH:
             return None
@@ -152,16 +172,20 @@ class DecodeGraphs:
         found.fill(batch, self._kv.block_size)
         if micro_batch == 0:
             self._last = found
-        return GraphedBatch(found, self._experts)
+        return GraphedBatch(found, self._experts, self._join)
 
-    def foresee(self, block_tables: Sequence[tuple[int, ...]]) -> bool:
+    def foresee(self, block_tables: Sequence[tuple[int, ...]], likeliest: bool) -> bool:
         """See :class:`gateway.engine.Ahead`."""
-        return self._last is not None and self._last.foresee(block_tables, self._kv.block_size)
+        foreseen = self._last is not None and self._last.foresee(block_tables, self._kv.block_size)
+        self._joins = foreseen and likeliest
+        return foreseen
 
     def go_on(self, tokens_N: Tensor) -> bool:
         """See :class:`gateway.engine.Ahead`. Launches the next step's first segment. Should that
         be another step after all, what was computed is read by nobody: keys and values lie past the
         end of all that is known."""
+        if self._left:
+            return True
         if self._last is None:
             return False
         first = self._last.segments[0]
@@ -172,12 +196,42 @@ class DecodeGraphs:
         self._launched_by = plan
         return True
 
+    def _join(self, away: Placed) -> bool:
+        """End a step whose last rows are away, and begin the next: all of it is launched at once,
+        without a word of ours in between. Whether that could be."""
+        batch, self._joins, joins = self._last, False, self._joins
+        if not joins or batch is None or batch.moves is None or self._experts.void_rows():
+            return False
+        first, last = batch.segments[0], batch.segments[-1]
+        self._left = first.placed is not None and self._experts.turn_at_once(
+            away, first.placed, last.graph, batch.moves, first.graph
+        )
+        if self._left:
+            batch.went_on()
+        return self._left
+
     def proceed(self) -> Callable[[], Scores] | None:
         """See :class:`gateway.engine.Ahead`. None where the graphs are void by now, too."""
         launched_by, self._launched_by = self._launched_by, 0
-        if self._last is None or not launched_by or self._version != self._experts.arena_version:
+        left, self._left = self._left, False
+        batch = self._last
+        if batch is None or self._version != self._experts.arena_version:
             return None
-        return GraphedBatch(self._last, self._experts, launched_by).finish
+        first = batch.segments[0]
+        if left and first.placed is not None and self._experts.is_away(first.placed):
+            flight = GraphedBatch(batch, self._experts, self._join, away=first.placed)
+        elif launched_by:
+            flight = GraphedBatch(batch, self._experts, self._join, launched_by=launched_by)
+        else:
+            return None
+
+        def run() -> Scores:
+            self._experts.begin_step(1, away=left)
+            if left and first.shared is not None:
+                first.shared.replay()
+            return flight.finish()
+
+        return run
 
     def _capture(self, size: int, micro_batch: int) -> _Batch:
         began_s = time.monotonic()
@@ -190,6 +244,9 @@ class DecodeGraphs:
             self._stream.synchronize()
             captured = partial(self._captured, self._pools[micro_batch])
             _Capturing(self, batch, micro_batch, captured).run()
+            move_on = partial(batch.move_on, self._kv.block_size)
+            move_on()  # nobody is there to be moved
+            batch.moves = captured(move_on)
         log.info(
             "decode_graphs_captured",
             batch=size,
@@ -310,13 +367,23 @@ class _Capturing:
 class GraphedBatch:
     """See :class:`gateway.model.decoder.Flight`."""
 
-    def __init__(self, batch: _Batch, experts: DeviceExperts, launched_by: int = 0) -> None:
-        """``launched_by``: the plan by which the first segment was launched already, or 0."""
+    def __init__(
+        self,
+        batch: _Batch,
+        experts: DeviceExperts,
+        join: Callable[[Placed], bool],
+        *,
+        launched_by: int = 0,
+        away: Placed | None = None,
+    ) -> None:
+        """``join`` ends it, where it says so. ``launched_by``: the plan by which the first segment
+        was launched already, or 0; ``away``: its rows, which have left."""
         self._batch = batch
         self._experts = experts
+        self._join = join
         self._launched_by = launched_by
-        self._next = 0
-        self._away: Placed | None = None
+        self._next = 0 if away is None else 1
+        self._away = away
 
     def begin(self, index: int, layer: Layer, experts: Experts) -> None:
         """See :class:`gateway.model.decoder.Flight`."""
@@ -337,7 +404,9 @@ class GraphedBatch:
         self._next += 1
         away, self._away = self._away, segment.placed
         if away is not None:
-            self._experts.turn(away, segment.placed, segment.graph)
+            ends = segment is self._batch.segments[-1]
+            if not (ends and self._join(away)):
+                self._experts.turn(away, segment.placed, segment.graph)
         elif segment.placed is not None:
             self._experts.leave(segment.placed, segment.graph, self._launched_by)
             self._launched_by = 0

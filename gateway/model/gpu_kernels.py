@@ -470,7 +470,10 @@ def _go_on_kernel(
     facts, tokens, tables, num_rows, size, width, block_size: tl.constexpr, ROWS: tl.constexpr
 ):
     row = tl.arange(0, ROWS)
-    inside = row < num_rows
+    # Who has no slot is nobody, and stays where it is.
+    inside = (row < num_rows) & (
+        tl.load(facts + 2 * size + row, mask=row < num_rows, other=-1) >= 0
+    )
     token = tl.load(tokens + row, mask=inside, other=0)
     position = tl.load(facts + size + row, mask=inside, other=0) + 1
     block = tl.load(tables + row * width + position // block_size, mask=inside, other=0)

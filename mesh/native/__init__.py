@@ -291,10 +291,10 @@ _LONG: dict[str, tuple[Any, list[Any]]] = {
     "answering_look": (None, [POINTER(Answering)]),
     "answering_strand": (None, [POINTER(Answering), c_int64]),
     "answering_run": (None, [POINTER(Answering), c_int32, c_int32]),
-    "asking_leave": (c_int32, [c_void_p, POINTER(Seat), c_uint64]),
+    "asking_leave": (c_int32, [c_void_p, POINTER(Seat), c_void_p, c_int32]),
     "asking_wait": (
         c_int32,
-        [c_void_p, POINTER(Seat), c_int32, c_int32, POINTER(Seat), c_uint64],
+        [c_void_p, POINTER(Seat), c_int32, c_int32, POINTER(Seat), c_void_p, c_int32],
     ),
 }
 

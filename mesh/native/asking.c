@@ -34,7 +34,7 @@ void asking_free(asking *all) {
 }
 
 /* How many rows each ask has, and whose; 0 when some are nobody's or do not fit. */
-static int count(seat *one) {
+static int count_rows(seat *one) {
     for (int32_t i = 0; i < one->num_asks; i++) one->asks[i].num_rows = one->asks[i].num_experts = 0;
     for (int32_t expert = 0; expert < one->num_experts; expert++) {
         int32_t rows = one->counts_E[expert];
@@ -83,13 +83,13 @@ static int post(asking *all, seat *one) {
     return 1;
 }
 
-int32_t asking_leave(asking *all, seat *one, uint64_t graph) {
+int32_t asking_leave(asking *all, seat *one, const uint64_t *graphs, int32_t count) {
     int32_t done;
-    if (!device_launch_graph(all->device, (void *)graph)) return FAILED;
+    if (!device_launch_graphs(all->device, graphs, count)) return FAILED;
     if (!one) return REGULAR;
     while (!(done = device_graph_done(all->device))) ucp_worker_progress(all->box->worker);
     if (done < 0) return FAILED;
-    if (all->box->attention || !count(one)) return IRREGULAR;
+    if (all->box->attention || !count_rows(one)) return IRREGULAR;
     int64_t began_ns = now_ns();
     one->sent_us = began_ns / 1000;
     int posted = post(all, one);
@@ -125,7 +125,7 @@ static void forget(seat *one) {
 }
 
 int32_t asking_wait(asking *all, seat *one, int32_t spin_us, int32_t timeout_us, seat *next,
-                    uint64_t graph) {
+                    const uint64_t *graphs, int32_t count) {
     postbox *box = all->box;
     int64_t began_us = now_us();
     arrival found;
@@ -134,8 +134,8 @@ int32_t asking_wait(asking *all, seat *one, int32_t spin_us, int32_t timeout_us,
         int state = state_of(box, one);
         if (state > 0) {
             settle(box, one);
-            if (!graph) return BACK;
-            int32_t left = asking_leave(all, next, graph);
+            if (!count) return BACK;
+            int32_t left = asking_leave(all, next, graphs, count);
             if (left == FAILED) forget(one);
             return left == REGULAR ? BACK_AND_AWAY : left == IRREGULAR ? BACK : FAILED;
         }

@@ -255,9 +255,10 @@ static int32_t passed(const device *gpu, void *event) {
 
 int32_t device_done(device *gpu, int32_t index) { return passed(gpu, gpu->slots[index].ended); }
 
-int32_t device_launch_graph(device *gpu, void *graph) {
-    return (!graph || !gpu->launch(graph, gpu->stream)) &&
-           !gpu->record(gpu->graph_ended, gpu->stream);
+int32_t device_launch_graphs(device *gpu, const uint64_t *graphs, int32_t count) {
+    for (int32_t i = 0; i < count; i++)
+        if (gpu->launch((void *)graphs[i], gpu->stream)) return 0;
+    return !gpu->record(gpu->graph_ended, gpu->stream);
 }
 
 int32_t device_graph_done(device *gpu) { return passed(gpu, gpu->graph_ended); }

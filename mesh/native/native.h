@@ -225,8 +225,8 @@ int32_t device_deliver(device *gpu, const borrowed *arenas, uint64_t offset, uin
 int32_t device_done(device *gpu, int32_t slot);
 /* Of a launch that is done. */
 device_times device_took(device *gpu, int32_t slot);
-/* A graph that has no slot, one at a time; and as above. */
-int32_t device_launch_graph(device *gpu, void *graph);
+/* Graphs that have no slot, behind each other; and as above, when all are done. */
+int32_t device_launch_graphs(device *gpu, const uint64_t *graphs, int32_t count);
 int32_t device_graph_done(device *gpu);
 /* Lend this memory. 0 when its kind cannot be lent. */
 EXPORT int32_t device_share(device *gpu, uint64_t address, uint64_t bytes, lent *out);
@@ -395,14 +395,14 @@ typedef struct {
 
 EXPORT asking *asking_new(postbox *box, device *device);
 EXPORT void asking_free(asking *all);
-/* Launch the graph (CUgraphExec; 0: what was launched before) and post what it has made: 1, or 0
- * with nothing posted where that does not fit the seat's asks, or -1 when the device failed. With no
- * seat the graph is only launched. */
-EXPORT int32_t asking_leave(asking *all, seat *one, uint64_t graph);
+/* Launch graphs (CUgraphExec; none: they were launched before) and post what the last has made: 1, or
+ * 0 with nothing posted where that does not fit the seat's asks, or -1 when the device failed. With no
+ * seat they are only launched. */
+EXPORT int32_t asking_leave(asking *all, seat *one, const uint64_t *graphs, int32_t count);
 /* 1 when all is back, its operations released. 0 with none released when something failed, or
- * anything else wants to be looked at, or time is up. With a graph, asking_leave for the next seat
+ * anything else wants to be looked at, or time is up. With graphs, asking_leave for the next seat
  * follows at once when all is back: 2 if that went well, -1 when the device failed. */
 EXPORT int32_t asking_wait(asking *all, seat *one, int32_t spin_us, int32_t timeout_us, seat *next,
-                           uint64_t graph);
+                           const uint64_t *graphs, int32_t count);
 
 #endif

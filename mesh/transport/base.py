@@ -202,10 +202,10 @@ class Asking(Protocol):
         """Send this part of a layer there."""
         ...
 
-    def leave(self, seat: native.Seat, graph: int) -> bool:
-        """Launch the graph (``CUgraphExec``; 0: that was done) and post what it has made; False,
-        with nothing posted, where that does not fit the asks. Raises MeshError when the device
-        failed."""
+    def leave(self, seat: native.Seat, graphs: Sequence[int]) -> bool:
+        """Launch graphs (``CUgraphExec``; none: that was done) and post what the last has made;
+        False, with nothing posted, where that does not fit the asks. Raises MeshError when the
+        device failed."""
         ...
 
     def wait(
@@ -215,13 +215,13 @@ class Asking(Protocol):
         spin_s: float,
         timeout_s: float,
         then: native.Seat | None = None,
-        graph: int = 0,
+        graphs: Sequence[int] = (),
     ) -> tuple[bool, bool]:
         """Whether all is back. It is not when something failed, a message is there to be probed, an
         endpoint died, or time is up: what was posted is to be :meth:`taken`.
 
-        With a graph, once all is back it is launched at once, and the rows of another seat leave as
-        by :meth:`leave`: whether they did, is the second.
+        With graphs, once all is back they are launched at once, and the rows of another seat leave
+        as by :meth:`leave`: whether they did, is the second.
         """
         ...
 

@@ -459,9 +459,12 @@ class UcxAsking:
         """See :class:`mesh.transport.base.Asking`."""
         ask.endpoint = endpoint.handle
 
-    def leave(self, seat: native.Seat, graph: int) -> bool:
+    def leave(self, seat: native.Seat, graphs: Sequence[int]) -> bool:
         """See :class:`mesh.transport.base.Asking`."""
-        left = native.long.asking_leave(self._pointer, seat, graph)
+        count = len(graphs)
+        left = native.long.asking_leave(
+            self._pointer, seat, (ctypes.c_uint64 * count)(*graphs), count
+        )
         if left < 0:
             raise MeshError(_GPU_FAILED)
         return bool(left)
@@ -473,11 +476,15 @@ class UcxAsking:
         spin_s: float,
         timeout_s: float,
         then: native.Seat | None = None,
-        graph: int = 0,
+        graphs: Sequence[int] = (),
     ) -> tuple[bool, bool]:
         """See :class:`mesh.transport.base.Asking`."""
         spin_us, timeout_us = int(spin_s * 1e6), int(timeout_s * 1e6)
-        came = native.long.asking_wait(self._pointer, seat, spin_us, timeout_us, then, graph)
+        count = len(graphs)
+        handles = (ctypes.c_uint64 * count)(*graphs)
+        came = native.long.asking_wait(
+            self._pointer, seat, spin_us, timeout_us, then, handles, count
+        )
         if came < 0:
             raise MeshError(_GPU_FAILED)
         return came > 0, came > 1

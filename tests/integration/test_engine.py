@@ -81,7 +81,7 @@ class LosableExperts:
         self.on_away: Callable[[], None] = lambda: None
         self.rows_by_expert: Counter[ExpertId] = Counter()
 
-    def begin_step(self, num_micro_batches: int) -> None:
+    def begin_step(self, num_micro_batches: int, *, away: bool = False) -> None:
         self._num_micro_batches = num_micro_batches
         self._void.clear()
         self._calls.clear()
@@ -152,10 +152,12 @@ class Chain:
         self.on_host: Tensor | Unreadable = torch.zeros(8, dtype=torch.int64)
         self.holds = True
         """Whether what is begun may proceed."""
-        self.num_begun = self.num_proceeded = 0
+        self.num_begun = self.num_joined = self.num_proceeded = 0
+        self._joins = False
 
     def forward(self, batches: Sequence[ForwardBatch], experts: Experts) -> list[Scores]:
         self._begun = self._batch = self._tables = None
+        self._joins = False
         if len(batches) > 1:
             return self._forward(batches, experts)
         self._batch = batches[0]
@@ -169,17 +171,26 @@ class Chain:
         self._ids[:count] = likeliest(logits_NV)
         if isinstance(self.on_host, Tensor):
             self.on_host[:count] = self._ids[:count]
+        joins, self._joins = self._joins, False
+        if joins and not self._experts.void_rows():
+            self.num_joined += 1
+            self._begin(self._ids[:count])
         return Scores(logits_NV, Likeliest(self._ids[:count], self.on_host[:count]))  # type: ignore[arg-type]
 
-    def foresee(self, block_tables: Sequence[tuple[int, ...]]) -> bool:
+    def foresee(self, block_tables: Sequence[tuple[int, ...]], likeliest: bool) -> bool:
         assert self._batch is not None
         self._tables = list(block_tables)
-        return all(
+        foreseen = all(
             position + 1 < len(table) * SIZE
             for position, table in zip(self._batch.num_cached, block_tables, strict=True)
         )
+        self._joins = foreseen and likeliest
+        return foreseen
 
     def go_on(self, token_ids_N: Tensor) -> bool:
+        return self._begun is not None or self._begin(token_ids_N)
+
+    def _begin(self, token_ids_N: Tensor) -> bool:
         assert self._batch is not None
         assert self._tables is not None
         positions = [position + 1 for position in self._batch.num_cached]
@@ -199,7 +210,12 @@ class Chain:
         assert begun is not None
         self._batch = begun
         self.num_proceeded += 1
-        return lambda: self._run(self._experts)
+
+        def run() -> Scores:
+            self._experts.begin_step(1)
+            return self._run(self._experts)
+
+        return run
 
 
 @dataclass
@@ -883,7 +899,7 @@ def test_the_front_hears_of_a_step_while_the_next_waits_for_its_rows_and_of_the_
     class Always:
         """Goes on, whatever it is."""
 
-        def foresee(self, block_tables: Sequence[tuple[int, ...]]) -> bool:
+        def foresee(self, block_tables: Sequence[tuple[int, ...]], likeliest: bool) -> bool:
             return True
 
         def go_on(self, token_ids_N: Tensor) -> bool:

@@ -5,9 +5,11 @@ The graph of a layer does what :func:`gateway.gpu_kernels.place` does; workers a
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,7 +35,7 @@ from tests.rig import (
     times,
 )
 from tests.seats import Layer, seated_dispatcher
-from tests.stand_in import FAILS_AT_LAUNCH, FAILS_LATER, Knobs, compiled
+from tests.stand_in import FAILS_AT_LAUNCH, FAILS_LATER, Graph, Knobs, compiled
 
 LAYERS = (3, 4)
 LAYER = LAYERS[0]
@@ -211,6 +213,56 @@ def test_what_is_back_makes_the_next_one_leave_in_any_way(rig: Rig) -> None:
     want = expected(LAYER, x_TD, torch.tensor([[0, 1], [1, 0]]), weights_TK)
     torch.testing.assert_close(got, want)
     assert rig.dispatcher.void_rows().keys() == {(0, 1)}
+
+
+def test_a_step_may_begin_with_the_end_of_the_last(rig: Rig, driver: str) -> None:
+    """Behind other graphs. Its rows are away when it is begun; or are taken back, where another
+    step comes, and leave again."""
+    knobs = Knobs(driver)
+    rig.worker("most", 0, 1, 2)
+    rig.worker("rest", 3)
+    rig.connect()
+    first, last = rig.layer(3, LAYERS[0]), rig.layer(3, LAYERS[1])
+    idle = torch.zeros(1)
+    between = SimpleNamespace(graph=Graph(idle.data_ptr(), 1, 1.0))
+    between.raw_cuda_graph_exec = lambda: ctypes.addressof(between.graph)
+    for seed in range(4):
+        steps = [random_step(3, seed=10 * seed + n) for n in range(2)]
+        rig.dispatcher.begin_step(1)
+        assert last.leave(*steps[0])
+        first._fill(*steps[1])
+        launched = knobs["launched"]
+        assert rig.dispatcher.turn_at_once(last.placed, first.placed, between, first)
+        assert knobs["launched"] == launched + 2
+        torch.testing.assert_close(last._combined(), expected(LAYERS[1], *steps[0]))
+        assert rig.dispatcher.is_away(first.placed)
+        assert not rig.dispatcher.is_away(last.placed)
+        proceeds = seed % 2 == 0
+        rig.dispatcher.begin_step(1, away=proceeds)
+        assert rig.dispatcher.is_away(first.placed) == proceeds
+        if not proceeds:
+            assert first.leave(*steps[1])
+        torch.testing.assert_close(first.come_back(), expected(LAYERS[0], *steps[1]))
+        assert not rig.dispatcher.void_rows()
+    rig.settle()
+
+
+def test_a_step_that_does_not_come_back_in_time_begins_no_other(rig: Rig, driver: str) -> None:
+    """Nothing of the next is launched."""
+    knobs = Knobs(driver)
+    rig.worker("all", 0, 1, 2, 3)
+    rig.connect()
+    first, last = rig.layer(3, LAYERS[0]), rig.layer(3, LAYERS[1])
+    rig.dispatcher.begin_step(1)
+    step = random_step(3)
+    rig.workers[0].plane._store.unload([ExpertId(LAYERS[1], int(step[1][0, 0]))])
+    assert last.leave(*step)
+    launched = knobs["launched"]
+    assert not rig.dispatcher.turn_at_once(last.placed, first.placed, first)
+    assert knobs["launched"] == launched
+    assert not rig.dispatcher.is_away(first.placed)
+    last.come_back()
+    assert (0, 0) in rig.dispatcher.void_rows()
 
 
 def test_what_was_launched_before_leaves_if_its_plan_holds(rig: Rig, driver: str) -> None:
