@@ -71,6 +71,10 @@ class Compute(Protocol):
         ``wire.SEVERAL`` those of a layer together. Kept by the caller."""
         ...
 
+    def prepare(self) -> bool:
+        """A little of what makes quick what was not asked for yet. Whether more is left."""
+        ...
+
     def mark(self) -> Ticket:
         """Of all that was delivered before."""
         ...
@@ -111,6 +115,10 @@ class CpuCompute:
         """See :class:`Compute`: small experts."""
         small = ((expert, getattr(mlp, "native", None)) for expert, mlp in experts.items())
         return {expert: native for expert, native in small if native is not None}
+
+    def prepare(self) -> bool:
+        """Nothing to do."""
+        return False
 
     def mark(self) -> Done:
         """See :class:`Compute`."""

@@ -431,6 +431,8 @@ class DataPlane(threading.Thread):
         if self._served[0] is not experts or self._served[1] != version:
             self._served = experts, version
             answering.serve(self._compute_on.serve(experts))
+        if self._compute_on.prepare():
+            self._waiter.wake()  # what is left is for the next turns
         answering.run(spin_s=self._spin_s, wake_fd=self._waiter.descriptor)
         self._waiter.settle()
 

@@ -11,7 +11,7 @@ Legend: R rows of a buffer, D hidden size.
 from __future__ import annotations
 
 import functools
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +40,8 @@ _RING_ROWS = 1024
 """Of larger buffers as many as are under way at once, for what they take."""
 _CAPTURE_AT_USE = 3
 """A buffer that an expert meets this often will come again."""
+_CAPTURED_AHEAD = 256
+"""Experts of a worker: of more, few are asked for one by one."""
 
 
 class _Layer:
@@ -122,6 +124,8 @@ class GpuCompute:
         """Of those experts."""
         self.version = 0
         self._counts: dict[int, torch.Tensor] = {}
+        self._to_prepare: deque[tuple[ref[Any], int]] = deque()
+        """Experts, and numbers of rows."""
 
     def open(self) -> None:
         """Make the stream of this thread the one that computes."""
@@ -147,6 +151,10 @@ class GpuCompute:
         if self.replays is None:
             return {}
         layers = self._layers_of(experts).items()
+        if len(experts) <= _CAPTURED_AHEAD:
+            new = [ref(mlp) for mlp in experts.values() if mlp not in self._replays]
+            sizes = [1 << n for n in range(_GRAPH_ROWS.bit_length())]
+            self._to_prepare += [(mlp, num_rows) for num_rows in sizes for mlp in new]
         return {expert: self._replays_of(mlp) for expert, mlp in experts.items()} | {
             ExpertId(index, wire.SEVERAL): layer.replays for index, layer in layers
         }
@@ -170,6 +178,22 @@ class GpuCompute:
             self._replays[expert] = ref(known)
         return known
 
+    def prepare(self) -> bool:
+        """See :class:`expert_worker.compute.Compute`: graphs of one expert for messages of one
+        size, or what is merged of those, as many as are under way at once."""
+        while self._to_prepare and self.replays is not None:
+            of_expert, num_rows = self._to_prepare.popleft()
+            expert, slots = of_expert(), slots_of(num_rows)[: native.UNDER_WAY]
+            graphs = None if expert is None else self._replays.get(expert, lambda: None)()
+            if expert is None or graphs is None or slots.start in graphs:
+                continue
+            kept = expert.tensors()
+            like_RD, compute = kept["down"].new_empty(0, len(kept["down"])), _of_slot(expert)
+            if not self._capture(graphs, like_RD, self.replays, slots, WHOLE, compute, kept):
+                self._to_prepare.clear()
+            break
+        return bool(self._to_prepare)
+
     def mark(self) -> GpuTicket:
         """See :class:`expert_worker.compute.Compute`."""
         return GpuTicket(self._out, self._events).ends_here()
@@ -188,13 +212,7 @@ class GpuCompute:
         ticket.ends_here()
         graphs = self._replays.get(expert, lambda: None)()
         if alone and self.replays is not None and graphs is not None:
-
-            def of_slot(slot: int | None, rows_RD: torch.Tensor) -> None:
-                run(expert, [Part(rows_RD, 0, len(rows_RD))])
-
-            # With the weights themselves: those that the expert has move when it is stacked.
-            kept = expert.tensors()
-            self._hand_over(expert, graphs, first, self.replays, of_slot, kept)
+            self._hand_over(expert, graphs, first, self.replays)
         return ticket
 
     def start_several(
@@ -243,28 +261,15 @@ class GpuCompute:
                 log.warning("graph_not_captured", rows=len(buffer_RD), error=str(error))
 
     def _hand_over(
-        self,
-        owner: object,
-        graphs: Replays,
-        part: Part,
-        replays: ReplayDevice,
-        compute: Callable[[int | None, torch.Tensor], None],
-        kept: object,
+        self, expert: Expert, graphs: Replays, part: Part, replays: ReplayDevice
     ) -> None:
-        """Have the transport compute batches of this size, once they come often; the graphs need
-        what is ``kept``."""
-        num_rows = part.num_rows
-        step, slots = step_of(num_rows), slots_of(num_rows)
-        if not self._is_often(owner, slots, step):
-            return
-        # What is merged of such, and of more rows that from here on find these graphs and are not
-        # seen here: any size, and as many as are under way at once.
-        doubled = (num_rows << n for n in range(1, _GRAPH_ROWS.bit_length()))
-        merged = [slots_of(more) for more in doubled if more <= _GRAPH_ROWS]
-        sizes = [slots[: _ring_of(slots)]]
-        sizes += [more[: native.UNDER_WAY] for more in merged if more.start not in graphs]
-        for slots in sizes:
-            self._capture_slots(graphs, part, replays, slots, step, compute, kept)
+        """Have the transport compute batches of this size, once they come often."""
+        step, slots = step_of(part.num_rows), slots_of(part.num_rows)
+        if self._is_often(expert, slots, step):
+            # With the weights themselves: those that the expert has move when it is stacked.
+            kept, ring = expert.tensors(), slots[: _ring_of(slots)]
+            compute = _of_slot(expert)
+            self._capture(graphs, part.buffer_RD, replays, ring, step, compute, kept)
 
     def _hand_over_several(
         self,
@@ -283,7 +288,7 @@ class GpuCompute:
         while ring:
             of_parts = graphs.of_parts(parts)
             whole = functools.partial(compute, parts)
-            self._capture_slots(of_parts, part, replays, ring, WHOLE, whole, stack)
+            self._capture(of_parts, part.buffer_RD, replays, ring, WHOLE, whole, stack)
             parts *= 2
             together = parts * slot_rows(slots.start)
             fits = parts <= MAX_PARTS and together <= _GRAPH_ROWS_OF_PARTS
@@ -296,19 +301,20 @@ class GpuCompute:
         uses[slots.start, step] += 1
         return uses[slots.start, step] == _CAPTURE_AT_USE
 
-    def _capture_slots(
+    def _capture(
         self,
         graphs: Replays,
-        part: Part,
+        like_RD: torch.Tensor,
         replays: ReplayDevice,
         slots: range,
         step: int,
         compute: Callable[[int | None, torch.Tensor], None],
         kept: object,
-    ) -> None:
+    ) -> bool:
+        """Graphs for these slots, which need what is ``kept``; False where that cannot be."""
         try:
             for slot in slots:
-                buffer_RD = self._slot(slot, part.buffer_RD, replays)
+                buffer_RD = self._slot(slot, like_RD, replays)
                 rows_RD = buffer_RD[: slot_rows(slot, step)]
                 if slot == slots.start:
                     # So many rows may be new to it; the slot may be somebody's.
@@ -318,6 +324,8 @@ class GpuCompute:
         except (RuntimeError, AttributeError) as error:
             # An older torch has no handles to give; these batches stay with our own turns.
             log.warning("graph_not_handed_over", rows=slot_rows(slots.start), error=str(error))
+            return False
+        return True
 
     def _slot(self, slot: int, like_RD: torch.Tensor, replays: ReplayDevice) -> torch.Tensor:
         if slot not in replays.buffers:
@@ -347,6 +355,10 @@ class GpuCompute:
 
 def _ring_of(slots: range) -> int:
     return len(slots) if slot_rows(slots.start) <= _RING_ROWS else native.UNDER_WAY
+
+
+def _of_slot(expert: Expert) -> Callable[[int | None, torch.Tensor], None]:
+    return lambda slot, rows_RD: run(expert, [Part(rows_RD, 0, len(rows_RD))])
 
 
 def capture(compute: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:

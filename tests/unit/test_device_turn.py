@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from weakref import ref
 
 import pytest
 import torch
@@ -242,22 +243,63 @@ class Captured:
         return 1
 
 
-@pytest.mark.parametrize("first", [1, 9, 16, 17, 100, 200])
-def test_what_is_merged_of_small_batches_finds_a_graph(
-    driver: str, first: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Though no other size is ever seen alone: those of up to 256 rows find graphs from here on."""
+class Doubles:
+    def __init__(self) -> None:
+        self.weights = {"down": torch.zeros(WIDTH, 9)}
+
+    def __call__(self, x_RD: torch.Tensor) -> torch.Tensor:
+        return 2 * x_RD
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self.weights
+
+
+def preparing(driver: str, monkeypatch: pytest.MonkeyPatch) -> GpuCompute:
     monkeypatch.setattr("expert_worker.gpu_compute.capture", lambda compute, pool: Captured())
     gpu = GpuCompute(torch.device("cpu"))
     gpu._stream, gpu._pool = SimpleNamespace(synchronize=lambda: None), None
-    device, graphs, expert = ReplayDevice(0, driver), Replays(), SimpleNamespace
-    ran = []
-    for _ in range(3):
-        part = Part(torch.zeros(first, WIDTH), 0, first)
-        gpu._hand_over(expert, graphs, part, device, lambda n, rows_RD: ran.append(rows_RD), None)
-    assert len(ran[0]) == slot_rows(slots_of(first).start)
-    for count in range(first, 257):
-        assert all(slot in graphs for slot in slots_of(count)[: native.UNDER_WAY]), count
+    gpu.replays = ReplayDevice(0, driver)
+    return gpu
+
+
+def test_small_batches_and_what_is_merged_of_them_find_graphs_before_any_was_seen(
+    driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One size of one expert at a time. Who goes meanwhile is not captured."""
+    gpu = preparing(driver, monkeypatch)
+    experts = {ExpertId(0, index): Doubles() for index in range(3)}
+    served = gpu.serve(experts)
+    assert gpu.prepare()
+    assert [slots_of(1).start in served[ExpertId(0, index)] for index in range(3)] == [1, 0, 0]
+    gone = ref(experts[ExpertId(0, 1)])
+    experts = {expert: mlp for expert, mlp in experts.items() if expert.index != 1}
+    served = gpu.serve(experts)
+    while gpu.prepare():
+        pass
+    for expert in experts:
+        for count in range(1, 257):
+            slots = slots_of(count)[: native.UNDER_WAY]
+            assert all(slot in served[expert] for slot in slots), count
+        assert slots_of(257).start not in served[expert]
+    assert gone() is None
+    assert not gpu.prepare()
+
+
+def test_what_cannot_be_captured_is_tried_once(
+    driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = preparing(driver, monkeypatch)
+    monkeypatch.setattr("expert_worker.gpu_compute.capture", lambda compute, pool: object())
+    gpu.serve({ExpertId(0, index): Doubles() for index in range(3)})
+    assert not gpu.prepare()
+
+
+def test_of_many_experts_none_is_captured_before_it_is_asked_for(
+    driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = preparing(driver, monkeypatch)
+    gpu.serve({ExpertId(0, index): Doubles() for index in range(257)})
+    assert not gpu.prepare()
 
 
 def test_a_machine_without_a_driver_is_told_what_to_do(tmp_path: Path) -> None:
