@@ -78,6 +78,84 @@ def group_ends(counts_E: Tensor, here_G: Tensor, num_rows: int) -> Tensor:
     return ends_G
 
 
+FEW_ROWS = 16
+"""Up to here :func:`linear` takes rows."""
+_MOST_BYTES = 48 << 20
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _linear_kernel(
+    x,
+    weight,
+    plus,
+    out,
+    num_rows,
+    n_size,
+    k_size,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    PLUS: tl.constexpr,
+):
+    row = tl.arange(0, M)
+    inside = row < num_rows
+    column = tl.program_id(0) * N + tl.arange(0, N)
+    there = column < n_size
+    k_at = tl.arange(0, K)
+    x_at = x + row[:, None] * k_size + k_at[None, :]
+    w_at = weight + column.to(tl.int64)[None, :] * k_size + k_at[:, None]
+    acc = tl.zeros([M, N], dtype=tl.float32)
+    for start in range(0, k_size, K):
+        left = k_at < k_size - start
+        part = tl.load(x_at + start, mask=inside[:, None] & left[None, :], other=0.0)
+        some = tl.load(w_at + start, mask=left[:, None] & there[None, :], other=0.0)
+        acc += tl.dot(part, some, input_precision="ieee")
+    at = row[:, None] * n_size + column[None, :]
+    both = inside[:, None] & there[None, :]
+    if PLUS:
+        acc += tl.load(plus + at, mask=both, other=0.0).to(tl.float32)
+    tl.store(out + at, acc, mask=both)
+
+
+_launch_linear = Launcher(_linear_kernel, num_warps=4, num_stages=5)
+
+
+def is_for_linear(x_RK: Tensor, weight_NK: Tensor) -> bool:
+    """Whether :func:`linear` is quicker than the library: rows are few and the matrix is so small
+    that the library has it read by too few programs, or summed in a second pass."""
+    return (
+        len(x_RK) <= FEW_ROWS
+        and weight_NK.nbytes <= _MOST_BYTES
+        and x_RK.dtype == weight_NK.dtype
+        and weight_NK.itemsize == 2
+        and x_RK.is_contiguous()
+        and weight_NK.is_contiguous()
+    )
+
+
+def linear(
+    x_RK: Tensor,
+    weight_NK: Tensor,
+    plus_RN: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``x @ weight.T``, in this dtype or that of ``x``; or plus ``plus_RN``, which is overwritten
+    by it."""
+    (num_rows, k_size), n_size = x_RK.shape, len(weight_NK)
+    out_RN = plus_RN
+    if out_RN is None:
+        out_RN = x_RK.new_empty(num_rows, n_size, dtype=dtype or x_RK.dtype)
+    columns = 32 if n_size >= 4096 else 16
+    _launch_linear(
+        (triton.cdiv(n_size, columns), 1),
+        (x_RK, weight_NK, out_RN, out_RN),
+        varying=(num_rows,),
+        fixed=(n_size, k_size),
+        constants=(FEW_ROWS, columns, 512 // weight_NK.itemsize, plus_RN is not None),
+    )
+    return out_RN
+
+
 class Messages(NamedTuple):
     """Rows of several experts: equal parts of a buffer, each in order of expert behind ``ahead``
     rows. Counts that do not add up are nobody's harm: nothing outside a part is read or written."""
@@ -204,7 +282,7 @@ def _grouped(
     # once: by many programs or, where few experts have rows, by each for more.
     few = num_rows <= _FEW
     columns = (64 if few else 128) // (2 if gate else 1)
-    width = 256 if few else 128 if rows <= 32 else 64
+    width = (512 if few else 256 if rows <= 32 else 128) // weights.itemsize
     grid = (min(groups, num_rows) + num_rows // rows, triton.cdiv(n_size, columns))
     _grouped_kernel[grid](
         x_RK,
