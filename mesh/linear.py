@@ -45,10 +45,6 @@ class Linear:
         then, overwritten."""
         if self._handle is not None:
             y_RO = self._multiply(self._handle, x_RI, plus_RO)
-        elif x_RI.is_cuda and self._by_kernel(x_RI):
-            from mesh import gpu_kernels
-
-            y_RO = gpu_kernels.linear(x_RI, self._weight_OI, plus_RO)
         elif plus_RO is None:
             return F.linear(x_RI, self._weight_OI, self._bias_O)
         else:
@@ -56,11 +52,6 @@ class Linear:
             out_RO = plus_RO if plus_RO.is_cuda else None
             y_RO = torch.addmm(plus_RO, x_RI, self._weight_OI.t(), out=out_RO)
         return y_RO if self._bias_O is None else y_RO.add_(self._bias_O)
-
-    def _by_kernel(self, x_RI: Tensor) -> bool:
-        from mesh import gpu_kernels
-
-        return gpu_kernels.is_for_linear(x_RI, self._weight_OI)
 
     def _multiply(self, handle: int, x_RI: Tensor, plus_RO: Tensor | None) -> Tensor:
         x_RI = x_RI.contiguous()

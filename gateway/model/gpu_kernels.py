@@ -403,8 +403,7 @@ def _choose_kernel(
     tl.store(weights + token * CHOICES + choice, weight * scale, mask=mine)
 
 
-_launch_choose = Launcher(_choose_kernel, num_warps=1)
-_launch_score_and_choose = Launcher(_choose_kernel, num_warps=8)
+_launch_choose = Launcher(_choose_kernel, num_warps=8)
 
 
 def choose(
@@ -435,8 +434,7 @@ def choose(
     ids_TK = torch.empty(num_tokens, top_k, dtype=torch.int64, device=scored.device)
     weights_TK = torch.empty(num_tokens, top_k, dtype=torch.float32, device=scored.device)
     width = scored.shape[1]
-    launch = _launch_choose if router_ED is None else _launch_score_and_choose
-    launch(
+    _launch_choose(
         (num_tokens, 1),
         (
             scored,

@@ -81,12 +81,7 @@ class Router:
     def _logits(self, x_TD: Tensor) -> Tensor:
         if self._narrow_ED is None or x_TD.dtype != self._narrow_ED.dtype:
             return self._score(x_TD.float())
-        from mesh import gpu_kernels
-
-        if gpu_kernels.is_for_linear(x_TD, self._narrow_ED):
-            logits_TE = gpu_kernels.linear(x_TD, self._narrow_ED, dtype=torch.float32)
-        else:
-            logits_TE = torch.mm(x_TD, self._narrow_ED.t(), out_dtype=torch.float32)
+        logits_TE = torch.mm(x_TD, self._narrow_ED.t(), out_dtype=torch.float32)
         return logits_TE if self._bias_E is None else logits_TE.add_(self._bias_E)
 
     def _choose_on_gpu(
