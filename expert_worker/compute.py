@@ -71,8 +71,9 @@ class Compute(Protocol):
         ``wire.SEVERAL`` those of a layer together. Kept by the caller."""
         ...
 
-    def prepare(self) -> bool:
-        """A little of what makes quick what was not asked for yet. Whether more is left."""
+    def prepare(self, num_experts: int, header_rows: int) -> bool:
+        """A little of what makes quick what was not asked for yet; messages of several experts have
+        so many counts, in so many rows. Whether more is left."""
         ...
 
     def mark(self) -> Ticket:
@@ -116,7 +117,7 @@ class CpuCompute:
         small = ((expert, getattr(mlp, "native", None)) for expert, mlp in experts.items())
         return {expert: native for expert, native in small if native is not None}
 
-    def prepare(self) -> bool:
+    def prepare(self, num_experts: int, header_rows: int) -> bool:
         """Nothing to do."""
         return False
 

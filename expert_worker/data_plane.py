@@ -431,7 +431,7 @@ class DataPlane(threading.Thread):
         if self._served[0] is not experts or self._served[1] != version:
             self._served = experts, version
             answering.serve(self._compute_on.serve(experts))
-        if self._compute_on.prepare():
+        if self._compute_on.prepare(self._num_experts, self._header_rows):
             self._waiter.wake()  # what is left is for the next turns
         answering.run(spin_s=self._spin_s, wake_fd=self._waiter.descriptor)
         self._waiter.settle()

@@ -51,7 +51,7 @@ class _Layer:
         self.experts = experts
         self.stack: StackedMlps | None = None
         """All of them as one, once several were asked for; None also where that cannot be."""
-        self.stacked = False
+        self.stacked = self.prepared = False
         self.replays = Replays(here=experts)
         """Of the stack."""
 
@@ -125,7 +125,7 @@ class GpuCompute:
         self.version = 0
         self._counts: dict[int, torch.Tensor] = {}
         self._to_prepare: deque[tuple[ref[Any], int]] = deque()
-        """Experts, and numbers of rows."""
+        """Layers of several experts, and experts, with numbers of rows."""
 
     def open(self) -> None:
         """Make the stream of this thread the one that computes."""
@@ -151,13 +151,20 @@ class GpuCompute:
         if self.replays is None:
             return {}
         layers = self._layers_of(experts).items()
+        new: list[Any] = [one for _, one in layers if len(one.experts) > 1 and not one.prepared]
+        for layer in new:
+            layer.prepared = True
+        self._prepare_later(new, 2 * _GRAPH_ROWS)
         if len(experts) <= _CAPTURED_AHEAD:
-            new = [ref(mlp) for mlp in experts.values() if mlp not in self._replays]
-            sizes = [1 << n for n in range(_GRAPH_ROWS.bit_length())]
-            self._to_prepare += [(mlp, num_rows) for num_rows in sizes for mlp in new]
+            new = [mlp for mlp in experts.values() if mlp not in self._replays]
+            self._prepare_later(new, _GRAPH_ROWS)
         return {expert: self._replays_of(mlp) for expert, mlp in experts.items()} | {
             ExpertId(index, wire.SEVERAL): layer.replays for index, layer in layers
         }
+
+    def _prepare_later(self, some: Sequence[Any], most_rows: int) -> None:
+        sizes = [1 << n for n in range(most_rows.bit_length())]
+        self._to_prepare += [(ref(one), num_rows) for num_rows in sizes for one in some]
 
     def _layers_of(self, experts: Mapping[ExpertId, Expert]) -> Mapping[int, _Layer]:
         if experts is not self._experts:
@@ -178,21 +185,31 @@ class GpuCompute:
             self._replays[expert] = ref(known)
         return known
 
-    def prepare(self) -> bool:
-        """See :class:`expert_worker.compute.Compute`: graphs of one expert for messages of one
-        size, or what is merged of those, as many as are under way at once."""
-        while self._to_prepare and self.replays is not None:
-            of_expert, num_rows = self._to_prepare.popleft()
-            expert, slots = of_expert(), slots_of(num_rows)[: native.UNDER_WAY]
-            graphs = None if expert is None else self._replays.get(expert, lambda: None)()
-            if expert is None or graphs is None or slots.start in graphs:
-                continue
-            kept = expert.tensors()
-            like_RD, compute = kept["down"].new_empty(0, len(kept["down"])), _of_slot(expert)
-            if not self._capture(graphs, like_RD, self.replays, slots, WHOLE, compute, kept):
-                self._to_prepare.clear()
-            break
+    def prepare(self, num_experts: int, header_rows: int) -> bool:
+        """See :class:`expert_worker.compute.Compute`: graphs of one expert, or of several of a
+        layer, for messages of one size or what is merged of those, as many as are under way at
+        once."""
+        captured = None
+        while captured is None and self._to_prepare:
+            of_one, num_rows = self._to_prepare.popleft()
+            one, slots = of_one(), slots_of(num_rows)[: native.UNDER_WAY]
+            try:
+                if not isinstance(one, _Layer):
+                    captured = None if one is None else self._prepare_one(one, slots)
+                elif num_rows > header_rows and slots.start not in one.replays:
+                    captured = self._capture_several(one, slots, num_experts, header_rows)
+            except RuntimeError as error:
+                log.warning("stack_refused", error=str(error))
+                captured = False
+        if captured is False:
+            self._to_prepare.clear()
         return bool(self._to_prepare)
+
+    def _prepare_one(self, expert: Expert, slots: range) -> bool | None:
+        graphs = self._replays.get(expert, lambda: None)()
+        if graphs is None or slots.start in graphs:
+            return None
+        return self._capture_one(expert, graphs, slots, WHOLE)
 
     def mark(self) -> GpuTicket:
         """See :class:`expert_worker.compute.Compute`."""
@@ -212,7 +229,9 @@ class GpuCompute:
         ticket.ends_here()
         graphs = self._replays.get(expert, lambda: None)()
         if alone and self.replays is not None and graphs is not None:
-            self._hand_over(expert, graphs, first, self.replays)
+            step, slots = step_of(first.num_rows), slots_of(first.num_rows)
+            if self._is_often(expert, slots, step):
+                self._capture_one(expert, graphs, slots[: _ring_of(slots)], step)
         return ticket
 
     def start_several(
@@ -235,14 +254,9 @@ class GpuCompute:
         else:
             stack.answer(buffer_RD[: header_rows + part.num_rows], header_rows, on_host_1E)
         ticket.ends_here(on_host_E)
-        if (replays := self.replays) is not None:
-
-            def of_parts(parts: int, slot: int | None, rows_RD: torch.Tensor) -> None:
-                on_host = self._nobodys if slot is None else replays.counts[slot]
-                on_host_PE = on_host[: parts * num_experts].view(parts, num_experts)
-                stack.answer(rows_RD, header_rows, on_host_PE)
-
-            self._hand_over_several(stack, here.replays, part, replays, of_parts)
+        slots = slots_of(header_rows + part.num_rows)
+        if self.replays is not None and self._is_often(stack, slots, WHOLE):
+            self._capture_several(here, slots[: _ring_of(slots)], num_experts, header_rows)
         return ticket
 
     def _replay(self, owner: object, buffer_RD: torch.Tensor, compute: Callable[[], None]) -> None:
@@ -260,61 +274,62 @@ class GpuCompute:
                 known.refused = True
                 log.warning("graph_not_captured", rows=len(buffer_RD), error=str(error))
 
-    def _hand_over(
-        self, expert: Expert, graphs: Replays, part: Part, replays: ReplayDevice
-    ) -> None:
-        """Have the transport compute batches of this size, once they come often."""
-        step, slots = step_of(part.num_rows), slots_of(part.num_rows)
-        if self._is_often(expert, slots, step):
-            # With the weights themselves: those that the expert has move when it is stacked.
-            kept, ring = expert.tensors(), slots[: _ring_of(slots)]
-            compute = _of_slot(expert)
-            self._capture(graphs, part.buffer_RD, replays, ring, step, compute, kept)
-
-    def _hand_over_several(
-        self,
-        stack: StackedMlps,
-        graphs: Replays,
-        part: Part,
-        replays: ReplayDevice,
-        compute: Callable[[int, int | None, torch.Tensor], None],
-    ) -> None:
-        """The same for messages of several experts, and for those that are computed together.
-        Their counts say how many rows are computed: that needs no graph for fewer."""
-        slots = slots_of(part.start + part.num_rows)
-        if not self._is_often(stack, slots, WHOLE):
-            return
-        ring, parts = slots[: _ring_of(slots)], 1
-        while ring:
-            of_parts = graphs.of_parts(parts)
-            whole = functools.partial(compute, parts)
-            self._capture(of_parts, part.buffer_RD, replays, ring, WHOLE, whole, stack)
-            parts *= 2
-            together = parts * slot_rows(slots.start)
-            fits = parts <= MAX_PARTS and together <= _GRAPH_ROWS_OF_PARTS
-            ring = slots_of(together)[: native.UNDER_WAY] if fits else range(0)
-
     def _is_often(self, owner: object, slots: range, step: int) -> bool:
+        """Batches that the transport computes by itself from here on, once they come often."""
         if not slots:
             return False
         uses = self._uses.setdefault(owner, Counter())
         uses[slots.start, step] += 1
         return uses[slots.start, step] == _CAPTURE_AT_USE
 
+    def _capture_one(self, expert: Expert, graphs: Replays, slots: range, step: int) -> bool:
+        # With the weights themselves: those that the expert has move when it is stacked.
+        kept = expert.tensors()
+
+        def compute(slot: int | None, rows_RD: torch.Tensor) -> None:
+            run(expert, [Part(rows_RD, 0, len(rows_RD))])
+
+        return self._capture(graphs, kept["down"], slots, step, compute, kept)
+
+    def _capture_several(
+        self, layer: _Layer, slots: range, num_experts: int, header_rows: int
+    ) -> bool:
+        """For messages of this size, and for those that are computed together. Their counts say
+        how many rows are computed: that needs no graph for fewer."""
+        stack, replays = self._stack(layer), self.replays
+        if stack is None or replays is None:
+            return True
+        down_DH, rows = next(iter(layer.experts.values())).tensors()["down"], slots
+        for parts in (1 << n for n in range(MAX_PARTS.bit_length())):
+
+            def compute(slot: int | None, rows_RD: torch.Tensor, parts: int = parts) -> None:
+                on_host = self._nobodys if slot is None else replays.counts[slot]
+                on_host_PE = on_host[: parts * num_experts].view(parts, num_experts)
+                stack.answer(rows_RD, header_rows, on_host_PE)
+
+            of_parts = layer.replays.of_parts(parts)
+            if not self._capture(of_parts, down_DH, rows, WHOLE, compute, stack):
+                return False
+            together = 2 * parts * slot_rows(slots.start)
+            if together > _GRAPH_ROWS_OF_PARTS:
+                break
+            rows = slots_of(together)[: native.UNDER_WAY]
+        return True
+
     def _capture(
         self,
         graphs: Replays,
-        like_RD: torch.Tensor,
-        replays: ReplayDevice,
+        down_DH: torch.Tensor,
         slots: range,
         step: int,
         compute: Callable[[int | None, torch.Tensor], None],
         kept: object,
     ) -> bool:
         """Graphs for these slots, which need what is ``kept``; False where that cannot be."""
+        assert self.replays is not None
         try:
             for slot in slots:
-                buffer_RD = self._slot(slot, like_RD, replays)
+                buffer_RD = self._slot(slot, down_DH, self.replays)
                 rows_RD = buffer_RD[: slot_rows(slot, step)]
                 if slot == slots.start:
                     # So many rows may be new to it; the slot may be somebody's.
@@ -327,9 +342,9 @@ class GpuCompute:
             return False
         return True
 
-    def _slot(self, slot: int, like_RD: torch.Tensor, replays: ReplayDevice) -> torch.Tensor:
+    def _slot(self, slot: int, down_DH: torch.Tensor, replays: ReplayDevice) -> torch.Tensor:
         if slot not in replays.buffers:
-            buffer_RD = like_RD.new_zeros(slot_rows(slot), like_RD.shape[1])
+            buffer_RD = down_DH.new_zeros(slot_rows(slot), len(down_DH))
             self._stream.synchronize()  # the transport writes on a stream of its own
             replays.lend(slot, buffer_RD)
         return replays.buffers[slot]
@@ -355,10 +370,6 @@ class GpuCompute:
 
 def _ring_of(slots: range) -> int:
     return len(slots) if slot_rows(slots.start) <= _RING_ROWS else native.UNDER_WAY
-
-
-def _of_slot(expert: Expert) -> Callable[[int | None, torch.Tensor], None]:
-    return lambda slot, rows_RD: run(expert, [Part(rows_RD, 0, len(rows_RD))])
 
 
 def capture(compute: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:

@@ -24,7 +24,7 @@ from expert_worker.gpu_compute import GpuCompute
 from mesh import native, wire
 from mesh.errors import Unavailable
 from mesh.plan import ExpertId
-from mesh.replay import WHOLE, ReplayDevice, Replays, slot_rows, slots_of, step_of
+from mesh.replay import MAX_PARTS, WHOLE, ReplayDevice, Replays, slot_rows, slots_of, step_of
 from mesh.transport.base import Request
 from mesh.transport.ucx import UcxTransport
 from tests.stand_in import FAILS_AT_LAUNCH, FAILS_LATER, Graph, Sharing, compiled
@@ -267,14 +267,14 @@ def test_small_batches_and_what_is_merged_of_them_find_graphs_before_any_was_see
 ) -> None:
     """One size of one expert at a time. Who goes meanwhile is not captured."""
     gpu = preparing(driver, monkeypatch)
-    experts = {ExpertId(0, index): Doubles() for index in range(3)}
+    experts = {ExpertId(layer, 0): Doubles() for layer in range(3)}
     served = gpu.serve(experts)
-    assert gpu.prepare()
-    assert [slots_of(1).start in served[ExpertId(0, index)] for index in range(3)] == [1, 0, 0]
-    gone = ref(experts[ExpertId(0, 1)])
-    experts = {expert: mlp for expert, mlp in experts.items() if expert.index != 1}
+    assert gpu.prepare(NUM_EXPERTS, HEADER_ROWS)
+    assert [slots_of(1).start in served[ExpertId(layer, 0)] for layer in range(3)] == [1, 0, 0]
+    gone = ref(experts[ExpertId(1, 0)])
+    experts = {expert: mlp for expert, mlp in experts.items() if expert.layer != 1}
     served = gpu.serve(experts)
-    while gpu.prepare():
+    while gpu.prepare(NUM_EXPERTS, HEADER_ROWS):
         pass
     for expert in experts:
         for count in range(1, 257):
@@ -282,7 +282,7 @@ def test_small_batches_and_what_is_merged_of_them_find_graphs_before_any_was_see
             assert all(slot in served[expert] for slot in slots), count
         assert slots_of(257).start not in served[expert]
     assert gone() is None
-    assert not gpu.prepare()
+    assert not gpu.prepare(NUM_EXPERTS, HEADER_ROWS)
 
 
 def test_what_cannot_be_captured_is_tried_once(
@@ -290,16 +290,55 @@ def test_what_cannot_be_captured_is_tried_once(
 ) -> None:
     gpu = preparing(driver, monkeypatch)
     monkeypatch.setattr("expert_worker.gpu_compute.capture", lambda compute, pool: object())
-    gpu.serve({ExpertId(0, index): Doubles() for index in range(3)})
-    assert not gpu.prepare()
+    gpu.serve({ExpertId(layer, 0): Doubles() for layer in range(3)})
+    assert not gpu.prepare(NUM_EXPERTS, HEADER_ROWS)
 
 
 def test_of_many_experts_none_is_captured_before_it_is_asked_for(
     driver: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = preparing(driver, monkeypatch)
-    gpu.serve({ExpertId(0, index): Doubles() for index in range(257)})
-    assert not gpu.prepare()
+    gpu.serve({ExpertId(layer, 0): Doubles() for layer in range(257)})
+    assert not gpu.prepare(NUM_EXPERTS, HEADER_ROWS)
+
+
+def test_of_several_experts_those_that_are_merged_find_graphs_before_any_was_seen(
+    driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered = []
+
+    class Stack:
+        def answer(self, rows_RD: torch.Tensor, ahead: int, on_host_PE: torch.Tensor) -> None:
+            answered.append((len(rows_RD), ahead, *on_host_PE.shape))
+
+    gpu = preparing(driver, monkeypatch)
+    stacks = lambda mlps: Stack()  # noqa: E731
+    monkeypatch.setattr("expert_worker.gpu_compute.StackedMlps.of", stacks)
+    gpu._nobodys = torch.zeros(MAX_PARTS * NUM_EXPERTS, dtype=torch.int32)
+    several = gpu.serve({ExpertId(0, index): Doubles() for index in range(257)})
+    several = several[ExpertId(0, wire.SEVERAL)]
+    while gpu.prepare(NUM_EXPERTS, HEADER_ROWS):
+        pass
+    assert slots_of(HEADER_ROWS).start not in several
+    for count in range(HEADER_ROWS + 1, 513):
+        for parts in (1, 2, 4, 8):
+            slots = slots_of(parts * slot_rows(slots_of(count).start))[: native.UNDER_WAY]
+            if slot_rows(slots.start) <= 2048:
+                assert all(slot in several.of_parts(parts) for slot in slots), (count, parts)
+    assert (8, HEADER_ROWS, 2, NUM_EXPERTS) in answered
+    assert {ahead for _, ahead, *_ in answered} == {HEADER_ROWS}
+
+
+def test_a_stack_that_finds_no_memory_is_tried_once(
+    driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of(mlps: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    gpu = preparing(driver, monkeypatch)
+    monkeypatch.setattr("expert_worker.gpu_compute.StackedMlps.of", of)
+    gpu.serve({ExpertId(0, index): Doubles() for index in range(3)})
+    assert not gpu.prepare(NUM_EXPERTS, HEADER_ROWS)
 
 
 def test_a_machine_without_a_driver_is_told_what_to_do(tmp_path: Path) -> None:
