@@ -51,7 +51,9 @@ class _Layer:
         self.experts = experts
         self.stack: StackedMlps | None = None
         """All of them as one, once several were asked for; None also where that cannot be."""
-        self.stacked = self.prepared = False
+        self.stacked = False
+        self.prepared = False
+        """Or queued for it."""
         self.replays = Replays(here=experts)
         """Of the stack."""
 
@@ -293,12 +295,12 @@ class GpuCompute:
 
     def _capture_several(
         self, layer: _Layer, slots: range, num_experts: int, header_rows: int
-    ) -> bool:
-        """For messages of this size, and for those that are computed together. Their counts say
-        how many rows are computed: that needs no graph for fewer."""
+    ) -> bool | None:
+        """For messages of this size, and for those that are computed together; None: there is no
+        stack. Their counts say how many rows are computed: that needs no graph for fewer."""
         stack, replays = self._stack(layer), self.replays
         if stack is None or replays is None:
-            return True
+            return None
         down_DH, rows = next(iter(layer.experts.values())).tensors()["down"], slots
         for parts in (1 << n for n in range(MAX_PARTS.bit_length())):
 

@@ -414,8 +414,8 @@ class Dispatcher:
             self._send_placed(placed)
         else:
             seat.asks.prepare(seat)
-            placed_already = launched_by == seat.num_plans
-            self._leave(placed, seat, *(() if placed_already else (graph.raw_cuda_graph_exec(),)))
+            graphs = [] if launched_by == seat.num_plans else [graph.raw_cuda_graph_exec()]
+            self._leave(placed, seat, *graphs)
 
     def _leave(self, placed: Placed, seat: Seat, *graphs: int) -> None:
         self._note_look()
