@@ -22,7 +22,7 @@ step() { # name, seconds, arguments of python...
   rm -rf "$scratch"
 }
 
-step tests 420 -m pytest -q -rs tests/gpu
+step tests 600 -m pytest -q -rs tests/gpu
 step layer 120 -m cli.main bench layer --rows 1,8,32,128,512,2048,8192
 step peers 120 -m cli.main bench layer --workers 16 --experts 16 --top-k 2 --rows 32,128
 step overlap 120 -m benchmarks.overlap --rows 512,2048 --out "$OUT/overlap"
