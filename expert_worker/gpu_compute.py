@@ -26,7 +26,7 @@ from mesh import native, wire
 from mesh.errors import Unavailable
 from mesh.mlp import StackedMlps
 from mesh.plan import ExpertId
-from mesh.replay import MAX_PARTS, WHOLE, ReplayDevice, Replays, slot_rows, slots_of, step_of
+from mesh.replay import MAX_TOGETHER, WHOLE, ReplayDevice, Replays, slot_rows, slots_of, step_of
 
 log = structlog.get_logger()
 
@@ -137,7 +137,7 @@ class GpuCompute:
         self._pool = torch.cuda.graph_pool_handle()
         self._out = self._stream
         self._nobodys = torch.zeros(
-            MAX_PARTS * wire.MAX_EXPERTS, dtype=torch.int32, pin_memory=True
+            MAX_TOGETHER * wire.MAX_EXPERTS, dtype=torch.int32, pin_memory=True
         )
         """Counts of what is computed to no end but to have been, once."""
         try:
@@ -302,7 +302,7 @@ class GpuCompute:
         if stack is None or replays is None:
             return None
         down_DH, rows = next(iter(layer.experts.values())).tensors()["down"], slots
-        for parts in (1 << n for n in range(MAX_PARTS.bit_length())):
+        for parts in (1 << n for n in range(MAX_TOGETHER.bit_length())):
 
             def compute(slot: int | None, rows_RD: torch.Tensor, parts: int = parts) -> None:
                 on_host = self._nobodys if slot is None else replays.counts[slot]

@@ -225,7 +225,7 @@ class Asks:
         holds = self._asking.num_deaths == self._num_deaths and seat.version == self._peers.version
         return seat.num_plans if holds else 0
 
-    def leave(self, seat: Seat, *graphs: int) -> bool:
+    def leave(self, seat: Seat, graphs: Sequence[int]) -> bool:
         """Launch the graph (``CUgraphExec``) that places the rows of a seat, which is prepared, and
         send them; none where they were placed already. False, with nothing sent, where they do not
         fit the plan. Raises MeshError when the device failed."""

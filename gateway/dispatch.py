@@ -314,7 +314,7 @@ class Dispatcher:
             return self._send(layer, micro_batch, x_TD, *self._units(ids_TK, weights_TK))
         seat.asks.prepare(seat)
         placed = self.place(layer, micro_batch, x_TD.contiguous(), ids_TK, weights_TK)
-        self._leave(placed, seat)
+        self._leave(placed, seat, [])
         return placed
 
     def _seat(self, micro_batch: int, layer: int, ids_TK: torch.Tensor) -> Seat | None:
@@ -415,11 +415,11 @@ class Dispatcher:
         else:
             seat.asks.prepare(seat)
             graphs = [] if launched_by == seat.num_plans else [graph.raw_cuda_graph_exec()]
-            self._leave(placed, seat, *graphs)
+            self._leave(placed, seat, graphs)
 
-    def _leave(self, placed: Placed, seat: Seat, *graphs: int) -> None:
+    def _leave(self, placed: Placed, seat: Seat, graphs: Sequence[int]) -> None:
         self._note_look()
-        self._note_left(placed, seat, seat.asks.leave(seat, *graphs))
+        self._note_left(placed, seat, seat.asks.leave(seat, graphs))
 
     def _note_left(self, placed: Placed, seat: Seat, left: bool) -> None:
         if left:

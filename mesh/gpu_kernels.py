@@ -60,13 +60,20 @@ def gated(gate_up_RH: Tensor, activation: str) -> Tensor:
 
 
 @triton.jit
+def _rows_of_groups(counts, index, there, room):
+    # Whatever a stranger wrote there, nothing is read or written outside the room.
+    count = tl.minimum(tl.maximum(tl.load(counts + index, mask=there, other=0), 0), room)
+    ends = tl.cumsum(count, axis=0)
+    return tl.minimum(ends, room) - tl.minimum(ends - count, room)
+
+
+@triton.jit
 def _ends_kernel(counts, here, ends, num_here, num_rows, G_PAD: tl.constexpr):
     g = tl.arange(0, G_PAD)
-    index = tl.load(here + g, mask=g < num_here, other=0)
-    count = tl.load(counts + index, mask=g < num_here, other=0)
-    # Whatever a stranger wrote there, nothing is read or written outside the rows.
-    count = tl.minimum(tl.maximum(count, 0), num_rows)
-    tl.store(ends + g, tl.minimum(tl.cumsum(count, axis=0), num_rows), mask=g < num_here)
+    there = g < num_here
+    index = tl.load(here + g, mask=there, other=0)
+    rows_G = _rows_of_groups(counts, index, there, num_rows)
+    tl.store(ends + g, tl.cumsum(rows_G, axis=0), mask=there)
 
 
 def group_ends(counts_E: Tensor, here_G: Tensor, num_rows: int) -> Tensor:
@@ -92,13 +99,6 @@ class Messages(NamedTuple):
     stride: int
     """Rows of a part."""
     ahead: int
-
-
-@triton.jit
-def _of_part(counts, index, there, room):
-    count = tl.minimum(tl.maximum(tl.load(counts + index, mask=there, other=0), 0), room)
-    ends = tl.cumsum(count, axis=0)
-    return tl.minimum(ends, room) - tl.minimum(ends - count, room)
 
 
 _FEW = 32
@@ -142,7 +142,7 @@ def _grouped_kernel(
     room = stride - ahead
     rows_G = tl.zeros([G_PAD], dtype=tl.int32)
     for part in range(parts):
-        rows_G += _of_part(counts + part * counts_step, index, there, room)
+        rows_G += _rows_of_groups(counts + part * counts_step, index, there, room)
     tiles_G = tl.cdiv(rows_G, M)
     group = tl.sum((tl.cumsum(tiles_G, axis=0) <= tile).to(tl.int32), axis=0)
     if group < num_groups:
@@ -154,7 +154,7 @@ def _grouped_kernel(
         outside = tl.zeros([M], dtype=tl.int32)
         earlier = tl.sum(tl.zeros([M], dtype=tl.int32), axis=0)
         for part in range(parts):
-            of_part_G = _of_part(counts + part * counts_step, index, there, room)
+            of_part_G = _rows_of_groups(counts + part * counts_step, index, there, room)
             begin = part * stride + ahead + tl.sum(tl.where(before, of_part_G, 0), axis=0)
             outside = tl.where(nth >= earlier, begin + nth - earlier, outside)
             earlier += tl.sum(tl.where(g == group, of_part_G, 0), axis=0)

@@ -6,7 +6,7 @@ Legend: R rows, D hidden size of the model, H hidden size of the MLP.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from mesh import native
 from mesh.checkpoint import Checkpoint
 from mesh.linear import NATIVE_BYTES
 from mesh.model_config import SwigluClamp
+
+if TYPE_CHECKING:
+    from mesh.gpu_kernels import Messages
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -216,7 +219,7 @@ class StackedMlps:
         return F.grouped_mm(self._between(hidden_RH), self._down_DH.transpose(1, 2), offs=ends_G)
 
     def _compute(
-        self, x_RD: Tensor, messages: Any, out_RD: Tensor, on_host: Tensor | None = None
+        self, x_RD: Tensor, messages: Messages, out_RD: Tensor, on_host: Tensor | None = None
     ) -> None:
         from mesh.gpu_kernels import grouped_in, grouped_out
 

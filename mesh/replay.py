@@ -16,7 +16,7 @@ from mesh.errors import Unavailable
 SLOTS = native.RING * native.SIZES
 WHOLE = native.STEPS - 1
 """The step of a slot whose graph computes all of its rows."""
-MAX_PARTS = 8
+MAX_TOGETHER = 8
 """Messages of several experts that are computed together, each in its part of a slot."""
 
 
@@ -65,7 +65,7 @@ class ReplayDevice:
         """This slot's memory from here on, :func:`slot_rows` rows of it."""
         self.buffers[slot] = rows_RD
         self.counts[slot] = torch.zeros(
-            MAX_PARTS * wire.MAX_EXPERTS, dtype=torch.int32, pin_memory=rows_RD.is_cuda
+            MAX_TOGETHER * wire.MAX_EXPERTS, dtype=torch.int32, pin_memory=rows_RD.is_cuda
         )
         native.short.device_lend(
             self.handle, slot, rows_RD.data_ptr(), self.counts[slot].data_ptr()

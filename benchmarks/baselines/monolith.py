@@ -119,12 +119,11 @@ def through_layers(
     """What comes out behind the last layer of those that are here."""
     for index, layer in enumerate(decoder.layers):
         x_TD = layer.attention(index, layer.attention_norm(x_TD), x_TD, cis_T1C, paged)
-        normed_TD = layer.mlp_norm(x_TD)
         if layer.router is not None:
-            y_TD = experts.dispatch(index, normed_TD, *layer.router(normed_TD)).combine()
+            y_TD = experts.dispatch(index, *layer.router.behind(layer.mlp_norm, x_TD)).combine()
         else:
             assert layer.dense is not None
-            y_TD = layer.dense(normed_TD)
+            y_TD = layer.dense(layer.mlp_norm(x_TD))
         x_TD = x_TD + y_TD
     return x_TD
 

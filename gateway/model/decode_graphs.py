@@ -313,8 +313,8 @@ class _Capturing:
         routed = last is not None and last.router is not None
 
         def attend() -> None:
-            norms = [layer.attention_norm for _, layer in layers]
-            x_TD, normed_TD = self._begin(before, *norms[:1])
+            norm = layers[0][1].attention_norm if layers else None
+            x_TD, normed_TD = self._begin(before, norm)
             for number, layer in layers:
                 if normed_TD is None:
                     normed_TD = layer.attention_norm(x_TD)
@@ -344,9 +344,7 @@ class _Capturing:
             )
         )
 
-    def _begin(
-        self, before: _Segment | None, norm: RmsNorm | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _begin(self, before: _Segment | None, norm: RmsNorm | None) -> tuple[Tensor, Tensor | None]:
         """The residual with what the experts of the segment before made, and its norm where that
         comes with it; of the first segment embeddings, and rotations for all."""
         batch = self._batch

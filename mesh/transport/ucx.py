@@ -461,10 +461,7 @@ class UcxAsking:
 
     def leave(self, seat: native.Seat, graphs: Sequence[int]) -> bool:
         """See :class:`mesh.transport.base.Asking`."""
-        count = len(graphs)
-        left = native.long.asking_leave(
-            self._pointer, seat, (ctypes.c_uint64 * count)(*graphs), count
-        )
+        left = native.long.asking_leave(self._pointer, seat, *_handles(graphs))
         if left < 0:
             raise MeshError(_GPU_FAILED)
         return bool(left)
@@ -480,10 +477,8 @@ class UcxAsking:
     ) -> tuple[bool, bool]:
         """See :class:`mesh.transport.base.Asking`."""
         spin_us, timeout_us = int(spin_s * 1e6), int(timeout_s * 1e6)
-        count = len(graphs)
-        handles = (ctypes.c_uint64 * count)(*graphs)
         came = native.long.asking_wait(
-            self._pointer, seat, spin_us, timeout_us, then, handles, count
+            self._pointer, seat, spin_us, timeout_us, then, *_handles(graphs)
         )
         if came < 0:
             raise MeshError(_GPU_FAILED)
@@ -492,6 +487,10 @@ class UcxAsking:
     def taken(self, ask: native.Ask) -> tuple[UcxRequest, UcxRequest]:
         """See :class:`mesh.transport.base.Asking`."""
         return UcxRequest(self._postbox, ask.received), UcxRequest(self._postbox, ask.sent)
+
+
+def _handles(graphs: Sequence[int]) -> tuple[ctypes.Array[ctypes.c_uint64], int]:
+    return (ctypes.c_uint64 * len(graphs))(*graphs), len(graphs)
 
 
 class UcxTransport:

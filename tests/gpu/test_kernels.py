@@ -17,7 +17,7 @@ from gateway.model.norm import RmsNorm
 from gateway.model.rope import rotate_
 from gateway.model.router import Router
 from gateway.model.scores import NOT_A_NUMBER
-from mesh.gpu_kernels import Messages, gated, grouped_in, grouped_out
+from mesh.gpu_kernels import Messages, gated, group_ends, grouped_in, grouped_out
 from mesh.mlp import GatedMlp, PlainMlp, StackedMlps
 from mesh.model_config import RouterConfig
 from tests.gpu.device import DEVICE, DTYPES, close
@@ -92,6 +92,21 @@ def test_rows_of_messages_go_through_their_experts_and_back(
     for part, end in enumerate(begins):
         rest = slice(end, (part + 1) * stride)
         assert torch.equal(x[rest], before[rest])
+
+
+@pytest.mark.parametrize(
+    ("counts", "ends"),
+    [
+        ([2, 0, 0, 3], [2, 2, 2, 5]),
+        ([5, 0, 9, 1], [5, 5, 8, 8]),
+        ([-5, 3, 0, 1 << 30], [0, 3, 3, 8]),
+    ],
+)
+def test_groups_end_within_the_rows(counts: list[int], ends: list[int]) -> None:
+    said = torch.zeros(7, dtype=torch.int32)
+    said[HERE] = torch.tensor(counts, dtype=torch.int32)
+    here_G = torch.tensor(HERE, dtype=torch.int32, device=DEVICE)
+    assert group_ends(said.to(DEVICE), here_G, 8).tolist() == ends
 
 
 @pytest.mark.parametrize("counts", [[9, 0, 0, 0], [-5, 3, 0, 0], [1 << 30, 1 << 30, 1 << 30, 7]])

@@ -24,7 +24,7 @@ from expert_worker.gpu_compute import GpuCompute
 from mesh import native, wire
 from mesh.errors import Unavailable
 from mesh.plan import ExpertId
-from mesh.replay import MAX_PARTS, WHOLE, ReplayDevice, Replays, slot_rows, slots_of, step_of
+from mesh.replay import MAX_TOGETHER, WHOLE, ReplayDevice, Replays, slot_rows, slots_of, step_of
 from mesh.transport.base import Request
 from mesh.transport.ucx import UcxTransport
 from tests.stand_in import FAILS_AT_LAUNCH, FAILS_LATER, Graph, Sharing, compiled
@@ -314,7 +314,7 @@ def test_of_several_experts_those_that_are_merged_find_graphs_before_any_was_see
     gpu = preparing(driver, monkeypatch)
     stacks = lambda mlps: Stack()  # noqa: E731
     monkeypatch.setattr("expert_worker.gpu_compute.StackedMlps.of", stacks)
-    gpu._nobodys = torch.zeros(MAX_PARTS * NUM_EXPERTS, dtype=torch.int32)
+    gpu._nobodys = torch.zeros(MAX_TOGETHER * NUM_EXPERTS, dtype=torch.int32)
     several = gpu.serve({ExpertId(0, index): Doubles() for index in range(257)})
     several = several[ExpertId(0, wire.SEVERAL)]
     while gpu.prepare(NUM_EXPERTS, HEADER_ROWS):
