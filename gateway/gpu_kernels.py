@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gateway.model.gpu_kernels import normed
 from gateway.model.norm import RmsNorm
+from mesh.dependent_launch import DEPENDENT, wait_for_previous
 from mesh.launch import Launcher
 
 _ROWS = 64
@@ -26,6 +27,7 @@ _SORT_ROWS = 2048
 def _positions_kernel(
     ids, num_rows, positions, counts, num_experts, ROWS: tl.constexpr, EXPERTS: tl.constexpr
 ):
+    wait_for_previous()
     block = tl.program_id(0)
     num_blocks = tl.cdiv(num_rows, ROWS)
     lane = tl.arange(0, ROWS)
@@ -63,7 +65,7 @@ def sort_by_expert(ids_R: Tensor, positions_R: Tensor, counts_E: Tensor) -> None
         return
     grid = (triton.cdiv(num_rows, _ROWS) + triton.cdiv(num_experts, 32),)
     _positions_kernel[grid](
-        ids_R, num_rows, positions_R, counts_E, num_experts, ROWS=_ROWS, EXPERTS=32
+        ids_R, num_rows, positions_R, counts_E, num_experts, ROWS=_ROWS, EXPERTS=32, **DEPENDENT
     )
 
 
@@ -71,6 +73,7 @@ def sort_by_expert(ids_R: Tensor, positions_R: Tensor, counts_E: Tensor) -> None
 def _scatter_kernel(
     x, positions, row_of_position, rows, send, num_choices, width, BLOCK: tl.constexpr
 ):
+    wait_for_previous()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -103,6 +106,7 @@ def scatter(
         rows_TK.shape[1],
         width,
         BLOCK=block,
+        **DEPENDENT,
     )
 
 
@@ -115,23 +119,23 @@ def _combine_kernel(
     out,
     norm,
     normed_out,
-    num_choices,
     width,
     eps: tl.constexpr,
+    CHOICES: tl.constexpr,
     BLOCK: tl.constexpr,
     RESIDUAL: tl.constexpr,
     NORM: tl.constexpr,
 ):
+    wait_for_previous()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     total = tl.zeros([BLOCK], dtype=tl.float32)
-    for choice in range(0, num_choices):
-        row = tl.load(rows + token * num_choices + choice)
-        weight = tl.load(weights + token * num_choices + choice)
-        if row >= 0:
-            value = tl.load(reply + row * width + column, mask=inside, other=0.0)
-            total += value.to(tl.float32) * weight
+    for choice in tl.static_range(CHOICES):
+        row = tl.load(rows + token * CHOICES + choice)
+        weight = tl.load(weights + token * CHOICES + choice)
+        value = tl.load(reply + row * width + column, mask=inside & (row >= 0), other=0.0)
+        total += tl.where(row >= 0, value.to(tl.float32) * weight, 0.0)
     if RESIDUAL:
         total = total.to(out.dtype.element_ty).to(tl.float32)
         total += tl.load(residual + token * width + column, mask=inside, other=0.0).to(tl.float32)
@@ -143,8 +147,8 @@ def _combine_kernel(
         tl.store(normed_out + token * width + column, value, mask=inside)
 
 
-_launch_combine = Launcher(_combine_kernel)
-_launch_combine_and_norm = Launcher(_combine_kernel, num_warps=8)
+_launch_combine = Launcher(_combine_kernel, **DEPENDENT)
+_launch_combine_and_norm = Launcher(_combine_kernel, num_warps=8, **DEPENDENT)
 
 
 def combine(
@@ -159,8 +163,8 @@ def combine(
     _launch_combine(
         (num_tokens, columns),
         (reply_RD, rows_TK, weights_TK, more_TD, out_TD, out_TD, out_TD),
-        fixed=(num_choices, width),
-        constants=(0.0, block, residual_TD is not None, False),
+        fixed=(width,),
+        constants=(0.0, num_choices, block, residual_TD is not None, False),
     )
     return out_TD
 
@@ -174,8 +178,8 @@ def combine_and_norm(
     _launch_combine_and_norm(
         (len(rows_TK), 1),
         (reply_RD, rows_TK, weights_TK, residual_TD, out_TD, norm.weight_D, normed_TD),
-        fixed=(num_choices, width),
-        constants=(norm.eps, triton.next_power_of_2(width), True, True),
+        fixed=(width,),
+        constants=(norm.eps, num_choices, triton.next_power_of_2(width), True, True),
     )
     return out_TD, normed_TD
 
@@ -189,6 +193,7 @@ def _columns_of(width: int, most: int = 2048) -> tuple[int, int]:
 
 @triton.jit
 def _headers_kernel(headers, words, num_words, words_per_row, WORDS: tl.constexpr):
+    wait_for_previous()
     header = headers + tl.program_id(0) * (num_words + 1)
     to = words + tl.load(header).to(tl.int64) * words_per_row
     word = tl.arange(0, WORDS)
@@ -205,6 +210,7 @@ def write_headers(headers_ME: Tensor, send_ND: Tensor) -> None:
         headers_ME.shape[1] - 1,
         len(words) // len(send_ND),
         WORDS=triton.next_power_of_2(headers_ME.shape[1]),
+        **DEPENDENT,
     )
 
 
@@ -226,6 +232,7 @@ def _place_kernel(
     EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    wait_for_previous()
     program = tl.program_id(0)
     groups = tables + 1
     lane = tl.arange(0, ROWS)
@@ -272,7 +279,7 @@ def _place_kernel(
             tl.store(words + header * words_per_row + expert, word, mask=is_one)
 
 
-_launch_place = Launcher(_place_kernel)
+_launch_place = Launcher(_place_kernel, **DEPENDENT)
 
 
 def place(

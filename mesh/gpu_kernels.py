@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mesh.dependent_launch import DEPENDENT, wait_for_previous
 from mesh.launch import Launcher
 
 _BLOCK = 1024
@@ -29,6 +30,7 @@ def _acted(gate, GELU: tl.constexpr):
 
 @triton.jit
 def _gated_kernel(gate_up, out, hidden, BLOCK: tl.constexpr, GELU: tl.constexpr):
+    wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < hidden
@@ -40,7 +42,7 @@ def _gated_kernel(gate_up, out, hidden, BLOCK: tl.constexpr, GELU: tl.constexpr)
     tl.store(out + row * hidden + column, acted * up.to(tl.float32), mask=inside)
 
 
-_launch_gated = Launcher(_gated_kernel)
+_launch_gated = Launcher(_gated_kernel, **DEPENDENT)
 _GELU = {"silu": False, "swish": False, "gelu_new": True, "gelu_pytorch_tanh": True}
 
 
@@ -69,6 +71,7 @@ def _rows_of_groups(counts, index, there, room):
 
 @triton.jit
 def _ends_kernel(counts, here, ends, num_here, num_rows, G_PAD: tl.constexpr):
+    wait_for_previous()
     g = tl.arange(0, G_PAD)
     there = g < num_here
     index = tl.load(here + g, mask=there, other=0)
@@ -80,7 +83,13 @@ def group_ends(counts_E: Tensor, here_G: Tensor, num_rows: int) -> Tensor:
     """Where each group's rows end, int32: ascending, and never past ``num_rows``."""
     ends_G = torch.empty_like(here_G)
     _ends_kernel[(1,)](
-        counts_E, here_G, ends_G, len(here_G), num_rows, G_PAD=triton.next_power_of_2(len(here_G))
+        counts_E,
+        here_G,
+        ends_G,
+        len(here_G),
+        num_rows,
+        G_PAD=triton.next_power_of_2(len(here_G)),
+        **DEPENDENT,
     )
     return ends_G
 
@@ -130,6 +139,7 @@ def _grouped_kernel(
     N: tl.constexpr,
     K: tl.constexpr,
 ):
+    wait_for_previous()
     tile = tl.program_id(0)
     if TELL and tile + tl.program_id(1) == 0:
         e = tl.arange(0, E_PAD)
@@ -231,6 +241,7 @@ def _grouped(
         K=width,
         num_warps=8 if rows == 128 else 4,
         num_stages=5 if few else 3,
+        **DEPENDENT,
     )
 
 

@@ -219,10 +219,10 @@ int32_t cuModuleGetFunction(void **function, void *module, const char *name) {
 int32_t cuLaunchKernel(void *function, uint32_t x, uint32_t y, uint32_t z, uint32_t threads_x,
                        uint32_t threads_y, uint32_t threads_z, uint32_t shared_bytes, void *stream,
                        void **arguments, void **extra) {
-    (void)function, (void)x, (void)y, (void)z, (void)threads_x, (void)threads_y, (void)threads_z;
+    (void)function, (void)x, (void)z, (void)threads_x, (void)threads_y, (void)threads_z;
     (void)shared_bytes, (void)stream, (void)extra;
     launch *one = &queue[launched++];
-    *one = (launch){.count = *(uint64_t *)arguments[0]};
-    memcpy(one->copies, arguments[1], sizeof one->copies);
+    *one = (launch){.count = y};
+    memcpy(one->copies, arguments[0], sizeof one->copies);
     return READY;
 }

@@ -16,13 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mesh.dependent_launch import DEPENDENT, wait_for_previous
 from mesh.launch import Launcher
 
 if TYPE_CHECKING:
     from gateway.model.norm import RmsNorm
 
 _PAIRS = 512
-_POSITIONS = 64
+_POSITIONS = 32
 _PROGRAMS = 1024
 """About how many programs keep the whole GPU reading."""
 _MAX_SPLITS = 64
@@ -43,6 +44,7 @@ def _turn_and_store_kernel(
     C: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
+    wait_for_previous()
     token = tl.program_id(0).to(tl.int64)
     pair = tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)
     inside = pair < num_pairs
@@ -82,6 +84,7 @@ def turn_and_store(
         q_width // 2,
         C=cis.shape[-2],
         PAIRS=_PAIRS,
+        **DEPENDENT,
     )
 
 
@@ -111,6 +114,7 @@ def _decode_kernel(
     N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    wait_for_previous()
     b = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1)
     split = tl.program_id(2)
@@ -179,6 +183,7 @@ def _reduce_kernel(
     S: tl.constexpr,
     SINKS: tl.constexpr,
 ):
+    wait_for_previous()
     head = tl.program_id(1)
     at = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + head) * splits
     s = tl.arange(0, S)
@@ -205,7 +210,7 @@ def _reduce_kernel(
 def num_splits(num_sequences: int, num_kv_heads: int, longest: int) -> int:
     """Parts of a sequence, each read by a program of its own."""
     wanted = max(1, _PROGRAMS // (num_sequences * num_kv_heads))
-    return min(wanted, _MAX_SPLITS, max(1, longest // (2 * _POSITIONS)))
+    return min(wanted, _MAX_SPLITS, max(1, longest // _POSITIONS))
 
 
 def paged_decode(
@@ -260,7 +265,8 @@ def paged_decode(
         BLOCK_SIZE=block_size,
         N=_POSITIONS if k_pad <= 256 else 16,
         PRECISION="ieee" if cache_SW.dtype == torch.float32 else "tf32",
-        num_warps=4,
+        num_warps=2 if group == 1 else 4,
+        **DEPENDENT,
     )
     out_BHV = q_BHK.new_empty(batch, num_heads, value_dim)
     _reduce_kernel[(batch, num_heads)](
@@ -274,7 +280,8 @@ def paged_decode(
         V_PAD=v_pad,
         S=triton.next_power_of_2(splits),
         SINKS=sinks_H is not None,
-        num_warps=1 if splits <= 4 else 4,
+        num_warps=1,
+        **DEPENDENT,
     )
     return out_BHV
 
@@ -288,6 +295,7 @@ def normed(value, weight, width, eps: tl.constexpr, column, inside, dtype: tl.co
 
 @triton.jit
 def _rms_norm_kernel(x, weight, out, width, eps: tl.constexpr, BLOCK: tl.constexpr):
+    wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -296,7 +304,7 @@ def _rms_norm_kernel(x, weight, out, width, eps: tl.constexpr, BLOCK: tl.constex
     tl.store(out + row * width + column, value, mask=inside)
 
 
-_launch_rms_norm = Launcher(_rms_norm_kernel, num_warps=8)
+_launch_rms_norm = Launcher(_rms_norm_kernel, num_warps=8, **DEPENDENT)
 
 
 def rms_norm(x_TD: Tensor, norm: RmsNorm) -> Tensor:
@@ -312,9 +320,10 @@ def rms_norm(x_TD: Tensor, norm: RmsNorm) -> Tensor:
     return out_TD
 
 
-MAX_SCORED_EXPERTS = 16
-MAX_SCORED_TOKENS = 256
-"""Up to here :func:`choose` scores experts itself: each token reads all of the router's weights."""
+MAX_SCORED = 1 << 23
+"""Products up to which :func:`choose` scores experts itself: each token reads the router's weights."""
+_SCORED_AT_ONCE = 16384
+"""Weights that a program reads, of as many experts as they are."""
 
 
 @triton.jit
@@ -326,6 +335,8 @@ def _choose_kernel(
     there,
     norm,
     normed_out,
+    logits,
+    arrived,
     ids,
     weights,
     num_experts,
@@ -344,66 +355,80 @@ def _choose_kernel(
     THERE: tl.constexpr,
     NORM: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    ALONE: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, EXPERTS)
     is_one = expert < num_experts
+    left = 0
     if BLOCK > 0:
         column = tl.arange(0, BLOCK)
         inside = column < width
+        some = tl.program_id(1) * AT_ONCE + tl.arange(0, AT_ONCE)
+        here = (some < num_experts)[:, None] & inside[None, :]
+        row = tl.load(router + some[:, None] * width + column[None, :], mask=here, other=0.0)
+        wait_for_previous()
         value = tl.load(scored + token * width + column, mask=inside, other=0.0).to(tl.float32)
         if NORM:
             value = normed(value, norm, width, eps, column, inside, normed_out.dtype.element_ty)
-            tl.store(normed_out + token * width + column, value, mask=inside)
+            if tl.program_id(1) == 0:
+                tl.store(normed_out + token * width + column, value, mask=inside)
             value = value.to(tl.float32)
-        logit = tl.zeros([EXPERTS], dtype=tl.float32)
-        for first in range(0, num_experts, AT_ONCE):
-            some = first + tl.arange(0, AT_ONCE)
-            here = (some < num_experts)[:, None] & inside[None, :]
-            row = tl.load(router + some[:, None] * width + column[None, :], mask=here, other=0.0)
-            dot = tl.sum(value[None, :] * row.to(tl.float32), axis=1)
-            logit += tl.sum(tl.where(expert[None, :] == some[:, None], dot[:, None], 0.0), axis=0)
+        dot = tl.sum(value[None, :] * row.to(tl.float32), axis=1)
+        if not ALONE:
+            tl.store(logits + token * num_experts + some, dot, mask=some < num_experts)
+            # Whoever is the last finds what all have scored.
+            tl.debug_barrier()
+            left = tl.num_programs(1) - 1 - tl.atomic_add(arrived + token, 1)
+    else:
+        wait_for_previous()
+    if left == 0:
+        if ALONE:
+            its = expert[None, :] == some[:, None]
+            logit = tl.sum(tl.where(its, dot[:, None], 0.0), axis=0)
+        else:
+            if BLOCK > 0:
+                tl.store(arrived + token, 0)
+            logit = tl.load(logits + token * num_experts + expert, mask=is_one, other=0.0)
         if BIAS:
             logit += tl.load(bias + expert, mask=is_one, other=0.0)
-    else:
-        logit = tl.load(scored + token * num_experts + expert, mask=is_one, other=0.0)
-    # Whatever came in, what goes out are experts that there are.
-    logit = tl.where(logit == logit, logit, 0.0)
-    if OF_CHOSEN:
-        score = logit
-    elif SCORING == "softmax":
-        best = tl.max(tl.where(is_one, logit, -float("inf")), axis=0)
-        score = tl.where(is_one, tl.exp(logit - best), 0.0)
-        score = score / tl.sum(score, axis=0)
-    else:
-        score = 1.0 / (1.0 + tl.exp(-logit))
-    rank = score
-    if CORRECTED:
-        rank += tl.load(correction + expert, mask=is_one, other=0.0)
-    rank = tl.where(is_one, rank, -float("inf"))
-    choice = tl.arange(0, CHOICES_PAD)
-    chosen = tl.zeros([CHOICES_PAD], dtype=tl.int32)
-    weight = tl.full([CHOICES_PAD], -float("inf") if OF_CHOSEN else 0.0, dtype=tl.float32)
-    for k in tl.static_range(CHOICES):
-        best_expert = tl.argmax(rank, axis=0).to(tl.int32)
-        its_score = tl.sum(tl.where(expert == best_expert, score, 0.0), axis=0)
-        chosen = tl.where(choice == k, best_expert, chosen)
-        weight = tl.where(choice == k, its_score, weight)
-        rank = tl.where(expert == best_expert, -float("inf"), rank)
-    if OF_CHOSEN:
-        weight = tl.exp(weight - tl.max(weight, axis=0))
-        weight = weight / tl.sum(weight, axis=0)
-    elif NORMALIZE:
-        # DeepSeek-V3's own guard against a row of zeros.
-        weight = weight / (tl.sum(weight, axis=0) + 1e-20)
-    if THERE:
-        chosen = tl.where(tl.load(there + token) > 0, chosen, num_experts)
-    mine = choice < CHOICES
-    tl.store(ids + token * CHOICES + choice, chosen.to(tl.int64), mask=mine)
-    tl.store(weights + token * CHOICES + choice, weight * scale, mask=mine)
+        # Whatever came in, what goes out are experts that there are.
+        logit = tl.where(logit == logit, logit, 0.0)
+        if OF_CHOSEN:
+            score = logit
+        elif SCORING == "softmax":
+            best = tl.max(tl.where(is_one, logit, -float("inf")), axis=0)
+            score = tl.where(is_one, tl.exp(logit - best), 0.0)
+            score = score / tl.sum(score, axis=0)
+        else:
+            score = 1.0 / (1.0 + tl.exp(-logit))
+        rank = score
+        if CORRECTED:
+            rank += tl.load(correction + expert, mask=is_one, other=0.0)
+        rank = tl.where(is_one, rank, -float("inf"))
+        # All at once, where one maximum after the other would each wait for the one before.
+        equal = rank[:, None] == rank[None, :]
+        before = (rank[:, None] > rank[None, :]) | (equal & (expert[:, None] < expert[None, :]))
+        nth = tl.sum(before.to(tl.int32), axis=0)
+        choice = tl.arange(0, CHOICES_PAD)
+        mine = choice < CHOICES
+        is_nth = choice[:, None] == nth[None, :]
+        chosen = tl.sum(tl.where(is_nth, expert[None, :], 0), axis=1)
+        weight = tl.sum(tl.where(is_nth, score[None, :], 0.0), axis=1)
+        if OF_CHOSEN:
+            weight = tl.where(mine, weight, -float("inf"))
+            weight = tl.exp(weight - tl.max(weight, axis=0))
+            weight = weight / tl.sum(weight, axis=0)
+        elif NORMALIZE:
+            # DeepSeek-V3's own guard against a row of zeros.
+            weight = weight / (tl.sum(tl.where(mine, weight, 0.0), axis=0) + 1e-20)
+        if THERE:
+            chosen = tl.where(tl.load(there + token) > 0, chosen, num_experts)
+        tl.store(ids + token * CHOICES + choice, chosen.to(tl.int64), mask=mine)
+        tl.store(weights + token * CHOICES + choice, weight * scale, mask=mine)
 
 
-_launch_choose = Launcher(_choose_kernel, num_warps=8)
+_launch_choose = Launcher(_choose_kernel, num_warps=4, **DEPENDENT)
 
 
 def choose(
@@ -416,6 +441,7 @@ def choose(
     softmax_of_chosen: bool,
     scale: float,
     num_experts: int,
+    arrived_T: Tensor | None = None,
     bias_E: Tensor | None = None,
     correction_E: Tensor | None = None,
     there_T: Tensor | None = None,
@@ -424,23 +450,31 @@ def choose(
     """``ids_TK`` (int64) and ``weights_TK`` (float32) of each token's K best experts.
 
     ``scored`` is ``logits_TE`` in float32 or, with the router's weights (and bias), ``x_TD``, which
-    with a ``norm`` is normed first and then returned, too: else that is just what was scored.
-    Tokens whose ``there_T`` (int32) is 0 go to nobody: to an id past the experts.
+    with a ``norm`` is normed first and then returned, too: else that is just what was scored. Then
+    programs share a token's experts and count those of them that are done in ``arrived_T`` (int32,
+    zeros, which it is again behind it): no two calls at once have the same. Tokens whose
+    ``there_T`` (int32) is 0 go to nobody: to an id past the experts.
     """
-    num_tokens = len(scored)
+    num_tokens, width = scored.shape
     normed_TD = scored if norm is None else torch.empty_like(scored)
     weight_D = scored if norm is None else norm.weight_D
     experts = max(16, triton.next_power_of_2(num_experts))
+    logits_TE, block, at_once = scored, 0, 1
+    if router_ED is not None:
+        logits_TE = scored.new_empty(num_tokens, num_experts, dtype=torch.float32)
+        block = triton.next_power_of_2(width)
+        at_once = min(triton.next_power_of_2(num_experts), max(1, _SCORED_AT_ONCE // block))
     ids_TK = torch.empty(num_tokens, top_k, dtype=torch.int64, device=scored.device)
     weights_TK = torch.empty(num_tokens, top_k, dtype=torch.float32, device=scored.device)
-    width = scored.shape[1]
     _launch_choose(
-        (num_tokens, 1),
+        (num_tokens, 1 if router_ED is None else triton.cdiv(num_experts, at_once)),
         (
             scored,
             *(scored if t is None else t for t in (router_ED, bias_E, correction_E, there_T)),
             weight_D,
             normed_TD,
+            logits_TE,
+            scored if arrived_T is None else arrived_T,
             ids_TK,
             weights_TK,
         ),
@@ -451,7 +485,7 @@ def choose(
             top_k,
             experts,
             max(16, triton.next_power_of_2(top_k)),
-            0 if router_ED is None else triton.next_power_of_2(width),
+            block,
             scoring,
             normalize,
             softmax_of_chosen,
@@ -459,7 +493,8 @@ def choose(
             correction_E is not None,
             there_T is not None,
             norm is not None,
-            min(4, triton.next_power_of_2(num_experts)),
+            at_once,
+            router_ED is not None and at_once >= num_experts,
         ),
     )
     return ids_TK, weights_TK, normed_TD
@@ -469,6 +504,7 @@ def choose(
 def _go_on_kernel(
     facts, tokens, tables, num_rows, size, width, block_size: tl.constexpr, ROWS: tl.constexpr
 ):
+    wait_for_previous()
     row = tl.arange(0, ROWS)
     # Who has no slot is nobody, and stays where it is.
     inside = (row < num_rows) & (
@@ -484,7 +520,7 @@ def _go_on_kernel(
     tl.store(facts + 3 * size + row, position + 1, mask=inside)
 
 
-_launch_go_on = Launcher(_go_on_kernel)
+_launch_go_on = Launcher(_go_on_kernel, **DEPENDENT)
 
 
 def go_on(facts_4B: Tensor, tokens_N: Tensor, tables_BM: Tensor, block_size: int) -> None:

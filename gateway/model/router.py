@@ -44,6 +44,10 @@ class Router:
             narrow_ED = self._weight_ED.bfloat16()
             if torch.equal(narrow_ED.float(), self._weight_ED):
                 self._narrow_ED = narrow_ED
+            from gateway.model.gpu_kernels import MAX_SCORED
+
+            most_tokens = MAX_SCORED // weight_ED.numel()
+            self._arrived_T = torch.zeros(most_tokens, dtype=torch.int32, device=weight_ED.device)
 
     def __call__(self, x_TD: Tensor, there_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``expert_ids_TK`` (int64) and ``weights_TK`` (float32).
@@ -69,13 +73,8 @@ class Router:
         return normed_TD, *self(normed_TD, there_T)
 
     def _scores_here(self, x_TD: Tensor) -> bool:
-        if not x_TD.is_cuda or self._config.num_groups > 1:
-            return False
-        from gateway.model import gpu_kernels
-
         return (
-            len(self._weight_ED) <= gpu_kernels.MAX_SCORED_EXPERTS
-            and len(x_TD) <= gpu_kernels.MAX_SCORED_TOKENS
+            x_TD.is_cuda and self._config.num_groups == 1 and len(x_TD) <= len(self._arrived_T)
         )
 
     def _logits(self, x_TD: Tensor) -> Tensor:
@@ -90,15 +89,17 @@ class Router:
         from gateway.model import gpu_kernels
 
         config, score_here = self._config, self._scores_here(x_TD)
+        weight_ED = self._weight_ED if self._narrow_ED is None else self._narrow_ED
         return gpu_kernels.choose(
             x_TD.contiguous() if score_here else self._logits(x_TD),
-            self._weight_ED if score_here else None,
+            weight_ED if score_here else None,
             self._top_k,
             scoring=config.scoring,
             normalize=config.normalize,
             softmax_of_chosen=self._softmax_of_chosen,
             scale=config.scale,
-            num_experts=len(self._weight_ED),
+            num_experts=len(weight_ED),
+            arrived_T=self._arrived_T,
             bias_E=self._bias_E,
             correction_E=self._correction_E,
             there_T=there_T,

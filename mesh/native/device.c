@@ -178,13 +178,13 @@ void device_give_back(device *gpu, int32_t index) { gpu->slots[index].taken = 0;
 
 void device_lose(device *gpu, int32_t index) { gpu->slots[index].rows = 0; }
 
-static int copy(device *gpu, void *stream, const row_copy *copies, uint64_t count) {
+static int copy(device *gpu, void *stream, const row_copy *copies, int32_t count) {
     uint64_t units = 0;
-    for (uint64_t i = 0; i < count; i++) units = copies[i].units > units ? copies[i].units : units;
+    for (int32_t i = 0; i < count; i++) units = copies[i].units > units ? copies[i].units : units;
     uint64_t blocks = (units + THREADS - 1) / THREADS;
-    void *arguments[] = {&count, (void *)copies};
+    void *arguments[] = {(void *)copies};
     uint32_t grid = blocks < MAX_BLOCKS ? (uint32_t)blocks : MAX_BLOCKS;
-    return !gpu->run(gpu->copy, grid, 1, 1, THREADS, 1, 1, 0, stream, arguments, NULL);
+    return !gpu->run(gpu->copy, grid, (uint32_t)count, 1, THREADS, 1, 1, 0, stream, arguments, NULL);
 }
 
 int32_t device_fetch(device *gpu, const borrowed *arenas, uint64_t offset, uint64_t bytes,
@@ -215,7 +215,7 @@ static int bring(device *gpu, void *stream, const slot *one, const transfer *par
         else
             copies[i] = (row_copy){to, from, bytes / UNIT_BYTES, 0, 0};
     }
-    return beside || !count ? good : copy(gpu, stream, copies, (uint64_t)count);
+    return beside || !count ? good : copy(gpu, stream, copies, count);
 }
 
 static int take_away(device *gpu, void *stream, const slot *one, const transfer *parts,
@@ -226,7 +226,7 @@ static int take_away(device *gpu, void *stream, const slot *one, const transfer 
         copies[i] = (row_copy){part->to, one->rows + part->at, part->bytes / UNIT_BYTES,
                                part->permit, part->wanted};
     }
-    return !count || copy(gpu, stream, copies, (uint64_t)count);
+    return !count || copy(gpu, stream, copies, count);
 }
 
 int32_t device_launch(device *gpu, int32_t index, void *graph, const transfer *parts,

@@ -201,14 +201,18 @@ def test_experts_are_chosen_as_on_a_cpu(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 2, 1), (5, 7, 2), (64, 16, 4)])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "width"),
+    [(1, 2, 1, 80), (5, 7, 2, 80), (64, 16, 4, 80), (1, 128, 8, 2048), (40, 60, 4, 4096)],
+)
 def test_a_row_is_normed_and_scored_in_one_pass(
-    dtype: torch.dtype, tokens: int, experts: int, top_k: int
+    dtype: torch.dtype, tokens: int, experts: int, top_k: int, width: int
 ) -> None:
-    norm = RmsNorm(torch.rand(80, device=DEVICE, dtype=dtype) + 0.5, 1e-5)
-    x_TD = torch.randn(tokens, 80, device=DEVICE, dtype=dtype)
-    weight_ED = torch.randn(experts, 80, device=DEVICE, dtype=dtype)
+    norm = RmsNorm(torch.rand(width, device=DEVICE, dtype=dtype) + 0.5, 1e-5)
+    x_TD = torch.randn(tokens, width, device=DEVICE, dtype=dtype)
+    weight_ED = torch.randn(experts, width, device=DEVICE, dtype=dtype) / width**0.5
     bias_E = torch.randn(experts, device=DEVICE)
+    arrived_T = torch.zeros(tokens, dtype=torch.int32, device=DEVICE)
     ids_TK, weights_TK, normed_TD = choose(
         x_TD,
         weight_ED.float(),
@@ -218,9 +222,11 @@ def test_a_row_is_normed_and_scored_in_one_pass(
         softmax_of_chosen=False,
         scale=2.0,
         num_experts=experts,
+        arrived_T=arrived_T,
         bias_E=bias_E,
         norm=norm,
     )
+    assert not arrived_T.any()
     close(normed_TD, norm(x_TD))
     scores_TE = F.linear(normed_TD.double(), weight_ED.double(), bias_E.double()).softmax(dim=-1)
     want_TK, want_ids_TK = scores_TE.topk(top_k)
