@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from expert_worker.expert_store import Expert
-from mesh.mlp import NativeMlp
+from mesh.mlp import NativeMlp, TwoMatrices
 from mesh.plan import ExpertId
 from mesh.replay import ReplayDevice, Replays
 
@@ -37,6 +37,11 @@ class Ticket(Protocol):
     @property
     def done(self) -> bool:
         """Its rows are replaced by the outputs, for everybody to read."""
+        ...
+
+    @property
+    def answers_RD(self) -> torch.Tensor | None:
+        """The outputs of a message for several experts, where they are not in its rows' place."""
         ...
 
     @property
@@ -100,6 +105,7 @@ class Done:
     seconds: float
     done: bool = True
     counts: list[int] = field(default_factory=list)
+    answers_RD: torch.Tensor | None = None
 
 
 class CpuCompute:
@@ -141,6 +147,9 @@ class CpuCompute:
 def run(expert: Expert, parts: Sequence[Part]) -> None:
     """All parts as one batch, and the outputs back into them."""
     rows = [part.x_RD for part in parts]
+    if len(rows) == 1 and isinstance(expert, TwoMatrices):
+        expert.replace(rows[0])
+        return
     y_RD = expert(rows[0] if len(rows) == 1 else torch.cat(rows))
     start = 0
     for x_RD in rows:

@@ -111,6 +111,8 @@ class _Work:
     found_s: float
     reference: torch.Tensor | None
     """The row of the session's arena, once that has come in; None: they come themselves."""
+    answers_RD: torch.Tensor | None = None
+    """The outputs, where they are not in the buffer."""
     waiting_segments: int = 0
     received_s: float = 0.0
     computed_s: float = 0.0
@@ -691,6 +693,7 @@ class DataPlane(threading.Thread):
             return False
         if ticket is None:
             return False
+        work.answers_RD = ticket.answers_RD
         work.waiting_segments = 1
         self._computing.append(_Batch(None, [_Segment(work, part)], ticket, experts))
         return True
@@ -782,7 +785,10 @@ class DataPlane(threading.Thread):
         if not work.frame.rows or not work.session.endpoint.alive:
             self._recycle(work.buffer)
             return
-        rows = self._range(work.buffer, work.num_header_rows, work.frame.rows)
+        if work.answers_RD is None:
+            rows = self._range(work.buffer, work.num_header_rows, work.frame.rows)
+        else:
+            rows = self._transport.wrap(work.answers_RD)
         if work.reference is None:
             self._reply(work, rows)
         elif self._answering is not None and self._answering.deliver(

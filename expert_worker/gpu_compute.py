@@ -40,6 +40,8 @@ _RING_ROWS = 1024
 """Of larger buffers as many as are under way at once, for what they take."""
 _CAPTURE_AT_USE = 3
 """A buffer that an expert meets this often will come again."""
+_AHEAD = -1
+"""Of a stream's priorities, the next to the least."""
 _CAPTURED_AHEAD = 256
 """Experts of a worker: of more, few are asked for one by one."""
 
@@ -70,7 +72,7 @@ class _Graph:
 class GpuTicket:
     """Two events around a batch."""
 
-    __slots__ = ("_counts_E", "_end", "_pool", "_start", "_stream")
+    __slots__ = ("_counts_E", "_end", "_pool", "_start", "_stream", "answers_RD")
 
     def __init__(
         self, stream: torch.cuda.Stream, pool: list[tuple[torch.cuda.Event, torch.cuda.Event]]
@@ -79,6 +81,8 @@ class GpuTicket:
         self._pool = pool
         self._start, self._end = pool.pop() if pool else (_event(), _event())
         self._counts_E: torch.Tensor | None = None
+        self.answers_RD: torch.Tensor | None = None
+        """See :class:`expert_worker.compute.Ticket`."""
         self._start.record(stream)
 
     def ends_here(self, counts_E: torch.Tensor | None = None) -> GpuTicket:
@@ -132,7 +136,8 @@ class GpuCompute:
     def open(self) -> None:
         """Make the stream of this thread the one that computes."""
         torch.cuda.set_device(self._device)
-        self._stream = torch.cuda.Stream(self._device)
+        # Ahead of what a gateway on this GPU attends to: all gateways wait for experts.
+        self._stream = torch.cuda.Stream(self._device, priority=_AHEAD)
         torch.cuda.set_stream(self._stream)
         self._pool = torch.cuda.graph_pool_handle()
         self._out = self._stream
@@ -254,14 +259,17 @@ class GpuCompute:
         if len(buffer_RD) <= _GRAPH_ROWS_OF_SEVERAL:
             self._replay(stack, buffer_RD, lambda: stack.answer(buffer_RD, header_rows, on_host_1E))
         else:
-            stack.answer(buffer_RD[: header_rows + part.num_rows], header_rows, on_host_1E)
+            rows_RD = buffer_RD[: header_rows + part.num_rows]
+            ticket.answers_RD = stack.answer(rows_RD, header_rows, on_host_1E, in_place=False)
         ticket.ends_here(on_host_E)
         slots = slots_of(header_rows + part.num_rows)
         if self.replays is not None and self._is_often(stack, slots, WHOLE):
             self._capture_several(here, slots[: _ring_of(slots)], num_experts, header_rows)
         return ticket
 
-    def _replay(self, owner: object, buffer_RD: torch.Tensor, compute: Callable[[], None]) -> None:
+    def _replay(
+        self, owner: object, buffer_RD: torch.Tensor, compute: Callable[[], object]
+    ) -> None:
         graphs = self._graphs.setdefault(owner, {})
         known = graphs.setdefault(buffer_RD.data_ptr(), _Graph())
         if known.graph is not None:
@@ -328,15 +336,22 @@ class GpuCompute:
         kept: object,
     ) -> bool:
         """Graphs for these slots, which need what is ``kept``; False where that cannot be."""
-        assert self.replays is not None
+        replays = self.replays
+        assert replays is not None
+
+        def there_and_back(slot: int, rows_RD: torch.Tensor) -> None:
+            replays.capture_copies(slot, away=False)
+            compute(slot, rows_RD)
+            replays.capture_copies(slot, away=True)
+
         try:
             for slot in slots:
-                buffer_RD = self._slot(slot, down_DH, self.replays)
+                buffer_RD = self._slot(slot, down_DH, replays)
                 rows_RD = buffer_RD[: slot_rows(slot, step)]
                 if slot == slots.start:
                     # So many rows may be new to it; the slot may be somebody's.
                     compute(None, torch.zeros_like(rows_RD))
-                graph = capture(functools.partial(compute, slot, rows_RD), self._pool)
+                graph = capture(functools.partial(there_and_back, slot, rows_RD), self._pool)
                 graphs.add(slot, graph.raw_cuda_graph_exec(), (graph, kept), step)
         except (RuntimeError, AttributeError) as error:
             # An older torch has no handles to give; these batches stay with our own turns.
@@ -374,7 +389,7 @@ def _ring_of(slots: range) -> int:
     return len(slots) if slot_rows(slots.start) <= _RING_ROWS else native.UNDER_WAY
 
 
-def capture(compute: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:
+def capture(compute: Callable[[], object], pool: Any = None) -> torch.cuda.CUDAGraph:
     """A graph of what ``compute`` launches on this thread's stream, which must not be the default
     one. Whatever it launches must have run before; other threads may use the GPU meanwhile."""
     graph = torch.cuda.CUDAGraph()

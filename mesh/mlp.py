@@ -40,18 +40,35 @@ class Mlp(Protocol):
         ...
 
 
-class PlainMlp:
-    """Two matrices with an activation between them."""
+class TwoMatrices:
+    """A matrix on either side of what is between them."""
 
     gate: str | None = None
+    """What a kernel may do at once with the first matrix; None: nothing."""
+    _between: Callable[[Tensor], Tensor]
 
-    def __init__(self, up_HD: Tensor, down_DH: Tensor, activation: str) -> None:
-        self._into_HD = up_HD
+    def __init__(self, into_HD: Tensor, down_DH: Tensor) -> None:
+        self._into_HD = into_HD
         self._down_DH = down_DH
-        self._between = _ACTIVATIONS[activation]
 
     def __call__(self, x_RD: Tensor) -> Tensor:
         return F.linear(self._between(F.linear(x_RD, self._into_HD)), self._down_DH)
+
+    def replace(self, x_RD: Tensor) -> None:
+        """The rows by their outputs."""
+        if x_RD.is_cuda:
+            hidden_RH = self._between(F.linear(x_RD, self._into_HD))
+            torch.mm(hidden_RH, self._down_DH.t(), out=x_RD)
+        else:
+            x_RD.copy_(self(x_RD))
+
+
+class PlainMlp(TwoMatrices):
+    """Two matrices with an activation between them."""
+
+    def __init__(self, up_HD: Tensor, down_DH: Tensor, activation: str) -> None:
+        super().__init__(up_HD, down_DH)
+        self._between = _ACTIVATIONS[activation]
 
     def tensors(self) -> dict[str, Tensor]:
         """See :class:`Mlp`."""
@@ -88,15 +105,13 @@ class NativeMlp:
         return y_RD
 
 
-class GatedMlp:
+class GatedMlp(TwoMatrices):
     """``down(act(gate(x)) * up(x))``; gate and up lie in one matrix, gate first: one GEMM."""
 
     def __init__(self, gate_up_HD: Tensor, down_DH: Tensor, activation: str) -> None:
-        self._into_HD = gate_up_HD
-        self._down_DH = down_DH
+        super().__init__(gate_up_HD, down_DH)
         self._between = _gate_on(gate_up_HD.device, activation)
         self.gate = activation if _in_one_pass(gate_up_HD.device, activation) else None
-        """What a kernel may do at once with the first matrix; None: nothing."""
         self.native: NativeMlp | None = None
         if (
             _ACTIVATIONS[activation] is F.silu
@@ -109,7 +124,7 @@ class GatedMlp:
     def __call__(self, x_RD: Tensor) -> Tensor:
         if self.native is not None:
             return self.native(x_RD)
-        return F.linear(self._between(F.linear(x_RD, self._into_HD)), self._down_DH)
+        return super().__call__(x_RD)
 
     def tensors(self) -> dict[str, Tensor]:
         """See :class:`Mlp`."""
@@ -191,9 +206,12 @@ class StackedMlps:
         self._compute(x_RD, messages, y_RD)
         return y_RD
 
-    def answer(self, buffer_RD: Tensor, header_rows: int, on_host_PE: Tensor) -> None:
+    def answer(
+        self, buffer_RD: Tensor, header_rows: int, on_host_PE: Tensor, in_place: bool = True
+    ) -> Tensor | None:
         """Replace the rows of P messages, equal parts of the buffer, by the outputs. Each has its
-        counts (int32) in ``header_rows`` ahead of its rows; they go to the host, too."""
+        counts (int32) in ``header_rows`` ahead of its rows; they go to the host, too. Where they
+        need not be ``in_place``, the outputs of one message may be returned instead."""
         from mesh.gpu_kernels import Messages
 
         parts, num_experts = on_host_PE.shape
@@ -202,11 +220,15 @@ class StackedMlps:
         if parts == 1 and self._suits_torch(stride):
             on_host_PE[0].copy_(counts[:num_experts], non_blocking=True)
             rows_RD = buffer_RD[header_rows:]
-            rows_RD.copy_(self._by_torch(rows_RD, counts[:num_experts]))
-            return
+            answers_RD = self._by_torch(rows_RD, counts[:num_experts])
+            if not in_place:
+                return answers_RD
+            rows_RD.copy_(answers_RD)
+            return None
         step = stride * len(counts) // len(buffer_RD)
         messages = Messages(counts, step, self._here_G, num_experts, parts, stride, header_rows)
         self._compute(buffer_RD, messages, buffer_RD, on_host_PE)
+        return None
 
     def _suits_torch(self, num_rows: int) -> bool:
         return self._into_HD.dtype == torch.bfloat16 and num_rows > _FEW_ROWS * len(self._here_G)

@@ -321,7 +321,7 @@ def rms_norm(x_TD: Tensor, norm: RmsNorm) -> Tensor:
 
 
 MAX_SCORED = 1 << 23
-"""Products up to which :func:`choose` scores experts itself: each token reads the router's weights."""
+"""Products up to which :func:`choose` scores experts itself: each token reads all weights."""
 _SCORED_AT_ONCE = 16384
 """Weights that a program reads, of as many experts as they are."""
 

@@ -73,9 +73,7 @@ class Router:
         return normed_TD, *self(normed_TD, there_T)
 
     def _scores_here(self, x_TD: Tensor) -> bool:
-        return (
-            x_TD.is_cuda and self._config.num_groups == 1 and len(x_TD) <= len(self._arrived_T)
-        )
+        return x_TD.is_cuda and self._config.num_groups == 1 and len(x_TD) <= len(self._arrived_T)
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         if self._narrow_ED is None or x_TD.dtype != self._narrow_ED.dtype:
