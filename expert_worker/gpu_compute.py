@@ -336,22 +336,15 @@ class GpuCompute:
         kept: object,
     ) -> bool:
         """Graphs for these slots, which need what is ``kept``; False where that cannot be."""
-        replays = self.replays
-        assert replays is not None
-
-        def there_and_back(slot: int, rows_RD: torch.Tensor) -> None:
-            replays.capture_copies(slot, away=False)
-            compute(slot, rows_RD)
-            replays.capture_copies(slot, away=True)
-
+        assert self.replays is not None
         try:
             for slot in slots:
-                buffer_RD = self._slot(slot, down_DH, replays)
+                buffer_RD = self._slot(slot, down_DH, self.replays)
                 rows_RD = buffer_RD[: slot_rows(slot, step)]
                 if slot == slots.start:
                     # So many rows may be new to it; the slot may be somebody's.
                     compute(None, torch.zeros_like(rows_RD))
-                graph = capture(functools.partial(there_and_back, slot, rows_RD), self._pool)
+                graph = capture(functools.partial(compute, slot, rows_RD), self._pool)
                 graphs.add(slot, graph.raw_cuda_graph_exec(), (graph, kept), step)
         except (RuntimeError, AttributeError) as error:
             # An older torch has no handles to give; these batches stay with our own turns.

@@ -56,8 +56,6 @@ class ReplayDevice:
         self.counts: dict[int, torch.Tensor] = {}
         """Of the same, int32 on the host: where graphs of several experts leave the counts of each
         part, behind each other."""
-        self.lists: dict[int, torch.Tensor] = {}
-        """Of the same, bytes on the host: what its graphs bring, and what they take away."""
 
     def __del__(self) -> None:
         if self.handle:
@@ -69,21 +67,9 @@ class ReplayDevice:
         self.counts[slot] = torch.zeros(
             MAX_TOGETHER * wire.MAX_EXPERTS, dtype=torch.int32, pin_memory=rows_RD.is_cuda
         )
-        self.lists[slot] = torch.zeros(
-            2 * native.COPY_LIST_BYTES, dtype=torch.uint8, pin_memory=rows_RD.is_cuda
-        )
         native.short.device_lend(
-            self.handle,
-            slot,
-            *(t.data_ptr() for t in (rows_RD, self.counts[slot], self.lists[slot])),
+            self.handle, slot, rows_RD.data_ptr(), self.counts[slot].data_ptr()
         )
-
-    def capture_copies(self, slot: int, away: bool) -> None:
-        """Have the graph that is being captured on the stream bring the rows that a launch of it
-        is given, or take them away. Raises RuntimeError."""
-        nbytes = self.buffers[slot].nbytes
-        if not native.short.device_capture_copies(self.handle, slot, away, nbytes):
-            raise RuntimeError(f"the driver captures no copies of slot {slot}")
 
     @property
     def out(self) -> int:

@@ -54,7 +54,6 @@ class Graph(Structure):
         ("fails", c_int32),
         ("places", POINTER(Placing)),
         ("shares", POINTER(Sharing)),
-        ("lists", c_void_p),
     ]
 
 

@@ -13,38 +13,19 @@ enum { NOT_READY = 600 };                   /* of CUresult, whose 0 is success *
 enum { LAZY_ENABLE_PEER_ACCESS = 1 };       /* of CUipcMem_flags */
 enum { NON_BLOCKING = 1 };                  /* of CUstream_flags */
 enum { DISABLE_TIMING = 2 };                /* of CUevent_flags */
-enum { PROGRAMMATIC_SERIALIZATION = 6 };    /* of CUlaunchAttributeID */
 enum { THREADS = 256, MAX_BLOCKS = 1024 };  /* of a copy: as many as run at once */
 
 _Static_assert((int)MAX_PARTS <= (int)MAX_COPIES, "a batch has more parts than a launch copies");
-_Static_assert(sizeof(row_copy[MAX_COPIES]) == 1280, "as the kernels have it");
-_Static_assert(sizeof(copy_list) == 1296, "as the kernel has it");
+_Static_assert(sizeof(row_copy[MAX_COPIES]) == 1280, "as the kernel has it");
 
 typedef struct {
     char bytes[sizeof((lent *)NULL)->handle];
 } ipc_handle;
 
-/* CUlaunchAttribute and CUlaunchConfig, as far as they are used here. */
-typedef struct {
-    int32_t id, unused;
-    union {
-        int32_t allowed;
-        char bytes[64];
-    };
-} launch_attribute;
-
-typedef struct {
-    uint32_t x, y, z, threads_x, threads_y, threads_z, shared_bytes;
-    void *stream;
-    launch_attribute *attributes;
-    uint32_t num_attributes;
-} launch_config;
-
 typedef struct {
     void *fetching, *fetched, *began, *computed, *ended; /* events, in this order */
     uint64_t rows;       /* 0: not lent, or lost */
     const int32_t *counts;
-    copy_list *lists; /* what its graphs bring, and take away */
     int32_t taken, beside;
 } slot;
 
@@ -75,9 +56,7 @@ struct device {
     int32_t (*run)(void *function, uint32_t x, uint32_t y, uint32_t z, uint32_t threads_x,
                    uint32_t threads_y, uint32_t threads_z, uint32_t shared_bytes, void *stream,
                    void **arguments, void **extra);
-    int32_t (*run_with)(const launch_config *config, void *function, void **arguments, void **extra);
-    void *copy, *copy_listed; /* kernels */
-    int32_t dependent;        /* the second is made ready while the kernel before it ends */
+    void *copy; /* copy_rows, once anything was borrowed */
 };
 
 static int find(device *gpu, void *library) {
@@ -100,24 +79,10 @@ static int find(device *gpu, void *library) {
     *(void **)&gpu->load = dlsym(library, "cuModuleLoadData");
     *(void **)&gpu->function = dlsym(library, "cuModuleGetFunction");
     *(void **)&gpu->run = dlsym(library, "cuLaunchKernel");
-    *(void **)&gpu->run_with = dlsym(library, "cuLaunchKernelEx");
     return gpu->create && gpu->destroy && gpu->record && gpu->query && gpu->elapsed &&
            gpu->launch && gpu->synchronize && gpu->priorities && gpu->open_stream && gpu->close_stream &&
            gpu->follow && gpu->move && gpu->range && gpu->handle && gpu->open && gpu->close && gpu->load &&
-           gpu->function && gpu->run && gpu->run_with;
-}
-
-static void *kernel(const device *gpu, const char *code, const char *name) {
-    void *module, *found;
-    return gpu->load(&module, code) || gpu->function(&found, module, name) ? NULL : found;
-}
-
-static int find_kernels(device *gpu) {
-    gpu->copy = kernel(gpu, COPY_ROWS, "copy_rows");
-    gpu->copy_listed = kernel(gpu, COPY_LISTED_DEPENDENT, "copy_listed");
-    gpu->dependent = gpu->copy_listed != NULL;
-    if (!gpu->dependent) gpu->copy_listed = kernel(gpu, COPY_LISTED_PLAIN, "copy_listed");
-    return gpu->copy && gpu->copy_listed;
+           gpu->function && gpu->run;
 }
 
 device *device_new(const char *path, uint64_t stream) {
@@ -131,7 +96,7 @@ device *device_new(const char *path, uint64_t stream) {
     gpu->stream = (void *)stream;
     /* Ahead of what is computed: else a copy waits until a matrix product has ended. */
     int32_t least, first;
-    if (!find_kernels(gpu) || gpu->priorities(&least, &first) || gpu->open_stream(&gpu->in, NON_BLOCKING, first) ||
+    if (gpu->priorities(&least, &first) || gpu->open_stream(&gpu->in, NON_BLOCKING, first) ||
         gpu->open_stream(&gpu->out, NON_BLOCKING, first) ||
         gpu->create(&gpu->arrived, DISABLE_TIMING)) {
         device_free(gpu);
@@ -166,10 +131,9 @@ void device_free(device *gpu) {
 
 uint64_t device_out(const device *gpu) { return (uint64_t)gpu->out; }
 
-void device_lend(device *gpu, int32_t index, uint64_t rows, uint64_t counts, uint64_t lists) {
+void device_lend(device *gpu, int32_t index, uint64_t rows, uint64_t counts) {
     gpu->slots[index].rows = rows;
     gpu->slots[index].counts = (const int32_t *)counts;
-    gpu->slots[index].lists = (copy_list *)lists;
 }
 
 uint64_t device_rows(const device *gpu, int32_t index) { return gpu->slots[index].rows; }
@@ -214,26 +178,13 @@ void device_give_back(device *gpu, int32_t index) { gpu->slots[index].taken = 0;
 
 void device_lose(device *gpu, int32_t index) { gpu->slots[index].rows = 0; }
 
-static uint32_t blocks_for(uint64_t units, uint32_t at_most) {
-    uint64_t blocks = (units + THREADS - 1) / THREADS;
-    return blocks < at_most ? (uint32_t)blocks : at_most;
-}
-
 static int copy(device *gpu, void *stream, const row_copy *copies, int32_t count) {
     uint64_t units = 0;
     for (int32_t i = 0; i < count; i++) units = copies[i].units > units ? copies[i].units : units;
+    uint64_t blocks = (units + THREADS - 1) / THREADS;
     void *arguments[] = {(void *)copies};
-    return !gpu->run(gpu->copy, blocks_for(units, MAX_BLOCKS), (uint32_t)count, 1, THREADS, 1, 1, 0,
-                     stream, arguments, NULL);
-}
-
-int32_t device_capture_copies(device *gpu, int32_t index, int32_t away, uint64_t bytes) {
-    const copy_list *list = &gpu->slots[index].lists[away];
-    void *arguments[] = {&list};
-    launch_attribute dependent = {.id = PROGRAMMATIC_SERIALIZATION, .allowed = 1};
-    launch_config config = {blocks_for(bytes / UNIT_BYTES, MAX_LISTED_BLOCKS), 1, 1, THREADS, 1, 1, 0,
-                            gpu->stream, &dependent, (uint32_t)gpu->dependent};
-    return !gpu->run_with(&config, gpu->copy_listed, arguments, NULL);
+    uint32_t grid = blocks < MAX_BLOCKS ? (uint32_t)blocks : MAX_BLOCKS;
+    return !gpu->run(gpu->copy, grid, (uint32_t)count, 1, THREADS, 1, 1, 0, stream, arguments, NULL);
 }
 
 int32_t device_fetch(device *gpu, const borrowed *arenas, uint64_t offset, uint64_t bytes,
@@ -250,47 +201,47 @@ int32_t device_deliver(device *gpu, const borrowed *arenas, uint64_t offset, uin
     return copy(gpu, gpu->out, one, 1);
 }
 
-static row_copy coming(const slot *one, const transfer *part) {
-    return (row_copy){one->rows + part->at - part->header_bytes, part->from - part->header_bytes,
-                      (part->header_bytes + part->bytes) / UNIT_BYTES, 0, 0};
-}
-
-static row_copy going(const slot *one, const transfer *part) {
-    return (row_copy){part->to, one->rows + part->at, part->bytes / UNIT_BYTES, part->permit,
-                      part->wanted};
-}
-
-/* By the engines that copy, while kernels that leave no room for others run. */
-static int bring(device *gpu, slot *one, const transfer *parts, int32_t count) {
-    int good = !gpu->record(one->fetching, gpu->in);
-    for (int32_t i = 0; good && i < count; i++) {
-        row_copy part = coming(one, &parts[i]);
-        good = !gpu->move(part.to, part.from, part.units * UNIT_BYTES, gpu->in);
-    }
-    return good && !gpu->record(one->fetched, gpu->in) && !gpu->follow(gpu->stream, one->fetched, 0);
-}
-
-static int take_away(device *gpu, const slot *one, const transfer *parts, int32_t count) {
+/* `beside`: by the engines that copy, while kernels that leave no room for others run. */
+static int bring(device *gpu, void *stream, const slot *one, const transfer *parts, int32_t count,
+                 int32_t beside) {
     row_copy copies[MAX_COPIES];
-    for (int32_t i = 0; i < count; i++) copies[i] = going(one, &parts[i]);
-    return !gpu->record(one->computed, gpu->stream) && !gpu->follow(gpu->out, one->computed, 0) &&
-           copy(gpu, gpu->out, copies, count);
+    int good = 1;
+    for (int32_t i = 0; good && i < count; i++) {
+        const transfer *part = &parts[i];
+        uint64_t to = one->rows + part->at - part->header_bytes;
+        uint64_t from = part->from - part->header_bytes, bytes = part->header_bytes + part->bytes;
+        if (beside)
+            good = !gpu->move(to, from, bytes, stream);
+        else
+            copies[i] = (row_copy){to, from, bytes / UNIT_BYTES, 0, 0};
+    }
+    return beside || !count ? good : copy(gpu, stream, copies, count);
+}
+
+static int take_away(device *gpu, void *stream, const slot *one, const transfer *parts,
+                     int32_t count) {
+    row_copy copies[MAX_COPIES];
+    for (int32_t i = 0; i < count; i++) {
+        const transfer *part = &parts[i];
+        copies[i] = (row_copy){part->to, one->rows + part->at, part->bytes / UNIT_BYTES,
+                               part->permit, part->wanted};
+    }
+    return !count || copy(gpu, stream, copies, count);
 }
 
 int32_t device_launch(device *gpu, int32_t index, void *graph, const transfer *parts,
                       int32_t count, int32_t beside) {
     slot *one = &gpu->slots[index];
+    void *stream = gpu->stream, *in = beside ? gpu->in : stream, *out = beside ? gpu->out : stream;
     one->beside = beside;
-    one->lists[0].count = one->lists[1].count = beside ? 0 : (uint64_t)count;
-    for (int32_t i = 0; !beside && i < count; i++) {
-        one->lists[0].copies[i] = coming(one, &parts[i]);
-        one->lists[1].copies[i] = going(one, &parts[i]);
-    }
-    if ((beside && !bring(gpu, one, parts, count)) || gpu->record(one->began, gpu->stream) ||
-        gpu->launch(graph, gpu->stream))
+    if (beside ? gpu->record(one->fetching, in) || !bring(gpu, in, one, parts, count, 1) ||
+                     gpu->record(one->fetched, in) || gpu->follow(stream, one->fetched, 0) ||
+                     gpu->record(one->began, stream)
+               : gpu->record(one->began, stream) || !bring(gpu, in, one, parts, count, 0))
         return 0;
-    if ((beside && !take_away(gpu, one, parts, count)) ||
-        gpu->record(one->ended, beside ? gpu->out : gpu->stream)) {
+    if (gpu->launch(graph, stream)) return 0;
+    if ((beside && (gpu->record(one->computed, stream) || gpu->follow(out, one->computed, 0))) ||
+        !take_away(gpu, out, one, parts, count) || gpu->record(one->ended, out)) {
         device_lose(gpu, index); /* nobody can tell when it will have stopped writing */
         return 0;
     }
@@ -356,7 +307,13 @@ static uint64_t reach(device *gpu, const lent *memory, uint64_t *base) {
 }
 
 int32_t device_borrow(device *gpu, const lent_arenas *arenas, uint64_t row_bytes, borrowed *out) {
+    void *module;
     memset(out, 0, sizeof *out);
+    if (!gpu->copy && (gpu->load(&module, COPY_ROWS) ||
+                       gpu->function(&gpu->copy, module, "copy_rows"))) {
+        gpu->copy = NULL;
+        return 0;
+    }
     out->rows = arenas->rows;
     out->wanted = arenas->wanted;
     out->sends = reach(gpu, &arenas->sends, &out->bases[0]);

@@ -196,12 +196,8 @@ EXPORT device *device_new(const char *path, uint64_t stream);
 EXPORT void device_free(device *gpu);
 /* The stream (CUstream) that what is delivered leaves on. */
 EXPORT uint64_t device_out(const device *gpu);
-/* A slot's rows; where on the host its graphs put the counts of several experts; and two copy_list of
- * the host's that they read: what they bring, and take away. */
-EXPORT void device_lend(device *gpu, int32_t slot, uint64_t rows, uint64_t counts, uint64_t lists);
-/* Have the graph that is captured on the stream bring what is listed then, or take it away; a slot has
- * so many bytes. 0 when it failed. */
-EXPORT int32_t device_capture_copies(device *gpu, int32_t slot, int32_t away, uint64_t bytes);
+/* A slot's rows, and where on the host its graphs put the counts of several experts. */
+EXPORT void device_lend(device *gpu, int32_t slot, uint64_t rows, uint64_t counts);
 uint64_t device_rows(const device *gpu, int32_t slot);
 const int32_t *device_counts(const device *gpu, int32_t slot);
 /* Whether any of these GRAPHS (CUgraphExec, by slot and step) fits so many rows, now or when one is
@@ -214,8 +210,8 @@ int32_t device_graph(void *const *graphs, int32_t slot, int64_t rows);
 void device_give_back(device *gpu, int32_t slot);
 /* Never use this slot again. */
 void device_lose(device *gpu, int32_t slot);
-/* On what is in the slot, with what is brought there and back: by the graph itself, or (`beside`: many
- * rows) on streams of their own, beside what is computed before and after. 0 when it failed. */
+/* On what is in the slot, with what is brought there and back. Many rows (`beside`) come and go on
+ * streams of their own, beside what is computed before and after. 0 when it failed. */
 int32_t device_launch(device *gpu, int32_t slot, void *graph, const transfer *parts, int32_t count,
                       int32_t beside);
 /* The two ways alone, between what is lent and memory of our own, each on a stream of its own. The

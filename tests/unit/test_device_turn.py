@@ -73,7 +73,7 @@ class Worker:
             graph = Graph(rows_RD.data_ptr(), rows_RD.numel(), expert + 2, fails)
             if expert == wire.SEVERAL:
                 graph = together(rows_RD, self.device.counts[slot], fails)
-            self.graphs.append(there_and_back(self.device, slot, graph))
+            self.graphs.append(graph)
             self.replays[expert].add(slot, ctypes.addressof(graph), step=step)
 
     def capture_parts(self, parts: int, num_rows: int) -> None:
@@ -82,10 +82,9 @@ class Worker:
             if slot not in self.device.buffers:
                 self.device.lend(slot, torch.zeros(slot_rows(slot), WIDTH))
             buffer_RD, counts = self.device.buffers[slot], self.device.counts[slot]
-            graph = together(buffer_RD, counts, parts=parts)
-            self.graphs.append(there_and_back(self.device, slot, graph))
+            self.graphs.append(together(buffer_RD, counts, parts=parts))
             of_parts = self.replays[wire.SEVERAL].of_parts(parts)
-            of_parts.add(slot, ctypes.addressof(graph))
+            of_parts.add(slot, ctypes.addressof(self.graphs[-1]))
 
     def allow(self, graphs: int) -> None:
         """Let so many of all that were launched run."""
@@ -167,12 +166,6 @@ def worker(driver: str) -> Iterator[Worker]:
 
 def rows(count: int, first: float = 1.0) -> torch.Tensor:
     return torch.arange(count * WIDTH, dtype=torch.float32).reshape(count, WIDTH) + first
-
-
-def there_and_back(device: ReplayDevice, slot: int, graph: Graph) -> Graph:
-    """The same, which brings what it is given, and takes it away."""
-    graph.lists = device.lists[slot].data_ptr()
-    return graph
 
 
 def together(
@@ -595,8 +588,7 @@ class HandsOver(CpuCompute):
         for slot in slots_of(1):
             rows_RD = torch.zeros(1, WIDTH)
             self.replays.lend(slot, rows_RD)
-            graph = Graph(rows_RD.data_ptr(), WIDTH, 2, self._fails)
-            self._graphs.append(there_and_back(self.replays, slot, graph))
+            self._graphs.append(Graph(rows_RD.data_ptr(), WIDTH, 2, self._fails))
             for of_expert in replays.values():
                 of_expert.add(slot, ctypes.addressof(self._graphs[-1]))
         return replays
@@ -971,8 +963,7 @@ def test_what_is_in_hand_when_the_experts_change_is_answered_by_those_before(
     changed, graphs = Replays(here=(1, 2)), []
     for slot in slots_of(count):
         buffer_RD, counts_E = worker.device.buffers[slot], worker.device.counts[slot]
-        graph = together(buffer_RD, counts_E, times=(0.0, 30.0, 40.0, 0.0, 0.0))
-        graphs.append(there_and_back(worker.device, slot, graph))
+        graphs.append(together(buffer_RD, counts_E, times=(0.0, 30.0, 40.0, 0.0, 0.0)))
         changed.add(slot, ctypes.addressof(graphs[-1]))
     experts = {ExpertId(0, 1): worker.replays[1], ExpertId(0, 2): Replays()}
     worker.answering.serve(experts | {ExpertId(0, wire.SEVERAL): changed})
@@ -1121,8 +1112,7 @@ class Stacks(Computes):
             if slot not in self.replays.buffers:
                 self.replays.lend(slot, torch.zeros(slot_rows(slot), WIDTH))
             buffer_RD, counts_E = self.replays.buffers[slot], self.replays.counts[slot]
-            graph = together(buffer_RD, counts_E)
-            self._graphs.append(there_and_back(self.replays, slot, graph))
+            self._graphs.append(together(buffer_RD, counts_E))
             here.add(slot, ctypes.addressof(self._graphs[-1]))
         return {expert: Replays() for expert in experts} | {ExpertId(0, wire.SEVERAL): here}
 
