@@ -136,7 +136,7 @@ class GpuCompute:
     def open(self) -> None:
         """Make the stream of this thread the one that computes."""
         torch.cuda.set_device(self._device)
-        # Ahead of what a gateway on this GPU attends to: all gateways wait for experts.
+        # What is small here waits less for a gateway's large kernels.
         self._stream = torch.cuda.Stream(self._device, priority=_AHEAD)
         torch.cuda.set_stream(self._stream)
         self._pool = torch.cuda.graph_pool_handle()
