@@ -48,6 +48,7 @@ class Router:
 
             most_tokens = MAX_SCORED // weight_ED.numel()
             self._arrived_T = torch.zeros(most_tokens, dtype=torch.int32, device=weight_ED.device)
+            """See ``choose``: of as many tokens as it scores."""
 
     def __call__(self, x_TD: Tensor, there_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``expert_ids_TK`` (int64) and ``weights_TK`` (float32).
