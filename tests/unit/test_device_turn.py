@@ -1098,6 +1098,41 @@ def test_a_data_plane_serves_references_that_nothing_was_captured_for(driver: st
     served.close()
 
 
+class Elsewhere(Computes):
+    """As torch's grouped GEMM: outputs of several experts are not where their rows were."""
+
+    def start_several(
+        self, experts: Mapping[ExpertId, Expert], layer: int, part: Part, num_experts: int
+    ) -> Done:
+        super().start_several()
+        header = part.buffer_RD[: part.start].reshape(-1).view(torch.int32)
+        counts = header[:num_experts].tolist()
+        answers_RD = by_expert(counts, part.x_RD)
+        part.buffer_RD.fill_(torch.nan)
+        return Done(0.0, counts=counts, answers_RD=answers_RD)
+
+
+def test_outputs_that_are_elsewhere_are_answered_from_there(driver: str) -> None:
+    served = Served(driver, Elsewhere(driver), 0, 1)
+    served.lend()
+    arenas = served.arenas
+    x_RD = arenas.head((2, 1), 4)
+    assert served.refer(1, 4, 3, wire.SEVERAL) is None
+    assert torch.equal(arenas.reply_RD[4:7], by_expert((2, 1), x_RD))
+    for slot, counts in ((2, (1, 2)), (3, (3, 0))):
+        y_RD = torch.zeros(3, WIDTH)
+        key = (slot, 0, wire.SEVERAL, 3)
+        tag = wire.encode(wire.Kind.REPLY, REPLY_SESSION, *key)
+        reply = served.endpoint.post_receive(served.gateway.wrap(y_RD), tag)
+        sent = served.gateway.wrap(headed(counts, x_RD))
+        served.endpoint.send(sent, wire.encode(wire.Kind.DISPATCH, served.session, *key))
+        assert served.heard(reply) is None
+        assert torch.equal(y_RD, by_expert(counts, x_RD))
+    num_rows = {ExpertId(0, 0): 6, ExpertId(0, 1): 3}
+    assert stats_of(served.plane, num_rows).rows == num_rows
+    served.close()
+
+
 class Stacks(Computes):
     """As the GPU's: a layer's experts have graphs once several were asked for."""
 
