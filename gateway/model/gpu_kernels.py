@@ -265,7 +265,8 @@ def paged_decode(
         BLOCK_SIZE=block_size,
         N=_POSITIONS if k_pad <= 256 else 16,
         PRECISION="ieee" if cache_SW.dtype == torch.float32 else "tf32",
-        num_warps=2 if group == 1 else 4,
+        # Of longer keys, two warps have no registers for a block.
+        num_warps=2 if group == 1 and k_pad <= 128 else 4,
         **DEPENDENT,
     )
     out_BHV = q_BHK.new_empty(batch, num_heads, value_dim)
@@ -441,7 +442,7 @@ def choose(
     softmax_of_chosen: bool,
     scale: float,
     num_experts: int,
-    arrived_T: Tensor | None = None,
+    arrived_T: Tensor,
     bias_E: Tensor | None = None,
     correction_E: Tensor | None = None,
     there_T: Tensor | None = None,
@@ -450,10 +451,10 @@ def choose(
     """``ids_TK`` (int64) and ``weights_TK`` (float32) of each token's K best experts.
 
     ``scored`` is ``logits_TE`` in float32 or, with the router's weights (and bias), ``x_TD``, which
-    with a ``norm`` is normed first and then returned, too: else that is just what was scored. Then
-    programs share a token's experts and count those of them that are done in ``arrived_T`` (int32,
-    zeros, which it is again behind it): no two calls at once have the same. Tokens whose
-    ``there_T`` (int32) is 0 go to nobody: to an id past the experts.
+    with a ``norm`` is normed first and then returned, too: else that is just what was scored. Of
+    ``x_TD``, programs share a token's experts and count those of them that are done in
+    ``arrived_T`` (int32, zeros, which it is again behind it): no two calls at once have the same.
+    Tokens whose ``there_T`` (int32) is 0 go to nobody: to an id past the experts.
     """
     num_tokens, width = scored.shape
     normed_TD = scored if norm is None else torch.empty_like(scored)
@@ -474,7 +475,7 @@ def choose(
             weight_D,
             normed_TD,
             logits_TE,
-            scored if arrived_T is None else arrived_T,
+            arrived_T,
             ids_TK,
             weights_TK,
         ),
