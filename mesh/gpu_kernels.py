@@ -111,6 +111,8 @@ class Messages(NamedTuple):
 
 
 _FEW = 32
+_PROGRAMS = 128
+"""Of fewer than a GPU has multiprocessors, some of those would read nothing."""
 _VARY = ["num_groups", "num_experts", "parts", "stride", "ahead", "counts_step"]
 
 
@@ -209,12 +211,13 @@ def _grouped(
 ) -> None:
     k_size, n_size = x_RK.shape[1], out_RN.shape[1]
     groups, num_rows = len(weights), messages.parts * messages.stride
-    rows = min(128, max(16, triton.next_power_of_2(num_rows // groups)))
+    rows = min(64, max(16, triton.next_power_of_2(num_rows // groups)))
     # Few rows are as quick as the memory gives the weights, if enough of those are asked for at
     # once: by many programs or, where few experts have rows, by each for more.
     few = num_rows <= _FEW
-    columns = (64 if few else 128) // (2 if gate else 1)
-    width = (512 if few else 256 if rows <= 32 else 128) // weights.itemsize
+    narrow = few or groups * n_size < 128 * _PROGRAMS
+    columns = (64 if narrow else 128) // (2 if gate else 1)
+    width = (512 if few else 256 if narrow or rows <= 32 else 128) // weights.itemsize
     grid = (min(groups, num_rows) + num_rows // rows, triton.cdiv(n_size, columns))
     _grouped_kernel[grid](
         x_RK,
@@ -239,8 +242,8 @@ def _grouped(
         M=rows,
         N=columns,
         K=width,
-        num_warps=8 if rows == 128 else 4,
-        num_stages=5 if few else 3,
+        num_warps=8 if narrow and rows == 64 else 4,
+        num_stages=5 if narrow else 3,
         **DEPENDENT,
     )
 

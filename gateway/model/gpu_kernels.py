@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     from gateway.model.norm import RmsNorm
 
 _PAIRS = 512
-_POSITIONS = 32
-_PROGRAMS = 1024
-"""About how many programs keep the whole GPU reading."""
+_POSITIONS = 32768
+"""About how many, read at once, keep the whole GPU reading."""
 _MAX_SPLITS = 64
 _LOG2_E = math.log2(math.e)
 
@@ -207,10 +206,17 @@ def _reduce_kernel(
     tl.store(out + at // splits * V + v_at, value, mask=v_at < V)
 
 
-def num_splits(num_sequences: int, num_kv_heads: int, longest: int) -> int:
+def positions_at_once(group: int, key_dim: int) -> int:
+    """How many positions a program reads at once, of a head whose keys ``group`` queries share."""
+    if key_dim > 256:
+        return 16
+    return 64 if group > 1 and key_dim <= 128 else 32
+
+
+def num_splits(num_sequences: int, num_kv_heads: int, longest: int, at_once: int) -> int:
     """Parts of a sequence, each read by a program of its own."""
-    wanted = max(1, _PROGRAMS // (num_sequences * num_kv_heads))
-    return min(wanted, _MAX_SPLITS, max(1, longest // _POSITIONS))
+    wanted = max(1, _POSITIONS // (at_once * num_sequences * num_kv_heads))
+    return min(wanted, _MAX_SPLITS, max(1, longest // at_once))
 
 
 def paged_decode(
@@ -263,7 +269,7 @@ def paged_decode(
         V=value_dim,
         V_PAD=v_pad,
         BLOCK_SIZE=block_size,
-        N=_POSITIONS if k_pad <= 256 else 16,
+        N=positions_at_once(group, key_dim),
         PRECISION="ieee" if cache_SW.dtype == torch.float32 else "tf32",
         # Of longer keys, two warps have no registers for a block.
         num_warps=2 if group == 1 and k_pad <= 128 else 4,
