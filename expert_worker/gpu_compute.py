@@ -26,7 +26,16 @@ from mesh import native, wire
 from mesh.errors import Unavailable
 from mesh.mlp import StackedMlps
 from mesh.plan import ExpertId
-from mesh.replay import MAX_TOGETHER, WHOLE, ReplayDevice, Replays, slot_rows, slots_of, step_of
+from mesh.replay import (
+    DELIVERY,
+    MAX_TOGETHER,
+    WHOLE,
+    ReplayDevice,
+    Replays,
+    slot_rows,
+    slots_of,
+    step_of,
+)
 
 log = structlog.get_logger()
 
@@ -145,6 +154,7 @@ class GpuCompute:
             MAX_TOGETHER * wire.MAX_EXPERTS, dtype=torch.int32, pin_memory=True
         )
         """Counts of what is computed to no end but to have been, once."""
+        self._nowhere = torch.zeros(MAX_TOGETHER, DELIVERY, dtype=torch.int64, device=self._device)
         try:
             self.replays = ReplayDevice(self._stream.cuda_stream)
         except Unavailable as error:
@@ -255,12 +265,11 @@ class GpuCompute:
             on_host_E = torch.zeros(num_experts, dtype=torch.int32, pin_memory=True)
             self._counts[buffer_RD.data_ptr()] = on_host_E
         ticket = GpuTicket(self._stream, self._events)
-        on_host_1E = on_host_E.view(1, -1)
         if len(buffer_RD) <= _GRAPH_ROWS_OF_SEVERAL:
-            self._replay(stack, buffer_RD, lambda: stack.answer(buffer_RD, header_rows, on_host_1E))
+            self._replay(stack, buffer_RD, lambda: stack.answer(buffer_RD, header_rows, on_host_E))
         else:
             rows_RD = buffer_RD[: header_rows + part.num_rows]
-            ticket.answers_RD = stack.answer(rows_RD, header_rows, on_host_1E, in_place=False)
+            ticket.answers_RD = stack.answer(rows_RD, header_rows, on_host_E, in_place=False)
         ticket.ends_here(on_host_E)
         slots = slots_of(header_rows + part.num_rows)
         if self.replays is not None and self._is_often(stack, slots, WHOLE):
@@ -315,7 +324,8 @@ class GpuCompute:
             def compute(slot: int | None, rows_RD: torch.Tensor, parts: int = parts) -> None:
                 on_host = self._nobodys if slot is None else replays.counts[slot]
                 on_host_PE = on_host[: parts * num_experts].view(parts, num_experts)
-                stack.answer(rows_RD, header_rows, on_host_PE)
+                to_P4 = self._nowhere if slot is None else replays.deliveries[slot]
+                stack.deliver(rows_RD, header_rows, on_host_PE, to_P4)
 
             of_parts = layer.replays.of_parts(parts)
             if not self._capture(of_parts, down_DH, rows, WHOLE, compute, stack):

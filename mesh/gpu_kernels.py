@@ -94,6 +94,34 @@ def group_ends(counts_E: Tensor, here_G: Tensor, num_rows: int) -> Tensor:
     return ends_G
 
 
+@triton.jit
+def _wanted(delivery, row, inside, like):
+    # Of rows their deliveries: whether each is wanted there, and where that begins.
+    limit = tl.load(delivery + 1, mask=inside, other=0)
+    permit = tl.load(delivery + 2, mask=inside, other=0)
+    said = tl.load(permit.to(tl.pointer_type(tl.int64)), mask=permit != 0, other=0, volatile=True)
+    wanted = (permit == 0) | (said == tl.load(delivery + 3, mask=inside, other=0))
+    begin = tl.load(delivery, mask=inside, other=0).to(tl.pointer_type(like.dtype.element_ty))
+    return wanted & (row < limit), tl.multiple_of(begin, 16)
+
+
+@triton.jit
+def _deliver_kernel(answers, to, width, BLOCK: tl.constexpr):
+    wait_for_previous()
+    row = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    wanted, begin = _wanted(to, row, row >= 0, answers)
+    at = row.to(tl.int64) * width + column
+    inside = (column < width) & wanted
+    tl.store(begin + at, tl.load(answers + at, mask=inside), mask=inside)
+
+
+def deliver(answers_RD: Tensor, to_P4: Tensor) -> None:
+    """Copy the rows of one part to where they are wanted; see :func:`grouped_out`."""
+    grid = (len(answers_RD), triton.cdiv(answers_RD.shape[1], _BLOCK))
+    _deliver_kernel[grid](answers_RD, to_P4, answers_RD.shape[1], BLOCK=_BLOCK, **DEPENDENT)
+
+
 class Messages(NamedTuple):
     """Rows of several experts: equal parts of a buffer, each in order of expert behind ``ahead``
     rows. Counts that do not add up are nobody's harm: nothing outside a part is read or written."""
@@ -124,6 +152,7 @@ def _grouped_kernel(
     counts,
     here,
     on_host,
+    to,
     num_groups,
     num_experts,
     parts,
@@ -134,6 +163,7 @@ def _grouped_kernel(
     k_size,
     IN: tl.constexpr,
     TELL: tl.constexpr,
+    DELIVER: tl.constexpr,
     GATE: tl.constexpr,
     G_PAD: tl.constexpr,
     E_PAD: tl.constexpr,
@@ -163,13 +193,16 @@ def _grouped_kernel(
         inside = nth < tl.sum(tl.where(g == group, rows_G, 0), axis=0)
         # Between the two matrices rows lie by expert; at either end in their messages.
         between = tl.sum(tl.where(before, rows_G, 0), axis=0) + nth
-        outside = tl.zeros([M], dtype=tl.int32)
+        its_part = tl.zeros([M], dtype=tl.int32)
+        in_part = tl.zeros([M], dtype=tl.int32)
         earlier = tl.sum(tl.zeros([M], dtype=tl.int32), axis=0)
         for part in range(parts):
             of_part_G = _rows_of_groups(counts + part * counts_step, index, there, room)
-            begin = part * stride + ahead + tl.sum(tl.where(before, of_part_G, 0), axis=0)
-            outside = tl.where(nth >= earlier, begin + nth - earlier, outside)
+            begin = tl.sum(tl.where(before, of_part_G, 0), axis=0)
+            its_part = tl.where(nth >= earlier, part, its_part)
+            in_part = tl.where(nth >= earlier, begin + nth - earlier, in_part)
             earlier += tl.sum(tl.where(g == group, of_part_G, 0), axis=0)
+        outside = its_part * stride + ahead + in_part
         row_in = outside if IN else between
         row_out = between if IN else outside
         column = tl.program_id(1) * N + tl.arange(0, N)
@@ -196,8 +229,15 @@ def _grouped_kernel(
             gate = acc.to(out.dtype.element_ty).to(tl.float32)
             acc = _acted(gate, GATE == 2).to(out.dtype.element_ty).to(tl.float32)
             acc *= up.to(out.dtype.element_ty).to(tl.float32)
-        at = out + row_out.to(tl.int64)[:, None] * n_size + column[None, :]
-        tl.store(at, acc, mask=inside[:, None] & (column < n_size)[None, :])
+        if DELIVER:
+            wanted, begin = _wanted(to + 4 * its_part, in_part, inside, out)
+            at = begin[:, None] + (in_part.to(tl.int64)[:, None] * n_size + column[None, :])
+            inside &= wanted
+        else:
+            at = out + row_out.to(tl.int64)[:, None] * n_size + column[None, :]
+        tl.store(
+            at, acc.to(out.dtype.element_ty), mask=inside[:, None] & (column < n_size)[None, :]
+        )
 
 
 def _grouped(
@@ -208,6 +248,7 @@ def _grouped(
     into: bool,
     gate: int = 0,
     on_host: Tensor | None = None,
+    to_P4: Tensor | None = None,
 ) -> None:
     k_size, n_size = x_RK.shape[1], out_RN.shape[1]
     groups, num_rows = len(weights), messages.parts * messages.stride
@@ -226,6 +267,7 @@ def _grouped(
         messages.counts,
         messages.here_G,
         messages.counts if on_host is None else on_host,
+        messages.counts if to_P4 is None else to_P4,
         groups,
         messages.num_experts,
         messages.parts,
@@ -236,6 +278,7 @@ def _grouped(
         k_size,
         IN=into,
         TELL=on_host is not None,
+        DELIVER=to_P4 is not None,
         GATE=gate,
         G_PAD=triton.next_power_of_2(groups),
         E_PAD=triton.next_power_of_2(messages.num_experts),
@@ -266,6 +309,15 @@ def grouped_in(
     return out_RN
 
 
-def grouped_out(x_RK: Tensor, messages: Messages, weights: Tensor, out_RN: Tensor) -> None:
-    """What :func:`grouped_in` returns, by ``(G, N, K)``, to where the rows came from."""
-    _grouped(x_RK, messages, weights, out_RN, into=False)
+def grouped_out(
+    x_RK: Tensor,
+    messages: Messages,
+    weights: Tensor,
+    out_RN: Tensor,
+    to_P4: Tensor | None = None,
+) -> None:
+    """What :func:`grouped_in` returns, by ``(G, N, K)``, to where the rows came from in ``out_RN``;
+    or to where ``to_P4`` (int64) says of each part: the address of its first row, how many rows
+    it has at the most, and none where there is an address of what is allowed (or 0) at which is
+    not the fourth."""
+    _grouped(x_RK, messages, weights, out_RN, into=False, to_P4=to_P4)

@@ -207,28 +207,50 @@ class StackedMlps:
         return y_RD
 
     def answer(
-        self, buffer_RD: Tensor, header_rows: int, on_host_PE: Tensor, in_place: bool = True
+        self, buffer_RD: Tensor, header_rows: int, on_host_E: Tensor, in_place: bool = True
     ) -> Tensor | None:
-        """Replace the rows of P messages, equal parts of the buffer, by the outputs. Each has its
-        counts (int32) in ``header_rows`` ahead of its rows; they go to the host, too. Where they
-        need not be ``in_place``, the outputs of one message may be returned instead."""
-        from mesh.gpu_kernels import Messages
-
-        parts, num_experts = on_host_PE.shape
-        counts = buffer_RD.view(-1).view(torch.int32)
-        stride = len(buffer_RD) // parts
-        if parts == 1 and self._suits_torch(stride):
-            on_host_PE[0].copy_(counts[:num_experts], non_blocking=True)
+        """Replace the rows of a message by the outputs. It has its counts (int32) in
+        ``header_rows`` ahead of its rows; they go to the host, too. Where they need not be
+        ``in_place``, the outputs may be returned instead."""
+        messages = self._messages(buffer_RD, header_rows, 1, len(on_host_E))
+        if self._suits_torch(len(buffer_RD)):
             rows_RD = buffer_RD[header_rows:]
-            answers_RD = self._by_torch(rows_RD, counts[:num_experts])
+            answers_RD = self._by_torch_of(messages, rows_RD, on_host_E)
             if not in_place:
                 return answers_RD
             rows_RD.copy_(answers_RD)
             return None
-        step = stride * len(counts) // len(buffer_RD)
-        messages = Messages(counts, step, self._here_G, num_experts, parts, stride, header_rows)
-        self._compute(buffer_RD, messages, buffer_RD, on_host_PE)
+        self._compute(buffer_RD, messages, buffer_RD, on_host_E)
         return None
+
+    def deliver(
+        self, buffer_RD: Tensor, header_rows: int, on_host_PE: Tensor, to_P4: Tensor
+    ) -> None:
+        """The outputs of P messages, equal parts of the buffer, go where ``to_P4`` says; see
+        :func:`mesh.gpu_kernels.grouped_out`. All else as with :meth:`answer`."""
+        parts, num_experts = on_host_PE.shape
+        messages = self._messages(buffer_RD, header_rows, parts, num_experts)
+        if parts == 1 and self._suits_torch(len(buffer_RD)):
+            from mesh.gpu_kernels import deliver
+
+            deliver(self._by_torch_of(messages, buffer_RD[header_rows:], on_host_PE[0]), to_P4)
+        else:
+            self._compute(buffer_RD, messages, buffer_RD, on_host_PE, to_P4)
+
+    def _messages(
+        self, buffer_RD: Tensor, header_rows: int, parts: int, num_experts: int
+    ) -> Messages:
+        from mesh.gpu_kernels import Messages
+
+        counts = buffer_RD.view(-1).view(torch.int32)
+        stride = len(buffer_RD) // parts
+        step = stride * len(counts) // len(buffer_RD)
+        return Messages(counts, step, self._here_G, num_experts, parts, stride, header_rows)
+
+    def _by_torch_of(self, messages: Messages, rows_RD: Tensor, on_host_E: Tensor) -> Tensor:
+        counts_E = messages.counts[: messages.num_experts]
+        on_host_E.copy_(counts_E, non_blocking=True)
+        return self._by_torch(rows_RD, counts_E)
 
     def _suits_torch(self, num_rows: int) -> bool:
         return self._into_HD.dtype == torch.bfloat16 and num_rows > _FEW_ROWS * len(self._here_G)
@@ -241,14 +263,19 @@ class StackedMlps:
         return F.grouped_mm(self._between(hidden_RH), self._down_DH.transpose(1, 2), offs=ends_G)
 
     def _compute(
-        self, x_RD: Tensor, messages: Messages, out_RD: Tensor, on_host: Tensor | None = None
+        self,
+        x_RD: Tensor,
+        messages: Messages,
+        out_RD: Tensor,
+        on_host: Tensor | None = None,
+        to_P4: Tensor | None = None,
     ) -> None:
         from mesh.gpu_kernels import grouped_in, grouped_out
 
         hidden_RH = grouped_in(x_RD, messages, self._into_HD, self._gate, on_host)
         if self._gate is None:
             hidden_RH = self._between(hidden_RH)
-        grouped_out(hidden_RH, messages, self._down_DH, out_RD)
+        grouped_out(hidden_RH, messages, self._down_DH, out_RD, to_P4)
 
 
 class ClampedMlp:

@@ -16,6 +16,8 @@ from mesh.errors import Unavailable
 SLOTS = native.RING * native.SIZES
 WHOLE = native.STEPS - 1
 """The step of a slot whose graph computes all of its rows."""
+DELIVERY = 4
+"""Numbers that say where the outputs of a part are to be."""
 MAX_TOGETHER = 8
 """Messages of several experts that are computed together, each in its part of a slot."""
 
@@ -56,6 +58,9 @@ class ReplayDevice:
         self.counts: dict[int, torch.Tensor] = {}
         """Of the same, int32 on the host: where graphs of several experts leave the counts of each
         part, behind each other."""
+        self.deliveries: dict[int, torch.Tensor] = {}
+        """Of the same, int64, a row for each part: where those put its outputs; see
+        :func:`mesh.gpu_kernels.grouped_out`."""
 
     def __del__(self) -> None:
         if self.handle:
@@ -67,9 +72,11 @@ class ReplayDevice:
         self.counts[slot] = torch.zeros(
             MAX_TOGETHER * wire.MAX_EXPERTS, dtype=torch.int32, pin_memory=rows_RD.is_cuda
         )
-        native.short.device_lend(
-            self.handle, slot, rows_RD.data_ptr(), self.counts[slot].data_ptr()
+        self.deliveries[slot] = torch.zeros(
+            MAX_TOGETHER, DELIVERY, dtype=torch.int64, device=rows_RD.device
         )
+        kept = rows_RD, self.counts[slot], self.deliveries[slot]
+        native.short.device_lend(self.handle, slot, *(tensor.data_ptr() for tensor in kept))
 
     @property
     def out(self) -> int:

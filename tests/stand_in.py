@@ -41,6 +41,7 @@ class Sharing(Structure):
         ("width", c_int64),
         ("parts", c_int64),
         ("step", c_int64),
+        ("deliveries", c_void_p),
     ]
 
 

@@ -28,6 +28,7 @@ typedef struct {
     const float *times; /* by expert */
     int64_t num_experts, width;
     int64_t parts, step; /* so many of these, and floats from one to the next */
+    const delivery *to;  /* by part; NULL: where they are */
 } sharing;
 
 typedef struct {
@@ -102,6 +103,10 @@ static void place(const placing *p) {
     }
 }
 
+static int is_wanted(const delivery *to) {
+    return !to->permit || *(const uint64_t *)to->permit == to->wanted;
+}
+
 static void multiply_by_expert(const sharing *s, float *rows, int64_t count) {
     const int32_t *counts = s->counts;
     for (int64_t part = 0; part < s->parts; part++, counts += s->step) {
@@ -109,11 +114,16 @@ static void multiply_by_expert(const sharing *s, float *rows, int64_t count) {
         float *row = rows + part * s->step, *end = row + count;
         for (int64_t e = 0; e < s->num_experts; e++)
             for (int64_t i = 0; i < counts[e] * s->width && row < end; i++) *row++ *= s->times[e];
+        if (s->to && is_wanted(&s->to[part]))
+            memmove((float *)s->to[part].to, rows + part * s->step,
+                    sizeof *rows * s->to[part].rows * (size_t)s->width);
     }
 }
 
 static void copy(const row_copy *one) {
-    if (!one->permit || *(const uint64_t *)one->permit == one->wanted)
+    if (one->note)
+        *(delivery *)one->note = one->out;
+    if (one->note || is_wanted(&one->out))
         memcpy((char *)one->to, (const char *)one->from, UNIT_BYTES * one->units);
 }
 
@@ -176,7 +186,7 @@ int32_t cuStreamWaitEvent(void *stream, void *event, uint32_t flags) {
 
 int32_t cuMemcpyAsync(uint64_t to, uint64_t from, size_t bytes, void *stream) {
     (void)stream;
-    queue[launched++] = (launch){.count = 1, .copies = {{to, from, bytes / UNIT_BYTES, 0, 0}}};
+    queue[launched++] = (launch){.count = 1, .copies = {{to, from, bytes / UNIT_BYTES, 0, {0}}}};
     return READY;
 }
 

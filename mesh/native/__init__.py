@@ -262,7 +262,7 @@ _SHORT: dict[str, tuple[Any, list[Any]]] = {
     "device_new": (c_void_p, [c_char_p, c_uint64]),
     "device_free": (None, [c_void_p]),
     "device_out": (c_uint64, [c_void_p]),
-    "device_lend": (None, [c_void_p, c_int32, c_uint64, c_uint64]),
+    "device_lend": (None, [c_void_p, c_int32, c_uint64, c_uint64, c_uint64]),
     "device_share": (c_int32, [c_void_p, c_uint64, c_uint64, POINTER(Lent)]),
     "answering_new": (POINTER(Answering), [POINTER(Postbox), c_int32, c_int32, c_void_p]),
     "answering_next_failed": (c_uint64, [POINTER(Answering), POINTER(c_int32)]),

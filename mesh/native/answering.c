@@ -430,6 +430,7 @@ static transfer transfer_of(const answering *all, const work *one, int64_t at) {
     uint64_t row = (uint64_t)all->row_bytes, header = (uint64_t)one->header_rows * row;
     transfer part = {.header_bytes = header,
                      .bytes = (uint64_t)ROWS(one->tag) * row,
+                     .rows = (uint64_t)ROWS(one->tag),
                      .at = (uint64_t)at * row + header};
     if (KIND(one->tag) == REFERENCE) {
         const borrowed *arenas = &all->sessions[SESSION(one->tag)].arenas;
@@ -497,11 +498,11 @@ static void launch_waiting(answering *all) {
         all->batch++;
         for (work *of = one.works; of; of = of->next) {
             company_left(&all->sessions[SESSION(of->tag)].pace, all->batch);
-            if (of->slot != one.slot) parts[count++] = transfer_of(all, of, at);
+            if (of->slot != one.slot || IS_SEVERAL(tag)) parts[count++] = transfer_of(all, of, at);
             at += IS_SEVERAL(tag) ? part_rows : ROWS(of->tag);
         }
         if (!device_launch(all->device, one.slot, one.replays->graphs[one.graph], parts, count,
-                           count && one.rows >= MANY_ROWS(tag))) {
+                           count && one.rows >= MANY_ROWS(tag), IS_SEVERAL(tag))) {
             all->computing -= num_works(&one);
             give_back(all, &one);
             fail(all, &one);

@@ -16,16 +16,18 @@ enum { DISABLE_TIMING = 2 };                /* of CUevent_flags */
 enum { THREADS = 256, MAX_BLOCKS = 1024 };  /* of a copy: as many as run at once */
 
 _Static_assert((int)MAX_PARTS <= (int)MAX_COPIES, "a batch has more parts than a launch copies");
-_Static_assert(sizeof(row_copy[MAX_COPIES]) == 1280, "as the kernel has it");
+_Static_assert(sizeof(row_copy[MAX_COPIES]) == 2048, "as the kernel has it");
 
 typedef struct {
     char bytes[sizeof((lent *)NULL)->handle];
 } ipc_handle;
 
 typedef struct {
-    void *fetching, *fetched, *began, *computed, *ended; /* events, in this order */
+    void *fetching, *fetched, *began, *computed, *timed; /* events, in this order */
+    void *ended; /* ahead of the last, and without a time: that would be seen 2 us later */
     uint64_t rows;       /* 0: not lent, or lost */
     const int32_t *counts;
+    uint64_t deliveries; /* one for each part that graphs of several experts compute */
     int32_t taken, beside;
 } slot;
 
@@ -56,7 +58,7 @@ struct device {
     int32_t (*run)(void *function, uint32_t x, uint32_t y, uint32_t z, uint32_t threads_x,
                    uint32_t threads_y, uint32_t threads_z, uint32_t shared_bytes, void *stream,
                    void **arguments, void **extra);
-    void *copy; /* copy_rows, once anything was borrowed */
+    void *copy; /* copy_rows, once anything was copied */
 };
 
 static int find(device *gpu, void *library) {
@@ -105,7 +107,7 @@ device *device_new(const char *path, uint64_t stream) {
     for (slot *one = gpu->slots; one < gpu->slots + SLOTS; one++)
         if (gpu->create(&one->fetching, 0) || gpu->create(&one->fetched, 0) ||
             gpu->create(&one->began, 0) || gpu->create(&one->computed, 0) ||
-            gpu->create(&one->ended, 0)) {
+            gpu->create(&one->timed, 0) || gpu->create(&one->ended, DISABLE_TIMING)) {
             device_free(gpu);
             return NULL;
         }
@@ -121,8 +123,9 @@ void device_free(device *gpu) {
     if (gpu->out) gpu->close_stream(gpu->out);
     if (gpu->arrived) gpu->destroy(gpu->arrived);
     for (slot *one = gpu->slots; one < gpu->slots + SLOTS; one++) {
-        void *events[] = {one->fetching, one->fetched, one->began, one->computed, one->ended};
-        for (int32_t i = 0; i < 5; i++)
+        void *events[] = {one->fetching, one->fetched, one->began,
+                          one->computed, one->timed,   one->ended};
+        for (int32_t i = 0; i < 6; i++)
             if (events[i]) gpu->destroy(events[i]);
     }
     if (gpu->graph_ended) gpu->destroy(gpu->graph_ended);
@@ -131,9 +134,10 @@ void device_free(device *gpu) {
 
 uint64_t device_out(const device *gpu) { return (uint64_t)gpu->out; }
 
-void device_lend(device *gpu, int32_t index, uint64_t rows, uint64_t counts) {
+void device_lend(device *gpu, int32_t index, uint64_t rows, uint64_t counts, uint64_t deliveries) {
     gpu->slots[index].rows = rows;
     gpu->slots[index].counts = (const int32_t *)counts;
+    gpu->slots[index].deliveries = deliveries;
 }
 
 uint64_t device_rows(const device *gpu, int32_t index) { return gpu->slots[index].rows; }
@@ -178,44 +182,57 @@ void device_give_back(device *gpu, int32_t index) { gpu->slots[index].taken = 0;
 
 void device_lose(device *gpu, int32_t index) { gpu->slots[index].rows = 0; }
 
+static int can_copy(device *gpu) {
+    void *module;
+    if (!gpu->copy && (gpu->load(&module, COPY_ROWS) ||
+                       gpu->function(&gpu->copy, module, "copy_rows")))
+        gpu->copy = NULL;
+    return gpu->copy != NULL;
+}
+
 static int copy(device *gpu, void *stream, const row_copy *copies, int32_t count) {
+    if (!can_copy(gpu)) return 0;
     uint64_t units = 0;
     for (int32_t i = 0; i < count; i++) units = copies[i].units > units ? copies[i].units : units;
     uint64_t blocks = (units + THREADS - 1) / THREADS;
     void *arguments[] = {(void *)copies};
-    uint32_t grid = blocks < MAX_BLOCKS ? (uint32_t)blocks : MAX_BLOCKS;
+    uint32_t grid = blocks < 1 ? 1 : blocks < MAX_BLOCKS ? (uint32_t)blocks : MAX_BLOCKS;
     return !gpu->run(gpu->copy, grid, (uint32_t)count, 1, THREADS, 1, 1, 0, stream, arguments, NULL);
 }
 
 int32_t device_fetch(device *gpu, const borrowed *arenas, uint64_t offset, uint64_t bytes,
                      uint64_t rows) {
-    row_copy one[MAX_COPIES] = {{rows, arenas->sends + offset, bytes / UNIT_BYTES, 0, 0}};
+    row_copy one[MAX_COPIES] = {{rows, arenas->sends + offset, bytes / UNIT_BYTES, 0, {0}}};
     return copy(gpu, gpu->in, one, 1) && !gpu->record(gpu->arrived, gpu->in) &&
            !gpu->follow(gpu->stream, gpu->arrived, 0);
 }
 
 int32_t device_deliver(device *gpu, const borrowed *arenas, uint64_t offset, uint64_t bytes,
                        uint64_t rows) {
-    row_copy one[MAX_COPIES] = {{arenas->replies + offset, rows, bytes / UNIT_BYTES,
-                                 arenas->permit, arenas->wanted}};
+    row_copy one[MAX_COPIES] = {{arenas->replies + offset, rows, bytes / UNIT_BYTES, 0,
+                                 {.permit = arenas->permit, .wanted = arenas->wanted}}};
     return copy(gpu, gpu->out, one, 1);
 }
 
-/* `beside`: by the engines that copy, while kernels that leave no room for others run. */
+/* `beside`: by the engines that copy, while kernels that leave no room for others run. `noted`: with a
+ * word to the graph of where each part's outputs are to be. */
 static int bring(device *gpu, void *stream, const slot *one, const transfer *parts, int32_t count,
-                 int32_t beside) {
+                 int32_t beside, int32_t noted) {
     row_copy copies[MAX_COPIES];
     int good = 1;
     for (int32_t i = 0; good && i < count; i++) {
         const transfer *part = &parts[i];
         uint64_t to = one->rows + part->at - part->header_bytes;
         uint64_t from = part->from - part->header_bytes, bytes = part->header_bytes + part->bytes;
-        if (beside)
-            good = !gpu->move(to, from, bytes, stream);
-        else
-            copies[i] = (row_copy){to, from, bytes / UNIT_BYTES, 0, 0};
+        if (to == from) bytes = 0;
+        if (beside && bytes) good = !gpu->move(to, from, bytes, stream);
+        copies[i] = (row_copy){.to = to, .from = from, .units = beside ? 0 : bytes / UNIT_BYTES};
+        if (noted) {
+            copies[i].note = one->deliveries + (uint64_t)i * sizeof(delivery);
+            copies[i].out = (delivery){part->to, part->rows, part->permit, part->wanted};
+        }
     }
-    return beside || !count ? good : copy(gpu, stream, copies, count);
+    return good && (!count || (beside && !noted) || copy(gpu, stream, copies, count));
 }
 
 static int take_away(device *gpu, void *stream, const slot *one, const transfer *parts,
@@ -223,25 +240,29 @@ static int take_away(device *gpu, void *stream, const slot *one, const transfer 
     row_copy copies[MAX_COPIES];
     for (int32_t i = 0; i < count; i++) {
         const transfer *part = &parts[i];
-        copies[i] = (row_copy){part->to, one->rows + part->at, part->bytes / UNIT_BYTES,
-                               part->permit, part->wanted};
+        copies[i] = (row_copy){part->to, one->rows + part->at, part->bytes / UNIT_BYTES, 0,
+                               {.permit = part->permit, .wanted = part->wanted}};
     }
     return !count || copy(gpu, stream, copies, count);
 }
 
 int32_t device_launch(device *gpu, int32_t index, void *graph, const transfer *parts,
-                      int32_t count, int32_t beside) {
+                      int32_t count, int32_t beside, int32_t delivers) {
     slot *one = &gpu->slots[index];
-    void *stream = gpu->stream, *in = beside ? gpu->in : stream, *out = beside ? gpu->out : stream;
+    void *stream = gpu->stream, *in = beside ? gpu->in : stream;
+    void *out = beside && !delivers ? gpu->out : stream;
     one->beside = beside;
-    if (beside ? gpu->record(one->fetching, in) || !bring(gpu, in, one, parts, count, 1) ||
+    if (beside ? gpu->record(one->fetching, in) ||
+                     !bring(gpu, in, one, parts, count, 1, delivers) ||
                      gpu->record(one->fetched, in) || gpu->follow(stream, one->fetched, 0) ||
                      gpu->record(one->began, stream)
-               : gpu->record(one->began, stream) || !bring(gpu, in, one, parts, count, 0))
+               : gpu->record(one->began, stream) ||
+                     !bring(gpu, in, one, parts, count, 0, delivers))
         return 0;
     if (gpu->launch(graph, stream)) return 0;
     if ((beside && (gpu->record(one->computed, stream) || gpu->follow(out, one->computed, 0))) ||
-        !take_away(gpu, out, one, parts, count) || gpu->record(one->ended, out)) {
+        (!delivers && !take_away(gpu, out, one, parts, count)) || gpu->record(one->ended, out) ||
+        gpu->record(one->timed, out)) {
         device_lose(gpu, index); /* nobody can tell when it will have stopped writing */
         return 0;
     }
@@ -270,11 +291,12 @@ static uint32_t between(device *gpu, void *began, void *ended) {
 
 device_times device_took(device *gpu, int32_t index) {
     const slot *one = &gpu->slots[index];
-    if (!one->beside) return (device_times){.compute_us = between(gpu, one->began, one->ended)};
+    while (gpu->query(one->timed) == NOT_READY) {} /* it follows at once */
+    if (!one->beside) return (device_times){.compute_us = between(gpu, one->began, one->timed)};
     return (device_times){between(gpu, one->fetching, one->fetched),
                           between(gpu, one->fetched, one->began),
                           between(gpu, one->began, one->computed),
-                          between(gpu, one->computed, one->ended)};
+                          between(gpu, one->computed, one->timed)};
 }
 
 /* ---- Memory that another process lends. */
@@ -307,13 +329,8 @@ static uint64_t reach(device *gpu, const lent *memory, uint64_t *base) {
 }
 
 int32_t device_borrow(device *gpu, const lent_arenas *arenas, uint64_t row_bytes, borrowed *out) {
-    void *module;
     memset(out, 0, sizeof *out);
-    if (!gpu->copy && (gpu->load(&module, COPY_ROWS) ||
-                       gpu->function(&gpu->copy, module, "copy_rows"))) {
-        gpu->copy = NULL;
-        return 0;
-    }
+    if (!can_copy(gpu)) return 0;
     out->rows = arenas->rows;
     out->wanted = arenas->wanted;
     out->sends = reach(gpu, &arenas->sends, &out->bases[0]);

@@ -179,7 +179,7 @@ enum { MAX_PARTS = 32 }; /* of a batch */
 typedef struct {
     uint64_t from, to;
     uint64_t header_bytes; /* ahead of `from`, which are brought too */
-    uint64_t bytes;
+    uint64_t bytes, rows;
     uint64_t at; /* in the slot: of `from` */
     uint64_t permit, wanted;
 } transfer;
@@ -196,8 +196,10 @@ EXPORT device *device_new(const char *path, uint64_t stream);
 EXPORT void device_free(device *gpu);
 /* The stream (CUstream) that what is delivered leaves on. */
 EXPORT uint64_t device_out(const device *gpu);
-/* A slot's rows, and where on the host its graphs put the counts of several experts. */
-EXPORT void device_lend(device *gpu, int32_t slot, uint64_t rows, uint64_t counts);
+/* A slot's rows; where on the host its graphs put the counts of several experts, and where on the
+ * device they find where outputs are to be. */
+EXPORT void device_lend(device *gpu, int32_t slot, uint64_t rows, uint64_t counts,
+                        uint64_t deliveries);
 uint64_t device_rows(const device *gpu, int32_t slot);
 const int32_t *device_counts(const device *gpu, int32_t slot);
 /* Whether any of these GRAPHS (CUgraphExec, by slot and step) fits so many rows, now or when one is
@@ -210,10 +212,11 @@ int32_t device_graph(void *const *graphs, int32_t slot, int64_t rows);
 void device_give_back(device *gpu, int32_t slot);
 /* Never use this slot again. */
 void device_lose(device *gpu, int32_t slot);
-/* On what is in the slot, with what is brought there and back. Many rows (`beside`) come and go on
- * streams of their own, beside what is computed before and after. 0 when it failed. */
+/* On what is in the slot, with what is brought there and back, unless the graph `delivers`: then it is
+ * told where to. Many rows (`beside`) come and go on streams of their own, beside what is computed
+ * before and after. 0 when it failed. */
 int32_t device_launch(device *gpu, int32_t slot, void *graph, const transfer *parts, int32_t count,
-                      int32_t beside);
+                      int32_t beside, int32_t delivers);
 /* The two ways alone, between what is lent and memory of our own, each on a stream of its own. The
  * device's stream waits for what is fetched; what is delivered was seen to be computed: behind the
  * device's stream it would wait for whatever is queued there by now. 0 when it failed. */

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ from gateway.model.norm import RmsNorm
 from gateway.model.rope import rotate_
 from gateway.model.router import Router
 from gateway.model.scores import NOT_A_NUMBER
-from mesh.gpu_kernels import Messages, gated, group_ends, grouped_in, grouped_out
+from mesh.gpu_kernels import Messages, deliver, gated, group_ends, grouped_in, grouped_out
 from mesh.mlp import GatedMlp, PlainMlp, StackedMlps
 from mesh.model_config import RouterConfig
 from tests.gpu.device import DEVICE, DTYPES, close
@@ -92,6 +94,63 @@ def test_rows_of_messages_go_through_their_experts_and_back(
     for part, end in enumerate(begins):
         rest = slice(end, (part + 1) * stride)
         assert torch.equal(x[rest], before[rest])
+    answers = torch.full((parts * stride, width), 7.0, device=DEVICE, dtype=dtype)
+    firsts = [part * stride for part in reversed(range(parts))]
+    spots = [Spot(answers, first, sum(of)) for first, of in zip(firsts, counts, strict=True)]
+    grouped_out(between, messages, down, before, deliveries(*spots))
+    for part, spot in enumerate(spots):
+        rows = slice(part * stride + ahead, part * stride + ahead + spot.num_rows)
+        assert torch.equal(answers[spot.first : spot.first + spot.num_rows], x[rows])
+        assert (answers[spot.first + spot.num_rows : spot.first + stride] == 7).all()
+
+
+class Spot(NamedTuple):
+    """Where outputs are to be, and what is allowed there."""
+
+    answers: torch.Tensor
+    first: int
+    num_rows: int
+    permit: torch.Tensor | None = None
+    wanted: int = 5
+
+
+def deliveries(*spots: Spot) -> torch.Tensor:
+    said = [
+        (
+            spot.answers[spot.first :].data_ptr(),
+            spot.num_rows,
+            0 if spot.permit is None else spot.permit.data_ptr(),
+            spot.wanted,
+        )
+        for spot in spots
+    ]
+    return torch.tensor(said, device=DEVICE)
+
+
+@pytest.mark.parametrize("said", [None, 5, 6])
+def test_outputs_go_where_they_are_wanted_and_no_further(said: int | None) -> None:
+    """Of six rows in one message, four fit where they are to be, or none are wanted there."""
+    permit = None if said is None else torch.tensor([said], device=DEVICE)
+    width, ahead, dtype = 80, 1, torch.float16
+    x = torch.randn(8, width, device=DEVICE, dtype=dtype)
+    x.view(-1).view(torch.int32)[:2] = torch.tensor([2, 4], dtype=torch.int32, device=DEVICE)
+    down = torch.randn(2, width, width, device=DEVICE, dtype=dtype) / 9
+    here_G = torch.arange(2, dtype=torch.int32, device=DEVICE)
+    words = x.view(-1).view(torch.int32)
+    messages = Messages(words, len(words), here_G, 2, 1, 8, ahead)
+    wants = [F.linear(row.double(), down[int(n >= 2)].double()) for n, row in enumerate(x[1:5])]
+    answers = torch.full((8, width), 7.0, device=DEVICE, dtype=dtype)
+    to_P4 = deliveries(Spot(answers, 1, 4, permit))
+    grouped_out(x[1:].contiguous(), messages, down, x, to_P4)
+    if said == 6:
+        assert (answers == 7).all()
+    else:
+        close(answers[1:5], torch.stack(wants), of=dtype)
+        assert (answers[[0, 5, 6, 7]] == 7).all()
+    answers.fill_(7)
+    deliver(x[:6], to_P4)
+    assert (answers[[0, 5, 6, 7]] == 7).all()
+    assert torch.equal(answers[1:5], x[:4]) == (said != 6)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,16 @@ from expert_worker.gpu_compute import GpuCompute
 from mesh import native, wire
 from mesh.errors import Unavailable
 from mesh.plan import ExpertId
-from mesh.replay import MAX_TOGETHER, WHOLE, ReplayDevice, Replays, slot_rows, slots_of, step_of
+from mesh.replay import (
+    DELIVERY,
+    MAX_TOGETHER,
+    WHOLE,
+    ReplayDevice,
+    Replays,
+    slot_rows,
+    slots_of,
+    step_of,
+)
 from mesh.transport.base import Request
 from mesh.transport.ucx import UcxTransport
 from tests.stand_in import FAILS_AT_LAUNCH, FAILS_LATER, Graph, Sharing, compiled
@@ -72,7 +81,7 @@ class Worker:
             rows_RD = self.device.buffers[slot][: slot_rows(slot, step)]
             graph = Graph(rows_RD.data_ptr(), rows_RD.numel(), expert + 2, fails)
             if expert == wire.SEVERAL:
-                graph = together(rows_RD, self.device.counts[slot], fails)
+                graph = together(self.device, slot, fails)
             self.graphs.append(graph)
             self.replays[expert].add(slot, ctypes.addressof(graph), step=step)
 
@@ -81,8 +90,7 @@ class Worker:
         for slot in slots_of(num_rows):
             if slot not in self.device.buffers:
                 self.device.lend(slot, torch.zeros(slot_rows(slot), WIDTH))
-            buffer_RD, counts = self.device.buffers[slot], self.device.counts[slot]
-            self.graphs.append(together(buffer_RD, counts, parts=parts))
+            self.graphs.append(together(self.device, slot, parts=parts))
             of_parts = self.replays[wire.SEVERAL].of_parts(parts)
             of_parts.add(slot, ctypes.addressof(self.graphs[-1]))
 
@@ -169,23 +177,25 @@ def rows(count: int, first: float = 1.0) -> torch.Tensor:
 
 
 def together(
-    buffer_RD: torch.Tensor,
-    counts_E: torch.Tensor,
+    device: ReplayDevice,
+    slot: int,
     fails: int = 0,
     times: Sequence[float] = (),
     parts: int = 1,
 ) -> Graph:
-    """A graph of several experts, for so many messages."""
+    """A graph of several experts, for so many messages in a slot."""
+    buffer_RD = device.buffers[slot]
     factors_E = torch.tensor(times or [e + 2.0 for e in range(NUM_EXPERTS)])
     stride = len(buffer_RD) // parts
     shares = Sharing(
         buffer_RD.data_ptr(),
-        counts_E.data_ptr(),
+        device.counts[slot].data_ptr(),
         factors_E.data_ptr(),
         NUM_EXPERTS,
         WIDTH,
         parts,
         stride * WIDTH,
+        device.deliveries[slot].data_ptr(),
     )
     rows_RD = buffer_RD[HEADER_ROWS:stride]
     graph = Graph(rows_RD.data_ptr(), rows_RD.numel(), 0, fails, shares=ctypes.pointer(shares))
@@ -308,13 +318,16 @@ def test_of_several_experts_those_that_are_merged_find_graphs_before_any_was_see
     answered = []
 
     class Stack:
-        def answer(self, rows_RD: torch.Tensor, ahead: int, on_host_PE: torch.Tensor) -> None:
+        def deliver(
+            self, rows_RD: torch.Tensor, ahead: int, on_host_PE: torch.Tensor, to_P4: torch.Tensor
+        ) -> None:
             answered.append((len(rows_RD), ahead, *on_host_PE.shape))
 
     gpu = preparing(driver, monkeypatch)
     stacks = lambda mlps: Stack()  # noqa: E731
     monkeypatch.setattr("expert_worker.gpu_compute.StackedMlps.of", stacks)
     gpu._nobodys = torch.zeros(MAX_TOGETHER * NUM_EXPERTS, dtype=torch.int32)
+    gpu._nowhere = torch.zeros(MAX_TOGETHER, DELIVERY, dtype=torch.int64)
     several = gpu.serve({ExpertId(0, index): Doubles() for index in range(257)})
     several = several[ExpertId(0, wire.SEVERAL)]
     while gpu.prepare(NUM_EXPERTS, HEADER_ROWS):
@@ -809,7 +822,8 @@ def test_rows_of_several_experts_come_back_each_from_its_own(
     assert torch.equal(one.y_RD, by_expert(counts, rows(count)))
     worker.turn_until(lambda: worker.answering.in_hand == 0)
     named = sum(n > 0 for n in counts)
-    assert worker.counted == {e: (n, 0.5 / named) for e, n in enumerate(counts) if n}
+    # Half a millisecond each: where the outputs are to be is told, then they are computed.
+    assert worker.counted == {e: (n, 1.0 / named) for e, n in enumerate(counts) if n}
 
 
 def test_messages_of_several_experts_are_computed_together_as_many_as_graphs_take(
@@ -843,7 +857,7 @@ def test_messages_of_several_experts_are_computed_together_as_many_as_graphs_tak
     assert torch.equal(arenas.reply_RD[4:7], by_expert((1, 2), referred_RD))
     assert arenas.reply_RD.isnan().sum() == (ARENA_ROWS - 3) * WIDTH
     worker.turn_until(lambda: worker.answering.in_hand == 0)
-    assert worker.launched - before == 3 + 1  # brought, four at once, taken away; the fifth
+    assert worker.launched - before == 2 + 2  # four brought and at once; the fifth, told where to
     rows_of = {e: n for e, (n, _) in worker.counted.items()}
     assert rows_of == {0: UNDER_WAY + 1 + 2 + 0 + 1 + 3, 1: 2 + 4 + 1 + 1}
 
@@ -962,8 +976,7 @@ def test_what_is_in_hand_when_the_experts_change_is_answered_by_those_before(
 
     changed, graphs = Replays(here=(1, 2)), []
     for slot in slots_of(count):
-        buffer_RD, counts_E = worker.device.buffers[slot], worker.device.counts[slot]
-        graphs.append(together(buffer_RD, counts_E, times=(0.0, 30.0, 40.0, 0.0, 0.0)))
+        graphs.append(together(worker.device, slot, times=(0.0, 30.0, 40.0, 0.0, 0.0)))
         changed.add(slot, ctypes.addressof(graphs[-1]))
     experts = {ExpertId(0, 1): worker.replays[1], ExpertId(0, 2): Replays()}
     worker.answering.serve(experts | {ExpertId(0, wire.SEVERAL): changed})
@@ -1146,8 +1159,7 @@ class Stacks(Computes):
         for slot in slots_of(HEADER_ROWS + 3) if self.version else ():
             if slot not in self.replays.buffers:
                 self.replays.lend(slot, torch.zeros(slot_rows(slot), WIDTH))
-            buffer_RD, counts_E = self.replays.buffers[slot], self.replays.counts[slot]
-            self._graphs.append(together(buffer_RD, counts_E))
+            self._graphs.append(together(self.replays, slot))
             here.add(slot, ctypes.addressof(self._graphs[-1]))
         return {expert: Replays() for expert in experts} | {ExpertId(0, wire.SEVERAL): here}
 
