@@ -1,7 +1,8 @@
 """Dispatch and combine: rows out to experts, rows back, weighted and summed.
 
 Legend: T tokens of a micro-batch, K experts a token, R = T x K routed rows, E experts of a
-layer, D hidden size, F rows of a frame. Where experts are cut, K and E count slices.
+layer, D hidden size, F rows of a frame. Where experts are cut into n slices, E counts slices, and
+rows are R = T x K x n: ``rows_TK`` has n columns for each choice of ``ids_TK`` and ``weights_TK``.
 
 A frame (:mod:`gateway.frames`) keeps its rows until they are answered: sending them again, to
 another worker, is posting the same rows under another header, once the transport has let go of
@@ -311,7 +312,7 @@ class Dispatcher:
         micro_batch = self._micro_batch(layer)
         seat = self._seat(micro_batch, layer, ids_TK)
         if seat is None or not x_TD.is_cuda:
-            return self._send(layer, micro_batch, x_TD, *self._units(ids_TK, weights_TK))
+            return self._send(layer, micro_batch, x_TD, ids_TK, weights_TK)
         seat.asks.prepare(seat)
         placed = self.place(layer, micro_batch, x_TD.contiguous(), ids_TK, weights_TK)
         self._leave(placed, seat, [])
@@ -334,7 +335,7 @@ class Dispatcher:
         pending = Pending(self, micro_batch, weights_TK)
         self._calls[layer] += 1
         self._away.append(pending)
-        laid = self.layout.sort(micro_batch, ids_TK, self._num_units)
+        laid = self.layout.sort(micro_batch, self._units(ids_TK), self._num_units)
         messages = [
             (peer, runs)
             for peer, counts in self.peers.group(layer, laid.counts()).items()
@@ -393,12 +394,11 @@ class Dispatcher:
         """The part of a dispatch that the device does for itself. A graph can end with it; then
         it is to be called while that is captured, and once before."""
         seat = self._seat(micro_batch, layer, ids_TK)
-        ids_TK, weights_TK = self._units(ids_TK, weights_TK)
         if seat is not None:
             ids_TK = ids_TK.contiguous()
-            rows_TK = seat.place(x_TD, ids_TK, self._frames.send_RD)
+            rows_TK = seat.place(x_TD, ids_TK, self._shards, self._frames.send_RD)
         else:
-            rows_TK = torch.full_like(ids_TK, -1)
+            rows_TK = ids_TK.new_full((len(ids_TK), ids_TK.shape[1] * self._shards), -1)
         return Placed(layer, micro_batch, x_TD, ids_TK, weights_TK, rows_TK, seat, self)
 
     def plan_of(self, placed: Placed) -> int:
@@ -881,15 +881,12 @@ class Dispatcher:
                 spin_s=self._spin_s,
             )
 
-    def _units(
-        self, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a token goes to, with K as many times more: an expert is the sum of its slices."""
+    def _units(self, ids_TK: torch.Tensor) -> torch.Tensor:
+        """What a token goes to, one for each column of its rows: every slice of its experts."""
         if self._shards == 1:
-            return expert_ids_TK, weights_TK
-        slices = torch.arange(self._shards, device=expert_ids_TK.device)
-        units_TKS = expert_ids_TK.unsqueeze(-1) * self._shards + slices
-        return units_TKS.flatten(1), weights_TK.repeat_interleave(self._shards, dim=1)
+            return ids_TK
+        slices = torch.arange(self._shards, device=ids_TK.device)
+        return (ids_TK.unsqueeze(-1) * self._shards + slices).flatten(1)
 
     def _allocate(self, max_rows: int) -> None:
         """Arenas for the worst step of those that may come now."""

@@ -6,12 +6,15 @@ import ctypes
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gateway.dispatch import Graph
 from mesh import wire
 from mesh.errors import Unavailable
 from mesh.plan import ExpertId
@@ -132,6 +135,10 @@ def test_a_token_goes_to_every_slice_of_its_experts(rig: Rig) -> None:
     y_TD = rig.dispatcher.dispatch(LAYER, x_TD, ids_TK, weights_TK).combine()
     factors_TK = (2 * (100.0 * LAYER) + 4 * ids_TK + 3) * weights_TK
     torch.testing.assert_close(y_TD, factors_TK.sum(dim=1, keepdim=True) * x_TD)
+    placed = rig.dispatcher.place(LAYER, 0, x_TD, ids_TK, weights_TK)
+    rig.dispatcher.begin_step(1)
+    rig.dispatcher.leave(placed, cast(Graph, SimpleNamespace(replay=lambda: None)))
+    torch.testing.assert_close(placed.combine(), y_TD)
     rig.workers[3].plane.stop()
     rig.transports["w3"].die()
     rig.dispatcher.poll()
