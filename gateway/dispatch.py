@@ -197,7 +197,8 @@ class Dispatcher:
         self._lending: Lending | None = None
         self._num_moves = 0
         self._looked_s = self._awake_since_s = time.monotonic()
-        self._shards = 0
+        self.shards = 0
+        """Slices of an expert, which :attr:`rows_by_expert` counts."""
         self._rows_by_expert: Counter[ExpertId] = Counter()
         self._cut(shards=1)
         if device.type == "cuda":
@@ -321,7 +322,7 @@ class Dispatcher:
     def _seat(self, micro_batch: int, layer: int, ids_TK: torch.Tensor) -> Seat | None:
         if self._asks is None:
             return None
-        num_rows = ids_TK.numel() * self._shards
+        num_rows = ids_TK.numel() * self.shards
         return self._asks.seat(micro_batch, layer, self._num_units, num_rows)
 
     def _send(
@@ -396,9 +397,9 @@ class Dispatcher:
         seat = self._seat(micro_batch, layer, ids_TK)
         if seat is not None:
             ids_TK = ids_TK.contiguous()
-            rows_TK = seat.place(x_TD, ids_TK, self._shards, self._frames.send_RD)
+            rows_TK = seat.place(x_TD, ids_TK, self.shards, self._frames.send_RD)
         else:
-            rows_TK = ids_TK.new_full((len(ids_TK), ids_TK.shape[1] * self._shards), -1)
+            rows_TK = ids_TK.new_full((len(ids_TK), ids_TK.shape[1] * self.shards), -1)
         return Placed(layer, micro_batch, x_TD, ids_TK, weights_TK, rows_TK, seat, self)
 
     def plan_of(self, placed: Placed) -> int:
@@ -780,9 +781,9 @@ class Dispatcher:
     def _give_up(self, pending: Pending, run: Run, reason: str) -> None:
         """Void the tokens that have a row in ``run``."""
         self._frames.reply_RD[run.start : run.start + run.num_rows] = 0
-        index, part = divmod(run.expert.index, self._shards)
-        if self._shards > 1:
-            reason = f"slice {part} of {self._shards}: {reason}"
+        index, part = divmod(run.expert.index, self.shards)
+        if self.shards > 1:
+            reason = f"slice {part} of {self.shards}: {reason}"
         error = ExpertUnavailable(
             run.expert.layer, index, reason, coming=self.peers.is_expected(run.expert)
         )
@@ -839,9 +840,9 @@ class Dispatcher:
 
     def _cut(self, shards: int) -> None:
         """Count in slices from here on, ``shards`` to an expert: all that was experts is units."""
-        if shards == self._shards:
+        if shards == self.shards:
             return
-        self._shards = shards
+        self.shards = shards
         self._num_units = self._num_experts * shards
         self._max_routed_rows = self._max_choices * shards
         if self._device.type == "cuda":
@@ -883,10 +884,10 @@ class Dispatcher:
 
     def _units(self, ids_TK: torch.Tensor) -> torch.Tensor:
         """What a token goes to, one for each column of its rows: every slice of its experts."""
-        if self._shards == 1:
+        if self.shards == 1:
             return ids_TK
-        slices = torch.arange(self._shards, device=ids_TK.device)
-        return (ids_TK.unsqueeze(-1) * self._shards + slices).flatten(1)
+        slices = torch.arange(self.shards, device=ids_TK.device)
+        return (ids_TK.unsqueeze(-1) * self.shards + slices).flatten(1)
 
     def _allocate(self, max_rows: int) -> None:
         """Arenas for the worst step of those that may come now."""
