@@ -27,13 +27,14 @@ step layer 120 -m cli.main bench layer --rows 1,8,32,128,512,2048,8192
 step peers 120 -m cli.main bench layer --workers 16 --experts 16 --top-k 2 --rows 32,128
 step overlap 120 -m benchmarks.overlap --rows 512,2048 --out "$OUT/overlap"
 step stages 150 -m benchmarks.stages --model one
-step one 400 -m benchmarks.papers --model one --out "$OUT/one"
-step plain 300 -m benchmarks.papers --model plain --out "$OUT/plain"
-step wide 300 -m benchmarks.papers --model wide --out "$OUT/wide"
-step deep 300 -m benchmarks.papers --model deep --layers 8 --out "$OUT/deep"
-step shared 400 -m benchmarks.papers --model shared --out "$OUT/shared"
-step colocated 500 -m benchmarks.papers --model colocated --out "$OUT/colocated"
-step many 500 -m benchmarks.papers --model many --layers 8 --out "$OUT/many"
+step slices 150 -m benchmarks.stages --model one --slices
+step one 450 -m benchmarks.papers --model one --out "$OUT/one"
+step plain 350 -m benchmarks.papers --model plain --out "$OUT/plain"
+step wide 350 -m benchmarks.papers --model wide --out "$OUT/wide"
+step deep 350 -m benchmarks.papers --model deep --layers 8 --out "$OUT/deep"
+step shared 450 -m benchmarks.papers --model shared --out "$OUT/shared"
+step colocated 550 -m benchmarks.papers --model colocated --out "$OUT/colocated"
+step many 550 -m benchmarks.papers --model many --layers 8 --out "$OUT/many"
 step serving 300 -m benchmarks.serving --model demo --model one --out "$OUT/serving"
 
 [ ${#failed[@]} -eq 0 ] || { printf 'failed: %s\n' "${failed[@]}"; exit 1; }

@@ -13,10 +13,12 @@ over the bandwidth that a copy reaches in the same run.
 ``plain``, ``wide`` and ``deep`` are the papers' three models, their experts two matrices; ``one``
 is the first with gated experts, which other systems have too. Each has an expert a GPU, as in the
 papers: on one GPU that is a dense model. ``many`` is their 16 x 16 with as many workers, which
-share the GPU under MPS. The baseline is *monolith* on one GPU; on n it is every TP x PP = n
-(``--side tp2pp2`` for one), a rank a GPU, and ours has n gateways (``--gateways``), each with its
-share of the sequences. With ``--device cpu`` everything runs small and in float32, ranks over gloo:
-``--model tiny --quick --device cpu --side ours --side tp2pp2``.
+share the GPU under MPS. *slices* is ours with every expert cut into as many slices as there are
+workers: worker w holds slice w of each, so that it reads a part of a chosen expert's bytes, as in
+TP. The baseline is *monolith* on one GPU; on n it is every TP x PP = n (``--side tp2pp2`` for one),
+a rank a GPU, and ours has n gateways (``--gateways``), each with its share of the sequences. With
+``--device cpu`` everything runs small and in float32, ranks over gloo:
+``--model tiny --quick --device cpu --side ours --side slices --side tp2pp2``.
 """
 
 from __future__ import annotations
@@ -52,13 +54,15 @@ from mesh.device import open_device
 from mesh.errors import ConfigError, MeshError
 from mesh.model_config import GroupedAttention
 
+OURS = ("ours", "slices", "two")
+
 
 def sides_on(gpus: int) -> list[str]:
     """What is worth comparing on so many: a model that one GPU holds is not spread over them."""
     if gpus < 2:
         return ["ours", "two", "monolith", "transformers"]
     splits = [split.name for split in Split.all_of(gpus)]
-    return ["ours", "two", *splits, f"transformers-tp{gpus}"]
+    return ["ours", "slices", "two", *splits, f"transformers-tp{gpus}"]
 
 
 def ours(
@@ -68,10 +72,11 @@ def ours(
     micro_batches: int,
     where: str,
     gateways: int = 1,
+    shards: int = 1,
 ) -> dict[str, Any]:
     """The mesh, its gateways data-parallel; one alone is in this process."""
     device, config = open_device(where), config_of(settings)
-    with workers_of(settings, workers, device, work.max_batch_tokens) as mesh:
+    with workers_of(settings, workers, device, work.max_batch_tokens, shards) as mesh:
         if gateways == 1:
             admit = partial(mesh.admit, "bench")
             with meshed(admit, config, device, work, micro_batches) as side:
@@ -216,8 +221,9 @@ def main(
     side: Annotated[
         list[str] | None,
         typer.Option(
-            help="ours, two (always two micro-batches), monolith, transformers, transformers-tp2, "
-            "a baseline such as tp2pp2; without, what there is to compare on so many GPUs."
+            help="ours, slices (of every expert one a worker), two (always two micro-batches), "
+            "monolith, transformers, transformers-tp2, a baseline such as tp2pp2; without, what "
+            "there is to compare on so many GPUs."
         ),
     ] = None,
     out: Annotated[
@@ -249,7 +255,7 @@ def main(
             torch.set_num_threads(1)  # the other sides' processes have one each, too
         (one,) = side or ()
         # Before this process has a context: it must be a client of the service like its workers.
-        alone = one in ("ours", "two")
+        alone = one in OURS
         settings, workers = model_of(model[0], device, layers)
         with mps.sharing() if alone else nullcontext(), torch.inference_mode():
             found = _measured(one, settings, workers, work, device, gateways)
@@ -306,8 +312,9 @@ def _measured(
     try:
         if side == "floor":
             return floors(settings, work)
-        if side in ("ours", "two"):
-            return ours(settings, workers, work, 1 if side == "ours" else 2, device, gateways)
+        if side in OURS:
+            micro_batches, shards = 2 if side == "two" else 1, workers if side == "slices" else 1
+            return ours(settings, workers, work, micro_batches, device, gateways, shards)
         if side in ("monolith", "transformers"):
             return (monolith if side == "monolith" else transformers)(settings, work, device)
         if side.startswith("transformers-tp"):

@@ -25,8 +25,10 @@ from expert_worker.expert_store import ExpertStore
 from mesh.checkpoint import INDEX_FILE, Checkpoint
 from mesh.config import resolve_dtype
 from mesh.device import open_device
+from mesh.errors import ConfigError
 from mesh.model_config import GroupedAttention, ModelConfig
 from mesh.plan import ExpertId
+from placement.rules import possible_shards
 
 _ADDS = re.compile(r"\.(o_proj|down_proj|w2)\.")
 _ADDED = 0.2
@@ -149,29 +151,38 @@ def config_of(settings: dict[str, Any]) -> ModelConfig:
 
 @contextmanager
 def workers_of(
-    settings: dict[str, Any], num_workers: int, device: torch.device, max_tokens: int
+    settings: dict[str, Any],
+    num_workers: int,
+    device: torch.device,
+    max_tokens: int,
+    shards: int = 1,
 ) -> Iterator[BenchWorkers]:
-    """Workers that hold every expert between them; on GPUs they take them in turn."""
+    """Workers that hold every expert between them, each cut into ``shards``; on GPUs they take them
+    in turn."""
     config = config_of(settings)
+    if shards not in possible_shards(config.num_experts, config.expert_hidden_size):
+        raise ConfigError(f"{config.num_experts} experts a layer cannot be cut into {shards} each")
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     orders = [
         {
             "settings": settings,
             "number": number,
             "of": num_workers,
+            "shards": shards,
             "device": f"cuda:{(number + 1) % gpus}" if gpus else "cpu",
         }
         for number in range(num_workers)
     ]
-    held = [_held(config, number, num_workers) for number in range(num_workers)]
+    held = [_held(config, shards, number, num_workers) for number in range(num_workers)]
     max_rows = min(65535, max_tokens * config.experts_per_token)
-    with bench_workers("benchmarks.random_model", orders, held, max_rows) as workers:
+    with bench_workers("benchmarks.random_model", orders, held, max_rows, shards) as workers:
         yield workers
 
 
-def _held(config: ModelConfig, number: int, of: int) -> list[ExpertId]:
-    """What worker ``number`` of so many holds."""
-    mine = range(number, config.num_experts, of)
+def _held(config: ModelConfig, shards: int, number: int, of: int) -> list[ExpertId]:
+    """What worker ``number`` of so many holds: every n-th unit, which is slice ``number`` of each
+    expert where there are as many slices as workers."""
+    mine = range(number, config.num_experts * shards, of)
     return [ExpertId(layer, index) for layer in config.moe_layers for index in mine]
 
 
@@ -179,15 +190,15 @@ def main() -> None:
     """One worker, until its standard input ends."""
     order = json.loads(sys.argv[1])
     config, device = config_of(order["settings"]), open_device(order["device"], behind=True)
-    dtype = dtype_on(device, config)
+    dtype, shards = dtype_on(device, config), order["shards"]
     checkpoint = checkpoint_on(device)
     store = ExpertStore(
-        lambda e: load_expert(checkpoint, config, e.layer, e.index, device, dtype),
+        lambda e: load_expert(checkpoint, config, e.layer, e.index, device, dtype, shards),
         expert_bytes=1,
         memory_bytes=1 << 40,
         worker_id=str(order["number"]),
     )
-    store.load(_held(config, order["number"], order["of"]))
+    store.load(_held(config, shards, order["number"], order["of"]))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
@@ -196,7 +207,7 @@ def main() -> None:
         hidden_size=config.hidden_size,
         dtype=dtype,
         device=device,
-        num_experts=config.num_experts,
+        num_experts=config.num_experts * shards,
         max_rows=order["max_rows"],
         threads=1,
     )

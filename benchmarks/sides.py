@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from array import array
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,7 +103,9 @@ class Side:
         experts: MeshExperts,
         work: Work,
         overlap_tokens: int | None = None,
+        shards: int = 1,
     ) -> None:
+        self._shards = shards
         self._config, self._work, self._experts = config, work, experts
         self._requests: dict[int, Request] = {}
         self._engine = Engine(
@@ -163,10 +165,10 @@ class Side:
         return Ran(list(self._requests), first_s, times, tokens, imbalance, kernels_us)
 
     def _imbalance(self, before: Mapping[ExpertId, int]) -> float | None:
-        layers: defaultdict[int, list[int]] = defaultdict(list)
-        for expert, rows in self._experts.rows_by_expert.items():
-            layers[expert.layer].append(rows - before.get(expert, 0))
-        busiest = [max(rows) / sum(rows) for rows in layers.values() if any(rows)]
+        layers: defaultdict[int, Counter[int]] = defaultdict(Counter)
+        for unit, rows in self._experts.rows_by_expert.items():
+            layers[unit.layer][unit.index // self._shards] += rows - before.get(unit, 0)
+        busiest = [max(rows.values()) / rows.total() for rows in layers.values() if rows.total()]
         return fmean(busiest) * self._config.num_experts if busiest else None
 
 
@@ -224,4 +226,5 @@ def meshed(
 
             decoder.use_graphs(DecodeGraphs(decoder, kv, dispatcher, work.max_len))
         served = GatewayConfig(device=device.type).overlap_tokens
-        yield Side(config, decoder, kv, dispatcher, work, 1 if micro_batches == 2 else served)
+        overlap = 1 if micro_batches == 2 else served
+        yield Side(config, decoder, kv, dispatcher, work, overlap, dispatcher.shards)

@@ -2,12 +2,13 @@
 
     python -m benchmarks.stages --model one
 
-Gateways and workers as in :mod:`benchmarks.papers`, whose *ours* this takes apart. Workers say when
-each dispatch went through its stages. What passes between a layer's last reply and the next layer's
-first dispatch is the gateway's; of its kernels, where there is a GPU, a profiler says more, in
-steps of their own, as it slows what it watches. Rows of two gateways that are computed apart cost
-both: *together* is the share of dispatches that were computed with another gateway's. All are
-means, so that they add up: layers times away and gateway, and once between, are a step.
+Gateways and workers as in :mod:`benchmarks.papers`, whose *ours* this takes apart, or its *slices*
+with ``--slices``. Workers say when each dispatch went through its stages. What passes between a
+layer's last reply and the next layer's first dispatch is the gateway's; of its kernels, where there
+is a GPU, a profiler says more, in steps of their own, as it slows what it watches. Rows of two
+gateways that are computed apart cost both: *together* is the share of dispatches that were computed
+with another gateway's. All are means, so that they add up: layers times away and gateway, and once
+between, are a step.
 """
 
 from __future__ import annotations
@@ -140,13 +141,13 @@ def _together(served: Iterable[Served]) -> float:
 
 
 def measured(
-    settings: dict[str, Any], workers: int, work: Work, where: str, gateways: int
+    settings: dict[str, Any], workers: int, work: Work, where: str, gateways: int, shards: int
 ) -> dict[str, Any]:
     """By batch: the stages, and where there is a GPU each kernel's microseconds a step."""
     device = open_device(where)
     found: dict[str, Any] = {}
     with (
-        workers_of(settings, workers, device, work.max_batch_tokens) as mesh,
+        workers_of(settings, workers, device, work.max_batch_tokens, shards) as mesh,
         gateways_of(mesh, settings, work, 1, device.type, gateways) as run,
     ):
         for batch in work.batches:
@@ -196,6 +197,9 @@ def main(
     quick: Annotated[bool, typer.Option(help="Small, to see that it runs.")] = False,
     layers: Annotated[int, typer.Option(min=0, help="Fewer than the model has; 0: all.")] = 0,
     gateways: Annotated[int, typer.Option(min=0, help="0: one a GPU, on a CPU two.")] = 0,
+    slices: Annotated[
+        bool, typer.Option("--slices", help="Of every expert one a worker, not whole experts.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Take the decoding of one model apart, and print a table."""
@@ -206,7 +210,8 @@ def main(
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     settings, workers = model_of(model, device, layers)
     with mps.sharing(), torch.inference_mode():
-        found = measured(settings, workers, work, device, gateways or gpus or 2)
+        shards = workers if slices else 1
+        found = measured(settings, workers, work, device, gateways or gpus or 2, shards)
     if as_json:
         print(json.dumps({model: found}))
     else:

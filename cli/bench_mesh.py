@@ -86,11 +86,13 @@ def children(module: str, orders: Sequence[Mapping[str, Any]]) -> Iterator[list[
 
 @dataclass(frozen=True)
 class BenchWorkers:
-    """Workers, each of which holds what ``held`` says of it."""
+    """Workers, each of which holds what ``held`` says of it: experts, or slices of them where each
+    is cut into ``shards``."""
 
     children: Sequence[Child]
     held: Sequence[Sequence[ExpertId]]
     max_rows: int
+    shards: int = 1
     gateways: dict[tuple[int, int], str] = field(default_factory=dict)
     """Who was admitted, by the number of a worker and the session there."""
 
@@ -107,7 +109,7 @@ class BenchWorkers:
         from protos import engine_pb2 as pb
         from protos import placement_pb2
 
-        routing = pb.Routing(epoch=1)
+        routing = pb.Routing(epoch=1, expert_shards=self.shards)
         for number, (child, held) in enumerate(zip(self.children, self.held, strict=True)):
             worker = self._addresses[number]
             who = {"gateway": gateway, "address": address.hex(), "session": number}
@@ -138,10 +140,11 @@ def bench_workers(
     orders: Sequence[Mapping[str, Any]],
     held: Sequence[Sequence[ExpertId]],
     max_rows: int,
+    shards: int = 1,
 ) -> Iterator[BenchWorkers]:
     """A worker for each order. They end with the block."""
     with children(module, [{**order, "max_rows": max_rows} for order in orders]) as started:
-        yield BenchWorkers(started, held, max_rows)
+        yield BenchWorkers(started, held, max_rows, shards)
 
 
 @contextmanager

@@ -129,12 +129,13 @@ class Seat:
         """Of the experts, those that have replicas."""
         self.num_uses = 0
 
-    def place(self, x_TD: Tensor, ids_TK: Tensor, send_ND: Tensor) -> Tensor:
-        """What a graph ends with: rows to the arena, counts to the host. Returns where each
-        row will be, ``rows_TK``."""
+    def place(self, x_TD: Tensor, ids_TK: Tensor, shards: int, send_ND: Tensor) -> Tensor:
+        """What a graph ends with: rows to the arena, one for each of the ``shards`` slices of an
+        expert, and counts to the host. Returns where each row will be, ``rows_TK``."""
         from gateway import gpu_kernels
 
-        rows_TK = self.rows_TK(ids_TK.shape)
+        num_tokens, num_choices = ids_TK.shape
+        rows_TK = self.rows_TK(torch.Size((num_tokens, num_choices * shards)))
         gpu_kernels.place(x_TD, ids_TK, self.tables.words, send_ND, rows_TK, self.counts_E)
         return rows_TK
 

@@ -1,7 +1,8 @@
 """Dispatch and combine: rows out to experts, rows back, weighted and summed.
 
 Legend: T tokens of a micro-batch, K experts a token, R = T x K routed rows, E experts of a
-layer, D hidden size, F rows of a frame. Where experts are cut, K and E count slices.
+layer, D hidden size, F rows of a frame. Where experts are cut into n slices, E counts slices, and
+rows are R = T x K x n: ``rows_TK`` has n columns for each choice of ``ids_TK`` and ``weights_TK``.
 
 A frame (:mod:`gateway.frames`) keeps its rows until they are answered: sending them again, to
 another worker, is posting the same rows under another header, once the transport has let go of
@@ -40,6 +41,8 @@ log = structlog.get_logger()
 
 _SPARE_FRAMES = 8
 """For rows that are sent again before their first attempt has ended."""
+LONE_ROWS = 2048
+"""Of one expert, from here on: one dense product is quicker than its part of a grouped one."""
 _LOOK_INTERVAL_S = 0.02
 """How often to look for what is overdue while replies are awaited."""
 STUCK_PATIENCE_S = 2.0
@@ -196,7 +199,8 @@ class Dispatcher:
         self._lending: Lending | None = None
         self._num_moves = 0
         self._looked_s = self._awake_since_s = time.monotonic()
-        self._shards = 0
+        self.shards = 0
+        """Slices of an expert, which :attr:`rows_by_expert` counts."""
         self._rows_by_expert: Counter[ExpertId] = Counter()
         self._cut(shards=1)
         if device.type == "cuda":
@@ -311,7 +315,7 @@ class Dispatcher:
         micro_batch = self._micro_batch(layer)
         seat = self._seat(micro_batch, layer, ids_TK)
         if seat is None or not x_TD.is_cuda:
-            return self._send(layer, micro_batch, x_TD, *self._units(ids_TK, weights_TK))
+            return self._send(layer, micro_batch, x_TD, ids_TK, weights_TK)
         seat.asks.prepare(seat)
         placed = self.place(layer, micro_batch, x_TD.contiguous(), ids_TK, weights_TK)
         self._leave(placed, seat, [])
@@ -320,7 +324,7 @@ class Dispatcher:
     def _seat(self, micro_batch: int, layer: int, ids_TK: torch.Tensor) -> Seat | None:
         if self._asks is None:
             return None
-        num_rows = ids_TK.numel() * self._shards
+        num_rows = ids_TK.numel() * self.shards
         return self._asks.seat(micro_batch, layer, self._num_units, num_rows)
 
     def _send(
@@ -334,7 +338,7 @@ class Dispatcher:
         pending = Pending(self, micro_batch, weights_TK)
         self._calls[layer] += 1
         self._away.append(pending)
-        laid = self.layout.sort(micro_batch, ids_TK, self._num_units)
+        laid = self.layout.sort(micro_batch, self._units(ids_TK), self._num_units)
         messages = [
             (peer, runs)
             for peer, counts in self.peers.group(layer, laid.counts()).items()
@@ -393,12 +397,11 @@ class Dispatcher:
         """The part of a dispatch that the device does for itself. A graph can end with it; then
         it is to be called while that is captured, and once before."""
         seat = self._seat(micro_batch, layer, ids_TK)
-        ids_TK, weights_TK = self._units(ids_TK, weights_TK)
         if seat is not None:
             ids_TK = ids_TK.contiguous()
-            rows_TK = seat.place(x_TD, ids_TK, self._frames.send_RD)
+            rows_TK = seat.place(x_TD, ids_TK, self.shards, self._frames.send_RD)
         else:
-            rows_TK = torch.full_like(ids_TK, -1)
+            rows_TK = ids_TK.new_full((len(ids_TK), ids_TK.shape[1] * self.shards), -1)
         return Placed(layer, micro_batch, x_TD, ids_TK, weights_TK, rows_TK, seat, self)
 
     def plan_of(self, placed: Placed) -> int:
@@ -509,16 +512,19 @@ class Dispatcher:
     def _place(
         self, pending: Pending, counts: list[tuple[ExpertId, int]]
     ) -> Iterable[tuple[Run, ...]]:
-        """Lay one worker's rows into frames; the runs of each frame are one message."""
+        """Lay one worker's rows into frames, as the runs of each message: those of a frame, but
+        that what is large goes alone."""
         runs: list[Run] = []
         start = stop = 0
-        for expert, count in counts:
+        # A message of several has its counts ahead of it, as a frame begins: large ones are last.
+        for expert, count in sorted(counts, key=lambda of_expert: of_expert[1] >= LONE_ROWS):
             self._rows_by_expert[expert] += count
+            alone = count >= LONE_ROWS
             while count:
+                if runs and (alone or start == stop):
+                    yield tuple(runs)
+                    runs = []
                 if start == stop:
-                    if runs:
-                        yield tuple(runs)
-                        runs = []
                     frame = self._frames.take()
                     pending.frames.append(frame)
                     start, stop = self._frames.rows_of(frame)
@@ -780,9 +786,9 @@ class Dispatcher:
     def _give_up(self, pending: Pending, run: Run, reason: str) -> None:
         """Void the tokens that have a row in ``run``."""
         self._frames.reply_RD[run.start : run.start + run.num_rows] = 0
-        index, part = divmod(run.expert.index, self._shards)
-        if self._shards > 1:
-            reason = f"slice {part} of {self._shards}: {reason}"
+        index, part = divmod(run.expert.index, self.shards)
+        if self.shards > 1:
+            reason = f"slice {part} of {self.shards}: {reason}"
         error = ExpertUnavailable(
             run.expert.layer, index, reason, coming=self.peers.is_expected(run.expert)
         )
@@ -839,9 +845,9 @@ class Dispatcher:
 
     def _cut(self, shards: int) -> None:
         """Count in slices from here on, ``shards`` to an expert: all that was experts is units."""
-        if shards == self._shards:
+        if shards == self.shards:
             return
-        self._shards = shards
+        self.shards = shards
         self._num_units = self._num_experts * shards
         self._max_routed_rows = self._max_choices * shards
         if self._device.type == "cuda":
@@ -881,15 +887,12 @@ class Dispatcher:
                 spin_s=self._spin_s,
             )
 
-    def _units(
-        self, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a token goes to, with K as many times more: an expert is the sum of its slices."""
-        if self._shards == 1:
-            return expert_ids_TK, weights_TK
-        slices = torch.arange(self._shards, device=expert_ids_TK.device)
-        units_TKS = expert_ids_TK.unsqueeze(-1) * self._shards + slices
-        return units_TKS.flatten(1), weights_TK.repeat_interleave(self._shards, dim=1)
+    def _units(self, ids_TK: torch.Tensor) -> torch.Tensor:
+        """What a token goes to, one for each column of its rows: every slice of its experts."""
+        if self.shards == 1:
+            return ids_TK
+        slices = torch.arange(self.shards, device=ids_TK.device)
+        return (ids_TK.unsqueeze(-1) * self.shards + slices).flatten(1)
 
     def _allocate(self, max_rows: int) -> None:
         """Arenas for the worst step of those that may come now."""

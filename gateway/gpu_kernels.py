@@ -1,6 +1,8 @@
 """Kernels in Triton around the experts: sort, scatter, combine. Imported only on a GPU.
 
-Legend: T tokens, K experts a token, R = T x K routed rows, E experts, D hidden size.
+Legend: T tokens, K experts a token, R = T x K routed rows, E experts, D hidden size. Where experts
+are cut into n slices (SHARDS), E counts slices, R = T x K x n, and ``rows_TK`` has n columns for
+each choice: routed row r is for slice r % n of choice r // n.
 """
 
 from __future__ import annotations
@@ -121,7 +123,8 @@ def _combine_kernel(
     normed_out,
     width,
     eps: tl.constexpr,
-    CHOICES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SHARDS: tl.constexpr,
     BLOCK: tl.constexpr,
     RESIDUAL: tl.constexpr,
     NORM: tl.constexpr,
@@ -131,9 +134,9 @@ def _combine_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     total = tl.zeros([BLOCK], dtype=tl.float32)
-    for choice in tl.static_range(CHOICES):
-        row = tl.load(rows + token * CHOICES + choice)
-        weight = tl.load(weights + token * CHOICES + choice)
+    for each in tl.static_range(COLUMNS):
+        row = tl.load(rows + token * COLUMNS + each)
+        weight = tl.load(weights + token * (COLUMNS // SHARDS) + each // SHARDS)
         value = tl.load(reply + row * width + column, mask=inside & (row >= 0), other=0.0)
         total += tl.where(row >= 0, value.to(tl.float32) * weight, 0.0)
     if RESIDUAL:
@@ -155,8 +158,9 @@ def combine(
     reply_RD: Tensor, rows_TK: Tensor, weights_TK: Tensor, residual_TD: Tensor | None = None
 ) -> Tensor:
     """The weighted sum of each token's rows, in float32 and in order of K, as y_TD; with a
-    residual, that plus the rounded sum."""
-    (num_tokens, num_choices), width = rows_TK.shape, reply_RD.shape[1]
+    residual, that plus the rounded sum. Slices have the weight of their expert."""
+    (num_tokens, num_rows), width = rows_TK.shape, reply_RD.shape[1]
+    shards = num_rows // weights_TK.shape[1]
     out_TD = reply_RD.new_empty(num_tokens, width)
     columns, block = _columns_of(width)
     more_TD = reply_RD if residual_TD is None else residual_TD
@@ -164,7 +168,7 @@ def combine(
         (num_tokens, columns),
         (reply_RD, rows_TK, weights_TK, more_TD, out_TD, out_TD, out_TD),
         fixed=(width,),
-        constants=(0.0, num_choices, block, residual_TD is not None, False),
+        constants=(0.0, num_rows, shards, block, residual_TD is not None, False),
     )
     return out_TD
 
@@ -174,12 +178,13 @@ def combine_and_norm(
 ) -> tuple[Tensor, Tensor]:
     """The same with a residual, and the norm of that."""
     out_TD, normed_TD = torch.empty_like(residual_TD), torch.empty_like(residual_TD)
-    num_choices, width = rows_TK.shape[1], reply_RD.shape[1]
+    (num_tokens, num_rows), width = rows_TK.shape, reply_RD.shape[1]
+    shards, block = num_rows // weights_TK.shape[1], triton.next_power_of_2(width)
     _launch_combine_and_norm(
-        (len(rows_TK), 1),
+        (num_tokens, 1),
         (reply_RD, rows_TK, weights_TK, residual_TD, out_TD, norm.weight_D, normed_TD),
         fixed=(width,),
-        constants=(norm.eps, num_choices, triton.next_power_of_2(width), True, True),
+        constants=(norm.eps, num_rows, shards, block, True, True),
     )
     return out_TD, normed_TD
 
@@ -214,6 +219,12 @@ def write_headers(headers_ME: Tensor, send_ND: Tensor) -> None:
     )
 
 
+@triton.jit
+def _unit(ids, row, num_rows, nobody, SHARDS: tl.constexpr):
+    expert = tl.load(ids + row // SHARDS, mask=row < num_rows, other=nobody).to(tl.int32)
+    return expert * SHARDS + row % SHARDS
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _place_kernel(
     x,
@@ -224,10 +235,11 @@ def _place_kernel(
     rows,
     counts,
     num_rows,
-    num_choices,
+    rows_per_token,
     num_experts,
     width,
     words_per_row,
+    SHARDS: tl.constexpr,
     ROWS: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -237,7 +249,7 @@ def _place_kernel(
     groups = tables + 1
     lane = tl.arange(0, ROWS)
     if program < num_rows:
-        mine = tl.load(ids + program).to(tl.int32)
+        mine = _unit(ids, program, num_rows, num_experts, SHARDS)
         known = mine < num_experts
         group = tl.load(groups + mine, mask=known, other=-1)
         first = tl.load(groups + num_experts + mine, mask=known, other=0)
@@ -245,8 +257,7 @@ def _place_kernel(
         before = tl.zeros([ROWS], dtype=tl.int32)
         for start in range(0, num_rows, ROWS):
             other_row = start + lane
-            other = tl.load(ids + other_row, mask=other_row < num_rows, other=1 << 30)
-            other = other.to(tl.int32)
+            other = _unit(ids, other_row, num_rows, num_experts, SHARDS)
             with_mine = tl.load(groups + other, mask=other < num_experts, other=-1) == group
             ahead = (other < mine) | ((other == mine) & (other_row < program))
             before += (with_mine & ahead).to(tl.int32)
@@ -257,7 +268,7 @@ def _place_kernel(
         if row >= 0:
             column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
             inside = column < width
-            token = (program // num_choices).to(tl.int64)
+            token = (program // rows_per_token).to(tl.int64)
             value = tl.load(x + token * width + column, mask=inside)
             tl.store(send + row * width + column, value, mask=inside)
     elif tl.program_id(1) == 0:
@@ -266,8 +277,8 @@ def _place_kernel(
         count = tl.zeros([EXPERTS], dtype=tl.int32)
         for start in range(0, num_rows, ROWS):
             other_row = start + lane
-            other = tl.load(ids + other_row, mask=other_row < num_rows, other=1 << 30)
-            same = other.to(tl.int32)[None, :] == expert[:, None]
+            other = _unit(ids, other_row, num_rows, num_experts, SHARDS)
+            same = other[None, :] == expert[:, None]
             count += tl.sum(same.to(tl.int32), axis=1)
         tl.store(counts + expert, count, mask=is_one)
         its_group = tl.load(groups + expert, mask=is_one, other=-1)
@@ -291,12 +302,14 @@ def place(
     counts_E: Tensor,
 ) -> None:
     """Copy each token to where the ``tables`` (see :class:`gateway.asking.Tables`) have its K
-    experts find it, with the counts of messages for several experts ahead of them.
+    experts find it, or every slice of them, with the counts of messages for several ahead of them.
 
     ``rows_TK`` (int64) gets the row of each, -1 for what has none, and ``counts_E`` (int32, also
-    in pinned memory of the host) how many each expert has. An id past the experts is nobody's.
+    in pinned memory of the host) how many each expert or slice has. An id past the experts is
+    nobody's.
     """
-    num_rows, num_experts, width = ids_TK.numel(), len(counts_E), x_TD.shape[1]
+    num_rows, num_experts, width = rows_TK.numel(), len(counts_E), x_TD.shape[1]
+    rows_per_token = rows_TK.shape[1]
     # Each part of a row compares all over again: few parts where there is much to compare.
     columns, block = _columns_of(width, 1024 if num_rows <= 512 else 4096)
     compared = min(256, max(16, 1 << (num_rows - 1).bit_length()))
@@ -304,6 +317,6 @@ def place(
         (num_rows - (-num_experts // _EXPERTS), columns),
         (x_TD, ids_TK, tables, send_ND, send_ND.view(torch.int32), rows_TK, counts_E),
         varying=(num_rows,),
-        fixed=(ids_TK.shape[1], num_experts, width, width * send_ND.itemsize // 4),
-        constants=(compared, _EXPERTS, block),
+        fixed=(rows_per_token, num_experts, width, width * send_ND.itemsize // 4),
+        constants=(rows_per_token // ids_TK.shape[1], compared, _EXPERTS, block),
     )

@@ -1,7 +1,8 @@
 """Routed rows between their tokens and the arenas: in order of expert out, weighted sums back.
 
 Legend: T tokens, K experts a token, R = T x K routed rows, E experts of a layer, D hidden size,
-N arena rows.
+N arena rows. Where experts are cut into n slices, E counts slices, and ``ids_TK`` and ``rows_TK``
+have n columns for each of ``weights_TK``.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Layout(Protocol):
     def sort(self, micro_batch: int, ids_TK: Tensor, num_experts: int) -> Sorted: ...
 
     def combine(self, reply_ND: Tensor, rows_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """``y_TD``: summed in float32 and in order of K, in the dtype of the replies."""
+        """``y_TD``: summed in float32 and in order of K, in the dtype of the replies. Every slice
+        of an expert has the expert's weight."""
         ...
 
 
@@ -88,6 +90,8 @@ class CpuLayout:
     def combine(self, reply_ND: Tensor, rows_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """See :class:`Layout`."""
         tokens, per_token = rows_TK.shape
+        if per_token != weights_TK.shape[1]:
+            weights_TK = weights_TK.repeat_interleave(per_token // weights_TK.shape[1], dim=1)
         if reply_ND.dtype != torch.float32:
             y_TKD = reply_ND.index_select(0, rows_TK.view(-1)).view(tokens, per_token, -1)
             return (y_TKD * weights_TK.unsqueeze(-1)).sum(dim=1).to(reply_ND.dtype)

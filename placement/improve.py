@@ -5,7 +5,8 @@ Both are local searches from what is there, so that few moves do most of the goo
 - in a layer, the replica that is missed least makes way for one of the expert that is busiest per
   worker, as long as that lowers the busiest;
 - a worker swaps an expert for a less busy one of the same layer with a worker where rows cost
-  less (:meth:`Seating.price_W`), or moves it to one that the layer leaves empty.
+  less (:meth:`Seating.price_W`), or moves it to one that the layer leaves empty; but never so that
+  slices of one expert come closer together.
 """
 
 from __future__ import annotations
@@ -172,6 +173,8 @@ def _try_swap(seating: Seating, g: int, own_seat: int, seat: int) -> int:
     if back != EMPTY and (
         worker in seating.holders[g][back] or _new_conflict(seating, g, back, worker, other)
     ):
+        return 0
+    if seating.rules.shards > 1 and seating.apart_S(g, own_seat)[seat] < 0:
         return 0
     seating.swap(g, own_seat, seat)
     return 1 if back == EMPTY else 2

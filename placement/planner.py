@@ -17,6 +17,10 @@ seated if and only if every j of them can, sum over workers of min(c, K j) >= E 
 concave in j and zero at j = 0, so that j = R decides. Hence this layer may take
 ``sum of min(c, K R) - E R`` seats that are not free; dummy rows occupy the others.
 
+Slices of one expert are to be on different workers. An assignment prices single seats and cannot
+say that, so that behind it slices that are new where they sit change places, which leaves crowding
+and memory as they are.
+
 What lives stays where it is: only what has no home is seated, the same way, and only if the
 memory of the others leaves it no seat are the layers solved anew, at a price for every move. Then
 workers that a layer leaves empty take replicas of its busiest experts. To move what lives for the
@@ -26,6 +30,7 @@ sake of balance takes a :class:`~placement.improve.Budget`.
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
@@ -41,6 +46,8 @@ from placement.seating import EMPTY, Seating
 _MOVE_PRICE = 1e7
 """Nothing that lives is moved but to seat what has no home."""
 _CROWDING_PRICE = 1e4
+_BESIDE_PRICE = 3e3
+"""Of a seat beside another slice of the same expert: below crowding, above what a link saves."""
 _HOMELESS_PRICE = 1e10
 _BARRED_PRICE = 1e9
 """Of a seat that its unit is not to have: above everything but having none."""
@@ -79,9 +86,12 @@ def plan(
         raise PlacementError(short)
     seating = Seating(rules, workers, traffic or {}, barred or {})
     seating.keep(homes or {})
+    living = [[tuple(at) for at in holders] for holders in seating.holders]
     is_new = not any(at for holders in seating.holders for at in holders)
     if is_new or not _seat_homeless(seating):
         seating = _seat_anew(seating, traffic or {}, barred or {}, bool(short), max_replicas)
+    if rules.shards > 1:
+        _spread(seating, living)
     _trim(seating, max_replicas)
     seating.keep_replicas(residents or {}, max_replicas)
     _replicate(seating, max_replicas)
@@ -146,6 +156,9 @@ def _seat_homeless_of(
     price += np.where(seating.doubted_W[column_w], _DOUBT_PRICE, 0.0)
     weights = seating.weight_GN[group, homeless]
     table = weights[:, None] * seating.price_W()[column_w] + price
+    if seating.rules.shards > 1:
+        experts = np.array(homeless) // seating.rules.shards
+        table += _BESIDE_PRICE * seating.slices_EW(group)[experts][:, column_w]
     for row, unit in enumerate(homeless):
         table[row, np.isin(column_w, list(seating.barred.get((group, unit), ())))] += _BARRED_PRICE
     if len(homeless) > len(columns):
@@ -213,6 +226,43 @@ def _seat_anew(
                 if free and seating.holders[g][i]:
                     seating.put(g, i, w)
     return seating
+
+
+def _spread(seating: Seating, living: Sequence[Sequence[Sequence[int]]]) -> None:
+    """Have slices that are new where they sit change places within a layer, so that those of one
+    expert are on different workers: together, they take as long as the expert uncut."""
+    for g, holders in enumerate(seating.holders):
+        slices_EW = seating.slices_EW(g)
+        if seating.seats == 1 or slices_EW.max() < 2:
+            continue
+        worker_S = np.arange(seating.unit_GS.shape[1]) // seating.seats
+        is_new_S = np.array(
+            [
+                unit != EMPTY and holders[unit] == [w] and w not in living[g][unit]
+                for unit, w in zip(seating.unit_GS[g].tolist(), worker_S.tolist(), strict=True)
+            ]
+        )
+        barred_NW = np.zeros((seating.num_units, len(seating.workers)), dtype=np.bool_)
+        for i in range(seating.num_units):
+            barred_NW[i, list(seating.barred.get((g, i), ()))] = True
+        seats = deque(np.flatnonzero(is_new_S).tolist())
+        while seats:
+            seat = seats.popleft()
+            unit, worker = int(seating.unit_GS[g, seat]), seat // seating.seats
+            if slices_EW[unit // seating.rules.shards, worker] < 2:
+                continue
+            unit_S = seating.unit_GS[g]
+            may_S = is_new_S & ~barred_NW[unit, worker_S] & ~barred_NW[unit_S, worker]
+            apart_S = np.where(may_S, seating.apart_S(g, seat), 0)
+            most = int(apart_S.max())
+            if most <= 0:
+                continue
+            best = np.flatnonzero(apart_S == most)
+            weight_N = seating.weight_GN[g]
+            other = int(best[np.abs(weight_N[unit_S[best]] - weight_N[unit]).argmin()])
+            seating.swap(g, seat, other)
+            slices_EW = seating.slices_EW(g)
+            seats += [seat, other]
 
 
 def _expected_holders(seating: Seating, max_replicas: int) -> np.ndarray:

@@ -133,6 +133,26 @@ class Seating:
             for holder in self.holders[group][unit]
         )
 
+    def slices_EW(self, group: int) -> np.ndarray:
+        """How many slices of each expert of a group each worker has."""
+        counts_EW = np.zeros((self.num_units // self.rules.shards, len(self.workers)), np.int64)
+        seats = np.flatnonzero(self.unit_GS[group] != EMPTY)
+        expert_of = self.unit_GS[group, seats] // self.rules.shards
+        np.add.at(counts_EW, (expert_of, seats // self.seats), 1)
+        return counts_EW
+
+    def apart_S(self, group: int, seat: int) -> np.ndarray:
+        """By seat: how much further apart the slices of experts would be if what sits on ``seat``
+        and there changed places, as half of what the sum of :meth:`slices_EW` squared loses."""
+        slices_EW = self.slices_EW(group)
+        expert_S = self.unit_GS[group] // self.rules.shards  # of EMPTY that is EMPTY
+        worker_S = np.arange(len(expert_S)) // self.seats
+        expert, worker = expert_S[seat], worker_S[seat]
+        away_S = slices_EW[expert, worker] - slices_EW[expert, worker_S] - 1
+        back_S = slices_EW[expert_S, worker_S] - slices_EW[expert_S, worker] - 1
+        apart_S = away_S + np.where(expert_S == EMPTY, 0, back_S)
+        return np.where((expert_S == expert) | (worker_S == worker), 0, apart_S)
+
     def keep(self, homes: Mapping[str, Collection[ExpertId]]) -> None:
         """Seat what lives already where it does, as far as the rules go: of every unit one home
         first, those that have no choice before the others; then replicas, where they crowd nobody.

@@ -27,7 +27,13 @@ class Layer:
     """A layer of a micro-batch, as it is captured: its tensors stay where they are."""
 
     def __init__(
-        self, dispatcher: Dispatcher, layer: int, micro_batch: int, num_tokens: int, k: int = 2
+        self,
+        dispatcher: Dispatcher,
+        layer: int,
+        micro_batch: int,
+        num_tokens: int,
+        k: int = 2,
+        shards: int = 1,
     ) -> None:
         self.dispatcher = dispatcher
         self.x_TD = torch.zeros(num_tokens, HIDDEN_SIZE)
@@ -35,9 +41,10 @@ class Layer:
         self.weights_TK = torch.zeros(num_tokens, k)
         asks = dispatcher._asks
         assert asks is not None
-        seat = asks.seat(micro_batch, layer, NUM_EXPERTS, self.ids_TK.numel())
+        units, rows_per_token = NUM_EXPERTS * shards, k * shards
+        seat = asks.seat(micro_batch, layer, units, num_tokens * rows_per_token)
         assert seat is not None
-        rows_TK = seat.rows_TK(self.ids_TK.shape)
+        rows_TK = seat.rows_TK(torch.Size((num_tokens, rows_per_token)))
         self.placed = Placed(
             layer, micro_batch, self.x_TD, self.ids_TK, self.weights_TK, rows_TK, seat, dispatcher
         )
@@ -48,9 +55,10 @@ class Layer:
             send=dispatcher.arenas[0].data_ptr(),
             rows=rows_TK.data_ptr(),
             counts=seat.counts_E.data_ptr(),
-            num_rows=self.ids_TK.numel(),
-            num_choices=k,
-            num_experts=NUM_EXPERTS,
+            num_rows=rows_TK.numel(),
+            rows_per_token=rows_per_token,
+            num_shards=shards,
+            num_experts=units,
             width=HIDDEN_SIZE,
         )
         self.graph = Graph(places=ctypes.pointer(self.placing))

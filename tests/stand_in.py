@@ -24,7 +24,8 @@ class Placing(Structure):
         ("rows", c_void_p),
         ("counts", c_void_p),
         ("num_rows", c_int64),
-        ("num_choices", c_int64),
+        ("rows_per_token", c_int64),
+        ("num_shards", c_int64),
         ("num_experts", c_int64),
         ("width", c_int64),
     ]

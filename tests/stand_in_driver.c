@@ -18,7 +18,7 @@ typedef struct {
     float *send;
     int64_t *rows;
     int32_t *counts;
-    int64_t num_rows, num_choices, num_experts, width;
+    int64_t num_rows, rows_per_token, num_shards, num_experts, width;
 } placing;
 
 /* Rows of several experts, and the counts ahead of them, which go to the host too. */
@@ -77,24 +77,30 @@ int32_t cuGraphLaunch(void *given, void *stream) {
     return READY;
 }
 
+static int64_t unit(const placing *p, int64_t n) {
+    return p->ids[n / p->num_shards] * p->num_shards + n % p->num_shards;
+}
+
 static void place(const placing *p) {
     int64_t experts = p->num_experts;
     const int32_t *group = p->tables + 1, *first = group + experts, *limit = first + experts;
     const int32_t *header = limit + experts, *owner = header + experts;
     memset(p->counts, 0, sizeof *p->counts * (size_t)experts);
     for (int64_t n = 0; n < p->num_rows; n++) {
-        int64_t mine = p->ids[n], row = -1;
+        int64_t mine = unit(p, n), row = -1;
         if (mine < experts) {
             p->counts[mine]++;
             if (group[mine] >= 0) row = first[mine];
         }
-        for (int64_t other = 0; row >= 0 && other < p->num_rows; other++)
-            row += p->ids[other] < experts && group[p->ids[other]] == group[mine] &&
-                   (p->ids[other] < mine || (p->ids[other] == mine && other < n));
+        for (int64_t m = 0; row >= 0 && m < p->num_rows; m++) {
+            int64_t other = unit(p, m);
+            row += other < experts && group[other] == group[mine] &&
+                   (other < mine || (other == mine && m < n));
+        }
         if (row >= 0 && row >= limit[mine]) row = -1;
         p->rows[n] = row;
         if (row >= 0)
-            memcpy(p->send + row * p->width, p->x + n / p->num_choices * p->width,
+            memcpy(p->send + row * p->width, p->x + n / p->rows_per_token * p->width,
                    sizeof *p->x * (size_t)p->width);
     }
     for (int32_t n = 0; n < p->tables[0]; n++) {

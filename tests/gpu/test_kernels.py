@@ -375,6 +375,59 @@ def test_rows_are_placed_by_the_tables(
     assert arena_RD[starts[0] : starts[0] + header].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "choices", "experts", "shards"), [(1, 2, 4, 2), (9, 8, 20, 3), (40, 2, 8, 8)]
+)
+def test_rows_go_to_every_slice_of_an_expert_and_are_summed_with_its_weight(
+    tokens: int, choices: int, experts: int, shards: int, dtype: torch.dtype
+) -> None:
+    """Slice s of every expert is on worker s; of the last worker there is nothing."""
+    width, frame, header, units = 1100, 2 + tokens * choices, 2, experts * shards
+    groups = [s if s < shards - 1 else -1 for _ in range(experts) for s in range(shards)]
+    starts = [frame * s for s in range(shards - 1)]
+    tables = Tables(units, torch.device(DEVICE))
+    firsts, limits = [n + header for n in starts], [n + frame for n in starts]
+    tables.write(groups, firsts, limits, range(shards - 1), header)
+    arena_RD = torch.full(((shards - 1) * frame, width), torch.nan, dtype=dtype, device=DEVICE)
+    x_TD = torch.randn(tokens, width, dtype=dtype, device=DEVICE)
+    ids_TK = torch.rand(tokens, experts, device=DEVICE).topk(choices).indices
+    ids_TK[-1, -1] = experts  # of nobody: such pad a batch
+    rows_TK = ids_TK.new_empty(tokens, choices * shards)
+    counts_E = torch.empty(units, dtype=torch.int32, pin_memory=DEVICE == "cuda")
+    place(x_TD, ids_TK, tables.words, arena_RD, rows_TK, counts_E)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+    ids_R, there_TK = ids_TK.view(-1), ids_TK < experts
+    counts = torch.bincount(ids_R, minlength=experts + 1)[:experts]
+    assert torch.equal(counts_E.long(), counts.cpu().repeat_interleave(shards))
+    place_R = torch.empty_like(ids_R)
+    place_R[ids_R.argsort(stable=True)] = torch.arange(len(ids_R), device=DEVICE)
+    words = arena_RD.view(torch.int32)
+    for s, start in enumerate(starts):
+        rows_of_slice_TK = rows_TK[:, s::shards]
+        want_TK = torch.where(there_TK, start + header + place_R.view_as(ids_TK), -1)
+        assert torch.equal(rows_of_slice_TK, want_TK)
+        of_slice_TKD = x_TD[:, None].expand(-1, choices, -1)[there_TK]
+        assert torch.equal(arena_RD[rows_of_slice_TK[there_TK]], of_slice_TKD)
+        header_E = words[start : start + header].view(-1)[:units].view(experts, shards)
+        assert torch.equal(header_E[:, s].long(), counts)
+        assert header_E.sum() == counts.sum()
+    assert (rows_TK[:, shards - 1 :: shards] == -1).all()
+
+    weights_TK = torch.rand(tokens, choices, device=DEVICE)
+    reply_RD = torch.randn(len(arena_RD), width, dtype=dtype, device=DEVICE)
+    each_TKD = reply_RD[rows_TK].double() * (rows_TK >= 0).unsqueeze(-1)
+    sum_TD = (each_TKD * weights_TK.repeat_interleave(shards, dim=1).unsqueeze(-1)).sum(dim=1)
+    close(combine(reply_RD, rows_TK, weights_TK), sum_TD, of=dtype)
+    close(combine(reply_RD, rows_TK, weights_TK, x_TD), x_TD + sum_TD, of=dtype)
+    norm = RmsNorm(torch.rand(width, dtype=dtype, device=DEVICE), 1e-5)
+    summed_TD, normed_TD = combine_and_norm(reply_RD, rows_TK, weights_TK, x_TD, norm)
+    close(summed_TD, x_TD + sum_TD, of=dtype)
+    close(normed_TD, norm(summed_TD))
+
+
 def test_rows_past_the_limit_are_not_written() -> None:
     tables = Tables(2, torch.device(DEVICE))
     tables.write([0, 0], [3], [5], [], 1)

@@ -10,8 +10,8 @@ import torch
 
 from benchmarks.baselines.shards import Split
 from benchmarks.models import MODELS
-from benchmarks.papers import monolith, ours, parallel, transformers, transformers_tp
-from benchmarks.random_model import checkpoint_on, save_random
+from benchmarks.papers import monolith, ours, parallel, sides_on, transformers, transformers_tp
+from benchmarks.random_model import checkpoint_on, save_random, workers_of
 from benchmarks.work import Work
 from expert_worker.expert_mlp import load_expert
 from gateway.model.decoder import Decoder
@@ -68,6 +68,17 @@ def test_two_gateways_on_four_workers_write_what_one_process_writes() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("gateways", [1, 2])
+def test_slices_of_each_expert_on_every_worker_write_what_whole_experts_write(
+    gateways: int,
+) -> None:
+    with torch.inference_mode():
+        whole, cut = (ours(SETTINGS, 3, WORK, 1, "cpu", gateways, shards) for shards in (1, 4))
+    assert cut["batch_tokens"] == whole["batch_tokens"]
+    assert cut["imbalance"] == pytest.approx(whole["imbalance"])
+
+
+@pytest.mark.slow
 def test_two_gateways_serve_a_model_with_a_dense_layer_and_plain_experts() -> None:
     with torch.inference_mode():
         alone = monolith(DEEP, WORK, "cpu")
@@ -99,6 +110,20 @@ def test_transformers_by_its_tensor_plan_writes_what_it_writes_alone() -> None:
         alone = transformers(SETTINGS, WORK, "cpu")
     found = transformers_tp(SETTINGS, WORK, 2, "cpu")
     assert found["tokens"] == alone["tokens"]
+
+
+def test_several_gpus_compare_whole_experts_and_slices_of_them() -> None:
+    assert sides_on(2) == ["ours", "slices", "two", "tp2pp1", "tp1pp2", "transformers-tp2"]
+    assert "slices" not in sides_on(1)
+
+
+def test_what_cannot_be_cut_is_refused() -> None:
+    settings = SETTINGS | {"num_local_experts": 512}
+    with (
+        pytest.raises(ConfigError, match="512 experts a layer cannot be cut into 2"),
+        workers_of(settings, 2, torch.device("cpu"), 64, shards=2),
+    ):
+        pass
 
 
 def test_a_split_that_does_not_go_is_refused() -> None:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 def run(benchmark: str, *flags: str) -> str:
     command = [sys.executable, "-m", f"benchmarks.{benchmark}", "--device", "cpu", *flags]
@@ -24,8 +26,10 @@ def test_it_traces_and_draws_into_a_directory_that_is_not_there_yet(tmp_path: Pa
     assert (out / "overlap-8.png").stat().st_size > 0
 
 
-def test_of_a_step_every_stage_is_told() -> None:
-    (found,) = json.loads(run("stages", "--model", "tiny", "--quick", "--json")).values()
+@pytest.mark.parametrize("flags", [[], ["--slices"]], ids=["whole", "slices"])
+def test_of_a_step_every_stage_is_told(flags: list[str]) -> None:
+    said = run("stages", "--model", "tiny", "--quick", "--json", *flags)
+    (found,) = json.loads(said).values()
     assert set(found) == {"1", "4"}
     for one in found.values():
         parts = {name: one[name] for name in ("away_us", "device_us", "gateway_us", "between_us")}

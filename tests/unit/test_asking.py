@@ -661,6 +661,55 @@ def test_rows_count_also_where_experts_are_cut_into_slices_since(rig: Rig) -> No
         assert sum(rig.dispatcher.rows_by_expert.values()) == 8
 
 
+def test_rows_go_to_every_slice_by_seats_and_where_those_are_of_no_use(rig: Rig) -> None:
+    hold = threading.Event()
+    hold.set()
+
+    def load(expert: ExpertId) -> Callable[[torch.Tensor], torch.Tensor]:
+        def run(x_RD: torch.Tensor) -> torch.Tensor:
+            hold.wait(20)
+            return x_RD * factor_of(expert)
+
+        return run
+
+    units = 2 * NUM_EXPERTS
+    for name, part in (("first", 0), ("hangs", 1), ("other", 1)):
+        worker = rig.worker(name, *range(part, units, 2), load=load if name == "hangs" else None)
+        worker.plane.cut(units)
+    routing = connect(rig.dispatcher, rig.transport, rig.workers)
+    routing.expert_shards = 2
+    rig.dispatcher.set_routing(routing)
+    one = Layer(rig.dispatcher, LAYER, 0, 5, shards=2)
+    sessions = {peer.worker_id: peer.reply_session for peer in routing.peers}
+
+    def drop(name: str) -> None:
+        said = pb.DropPeer(worker_id=name, reply_session=sessions[name], reason="hung")
+        rig.dispatcher.peers.drop(said)
+
+    def came(x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
+        # Unit 2e + s multiplies by 100 x layer + 2e + s + 1, and their sum is the expert.
+        factors_TK = (2 * (100.0 * LAYER) + 4 * ids_TK + 3) * weights_TK
+        torch.testing.assert_close(one.come_back(), factors_TK.sum(dim=1, keepdim=True) * x_TD)
+
+    for seed in range(4):
+        rig.dispatcher.begin_step(1)
+        assert one.leave(*random_step(5, seed=seed))
+        came(*random_step(5, seed=seed))
+    hold.clear()
+    rig.dispatcher.begin_step(1)
+    assert one.leave(*random_step(5))
+    drop("hangs")
+    came(*random_step(5))
+    assert rig.dispatcher.void_rows() == {}
+    drop("other")
+    rig.dispatcher.begin_step(1)
+    assert not one.leave(*random_step(5))
+    one.come_back()
+    assert len(rig.dispatcher.void_rows()) == 5
+    hold.set()
+    rig.settle()
+
+
 class Referred:
     """A worker, all in the test's hands, that reads and answers rows in the gateway's arenas."""
 

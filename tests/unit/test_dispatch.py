@@ -6,12 +6,15 @@ import ctypes
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gateway.dispatch import LONE_ROWS, Graph, Pending
 from mesh import wire
 from mesh.errors import Unavailable
 from mesh.plan import ExpertId
@@ -132,6 +135,10 @@ def test_a_token_goes_to_every_slice_of_its_experts(rig: Rig) -> None:
     y_TD = rig.dispatcher.dispatch(LAYER, x_TD, ids_TK, weights_TK).combine()
     factors_TK = (2 * (100.0 * LAYER) + 4 * ids_TK + 3) * weights_TK
     torch.testing.assert_close(y_TD, factors_TK.sum(dim=1, keepdim=True) * x_TD)
+    placed = rig.dispatcher.place(LAYER, 0, x_TD, ids_TK, weights_TK)
+    rig.dispatcher.begin_step(1)
+    rig.dispatcher.leave(placed, cast(Graph, SimpleNamespace(replay=lambda: None)))
+    torch.testing.assert_close(placed.combine(), y_TD)
     rig.workers[3].plane.stop()
     rig.transports["w3"].die()
     rig.dispatcher.poll()
@@ -149,6 +156,34 @@ def test_a_batch_larger_than_a_worker_takes_is_split(rig: Rig) -> None:
     got, want = rig.run(64)
     torch.testing.assert_close(got, want)
     assert all(worker.plane.stats().refused == {} for worker in rig.workers)
+
+
+@pytest.mark.parametrize(
+    ("max_rows", "messages", "num_frames"),
+    [(64, [{0: 3, 2: 4}, {1: 25}, {3: 30}], 1), (40, [{0: 3, 2: 4}, {1: 25}, {3: 8}, {3: 22}], 2)],
+)
+def test_many_rows_of_an_expert_are_a_message_of_their_own(
+    rig: Rig,
+    monkeypatch: pytest.MonkeyPatch,
+    max_rows: int,
+    messages: list[dict[int, int]],
+    num_frames: int,
+) -> None:
+    monkeypatch.setattr("gateway.dispatch.LONE_ROWS", 25)
+    worker = rig.worker("all", 0, 1, 2, 3, max_rows=max_rows)
+    rig.connect()
+    ids_TK = torch.tensor([0, 1, 2, 3]).repeat_interleave(torch.tensor([3, 25, 4, 30])).view(-1, 1)
+    x_TD, _, weights_TK = random_step(len(ids_TK), k=1)
+    ids_TK = ids_TK[torch.randperm(len(ids_TK))]
+    rig.dispatcher.begin_step(1)
+    pending = rig.dispatcher.dispatch(LAYER, x_TD, ids_TK, weights_TK)
+    assert isinstance(pending, Pending)
+    sent = [{run.expert.index: run.num_rows for run in one.runs} for one in pending.messages]
+    assert sent == messages
+    assert len(pending.frames) == num_frames
+    torch.testing.assert_close(pending.combine(), expected(LAYER, x_TD, ids_TK, weights_TK))
+    assert worker.plane.stats().refused == {}
+    assert rig.num_frames_held == 0
 
 
 def test_two_micro_batches_are_away_at_once(rig: Rig) -> None:
@@ -465,7 +500,11 @@ def test_a_plan_may_come_while_an_abandoned_dispatch_is_still_out(rig: Rig) -> N
 @pytest.mark.usefixtures("impatient")
 @settings(max_examples=10, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_whatever_is_late_or_lost_no_row_is_wrong_and_no_frame_leaks(data: st.DataObject) -> None:
+def test_whatever_is_late_or_lost_no_row_is_wrong_and_no_frame_leaks(
+    data: st.DataObject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lone_rows = data.draw(st.sampled_from([1, 6, LONE_ROWS]), label="lone rows")
+    monkeypatch.setattr("gateway.dispatch.LONE_ROWS", lone_rows)
     rig = Rig()
     for name in ("a", "b", "c"):
         rig.worker(name, 0, 1, 2, 3)

@@ -460,7 +460,69 @@ def test_slices_are_seated_as_so_many_smaller_experts(data: st.DataObject) -> No
     assert_within_rules(target, sliced, big)
     assert target.shards == shards
     same = plan(whole, small, traffic=traffic, partial=True)
-    assert target.workers_by_expert == same.workers_by_expert
+    assert target.missing == same.missing
+    assert seats > 1 or target.workers_by_expert == same.workers_by_expert
+
+
+def slices_together(target: Target) -> Counter[tuple[str, int, int]]:
+    """Slices by worker, layer and expert."""
+    return Counter(
+        (worker_id, layer, index // target.shards)
+        for (layer, index), worker_ids in target.workers_by_expert.items()
+        for worker_id in worker_ids
+    )
+
+
+@given(st.data())
+def test_as_many_workers_as_slices_have_one_of_each_expert(data: st.DataObject) -> None:
+    num_experts, shards = data.draw(st.integers(1, 9)), data.draw(st.integers(2, 5))
+    rules = Rules((0, 1), num_experts, experts_per_worker=num_experts, shards=shards)
+    specs = [
+        worker(f"w{i}", link=data.draw(st.sampled_from((1.0, 2.0, 9.0)))) for i in range(shards)
+    ]
+    draw = st.fixed_dictionaries({e: st.floats(0, 50) for e in rules.experts})
+    target = plan(rules, specs, traffic=data.draw(draw))
+    for _ in range(2):
+        assert slices_together(target) == {
+            (spec.worker_id, layer, expert): 1
+            for spec in specs
+            for layer in rules.layers
+            for expert in range(num_experts)
+        }
+        homes = target.experts_by_worker()
+        homes.pop("w0", None)  # it starts anew
+        target = plan(rules, specs, traffic=data.draw(draw), homes=homes, budget=Budget(price=0.0))
+
+
+@given(st.data())
+def test_slices_of_an_expert_are_as_far_apart_as_can_be_and_workers_no_more_crowded(
+    data: st.DataObject,
+) -> None:
+    num_experts, shards = data.draw(st.integers(1, 9)), data.draw(st.integers(2, 5))
+    num_workers, spare = data.draw(st.integers(1, 8)), data.draw(st.integers(0, 2))
+    crowd = -(-num_experts * shards // num_workers)
+    rules = Rules((0, 1), num_experts, experts_per_worker=crowd + spare, shards=shards)
+    specs = workers(num_workers)
+    draw = st.fixed_dictionaries({e: st.floats(0, 50) for e in rules.experts})
+    before = plan(rules, specs, traffic=data.draw(draw))
+    homes = before.experts_by_worker()
+    now = data.draw(draw)
+    for target in (before, plan(rules, specs, traffic=now, homes=homes, budget=Budget())):
+        assert_within_rules(target, rules, specs)
+        assert max(slices_together(target).values()) == -(-shards // num_workers)
+        crowds = Counter((w, e.layer) for e, w in lives_in(target))
+        assert max(crowds.values()) == crowd
+
+
+def test_a_slice_without_a_home_goes_where_no_other_of_its_expert_is():
+    rules = Rules((0,), 2, experts_per_worker=2, shards=2)
+    (a0, a1), (b0, b1) = rules.experts[:2], rules.experts[2:]
+    for alone, other in ((a0, b0), (b0, a0)):
+        target = plan(rules, workers(3), homes={"w0": [alone], "w1": [other]})
+        assert max(slices_together(target).values()) == 1
+        assert target.workers_by_expert[alone] == ("w0",)
+    full = plan(rules, workers(2), homes={"w0": [a0, a1], "w1": [b0, b1]})
+    assert full.workers_by_expert == {a0: ("w0",), a1: ("w0",), b0: ("w1",), b1: ("w1",)}
 
 
 def test_an_expert_that_fits_nowhere_is_cut_into_as_few_slices_as_do():
