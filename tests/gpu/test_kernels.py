@@ -212,13 +212,25 @@ def test_a_stack_computes_as_its_mlps(kind: str, dtype: torch.dtype, rows: int) 
     for part in buffer_RD.chunk(2):
         part.view(-1).view(torch.int32)[:5] = counts_E
         part[1:] = x_RD
-    for buffer in (buffer_RD[: rows + 1].clone(), buffer_RD):
-        on_host_PE = torch.zeros(len(buffer) // (rows + 1), 5, dtype=torch.int32, pin_memory=True)
-        stack.answer(buffer, 1, on_host_PE)
+    alone_RD = buffer_RD[: rows + 1]
+    for buffer in (alone_RD, buffer_RD):
+        parts = len(buffer) // (rows + 1)
+        on_host_PE = torch.zeros(parts, 5, dtype=torch.int32, pin_memory=True)
+        answers = torch.zeros(parts, rows, 64, device=DEVICE, dtype=dtype)
+        spots = [Spot(of_part, 0, rows) for of_part in answers]
+        stack.deliver(buffer, 1, on_host_PE, deliveries(*spots))
         torch.cuda.synchronize()
         assert (on_host_PE == counts_E.cpu()).all()
-        for part in buffer.split(rows + 1):
-            close(part[1:], torch.cat(outs), of=dtype)
+        for of_part in answers:
+            close(of_part, torch.cat(outs), of=dtype)
+    on_host_E = torch.zeros(5, dtype=torch.int32, pin_memory=True)
+    elsewhere_RD = stack.answer(alone_RD.clone(), 1, on_host_E, in_place=False)
+    assert stack.answer(alone_RD, 1, on_host_E) is None
+    torch.cuda.synchronize()
+    assert on_host_E.equal(counts_E.cpu())
+    close(alone_RD[1:], torch.cat(outs), of=dtype)
+    if elsewhere_RD is not None:
+        close(elsewhere_RD, torch.cat(outs), of=dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
