@@ -156,9 +156,9 @@ class Side:
         if len(times) < profiled.stop:
             raise SystemExit(f"there were {len(times)} steps: {profiled} were to be profiled")
         ends = [output.end for output in self._engine.take_outputs() if output.end]
-        wrong = [end.finish_reason for end in ends if end.finish_reason != "length"]
+        wrong = [end.error or end.finish_reason for end in ends if end.finish_reason != "length"]
         if wrong:
-            raise SystemExit(f"requests ended with {wrong}")
+            raise SystemExit(f"{len(wrong)} requests ended otherwise, the first with: {wrong[0]}")
         tokens = [list(one.token_ids[one.num_prompt_tokens :]) for one in self._requests.values()]
         kernels_us = None if profiler is None else _kernels_us(profiler, len(profiled))
         imbalance = self._imbalance(before)

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from gateway.model.batch import Experts, ForwardBatch
 from gateway.model.decode_facts import DecodeFacts
-from gateway.model.gpu_attention import MAX_KEY_DIM, Decoding
 from gateway.model.kv_cache import KvCache
 from gateway.model.scores import Likeliest, Scores, likeliest
 from mesh.model_config import GroupedAttention
@@ -139,6 +138,8 @@ class DecodeGraphs:
         self._pools = [torch.cuda.graph_pool_handle() for _ in range(_MAX_MICRO_BATCHES)]
         self._batches: dict[tuple[int, int], _Batch] = {}
         self._version = experts.arena_version
+        from gateway.model.gpu_attention import MAX_KEY_DIM
+
         attention = decoder.config.attention
         self._possible = (
             isinstance(attention, GroupedAttention) and attention.head_dim <= MAX_KEY_DIM
@@ -214,6 +215,7 @@ class DecodeGraphs:
         """See :class:`gateway.engine.Ahead`. None where the graphs are void by now, too."""
         launched_by, self._launched_by = self._launched_by, 0
         left, self._left = self._left, False
+        self._joins = False  # until the step behind this one is foreseen
         batch = self._last
         if batch is None or self._version != self._experts.arena_version:
             return None
@@ -286,6 +288,8 @@ class _Capturing:
         self._batch = batch
         self._micro_batch = micro_batch
         self._capture = capture
+        from gateway.model.gpu_attention import Decoding
+
         longest = graphs._max_model_len
         self._decoding = Decoding(
             graphs._kv, batch.slots_B, batch.tables_BM, batch.lengths_B, longest
