@@ -252,13 +252,14 @@ def _grouped(
 ) -> None:
     k_size, n_size = x_RK.shape[1], out_RN.shape[1]
     groups, num_rows = len(weights), messages.parts * messages.stride
-    rows = min(64, max(16, triton.next_power_of_2(num_rows // groups)))
+    each = num_rows // groups
+    rows = 128 if each > 256 else min(64, max(16, triton.next_power_of_2(each)))
     # Few rows are as quick as the memory gives the weights, if enough of those are asked for at
     # once: by many programs or, where few experts have rows, by each for more.
     few = num_rows <= _FEW
     narrow = few or groups * n_size < 128 * _PROGRAMS
     columns = (64 if narrow else 128) // (2 if gate else 1)
-    width = (512 if few else 256 if narrow or rows <= 32 else 128) // weights.itemsize
+    width = 512 if few else 256 if rows <= (64 if narrow else 32) else 128
     grid = (min(groups, num_rows) + num_rows // rows, triton.cdiv(n_size, columns))
     _grouped_kernel[grid](
         x_RK,
@@ -284,8 +285,8 @@ def _grouped(
         E_PAD=triton.next_power_of_2(messages.num_experts),
         M=rows,
         N=columns,
-        K=width,
-        num_warps=8 if narrow and rows == 64 else 4,
+        K=width // weights.itemsize,
+        num_warps=8 if rows >= (64 if narrow else 128) else 4,
         num_stages=5 if narrow else 3,
         **DEPENDENT,
     )

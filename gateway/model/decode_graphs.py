@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import structlog
 import torch
@@ -123,6 +123,17 @@ class _Batch(DecodeFacts):
         return scores.of_rows(rows_N.tolist())
 
 
+class _Next(NamedTuple):
+    """How far the next step is begun: each word of it replaces the one before."""
+
+    joins: bool = False
+    """Foreseen, it is to begin with the end of the last."""
+    left: bool = False
+    """It has: its first rows have left."""
+    launched_by: int = 0
+    """The plan by which :meth:`DecodeGraphs.go_on` has launched its first segment, or 0."""
+
+
 class DecodeGraphs:
     """The graphs of one decoder, its cache and its experts. One thread owns it."""
 
@@ -147,16 +158,11 @@ class DecodeGraphs:
         self._stream = torch.cuda.Stream(self._device)
         self._last: _Batch | None = None
         """Of the last step, where that is one batch."""
-        self._launched_by = 0
-        """The plan by which :meth:`go_on` has launched the next step's first segment, or 0."""
-        self._joins = self._left = False
-        """Whether the next step is to begin with the end of the last, and whether it has: then its
-        first rows have left."""
+        self._next = _Next()
 
     def start(self, batch: ForwardBatch, micro_batch: int) -> GraphedBatch | None:
         """The batch on its way through graphs; None where it is none for them."""
-        self._last, self._launched_by = None, 0
-        self._joins = self._left = False
+        self._last, self._next = None, _Next()
         count = len(batch.num_tokens)
         if not self._possible or count > _MAX_BATCH:
             return None
@@ -178,14 +184,14 @@ class DecodeGraphs:
     def foresee(self, block_tables: Sequence[tuple[int, ...]], likeliest: bool) -> bool:
         """See :class:`gateway.engine.Ahead`."""
         foreseen = self._last is not None and self._last.foresee(block_tables, self._kv.block_size)
-        self._joins = foreseen and likeliest
+        self._next = _Next(joins=foreseen and likeliest)
         return foreseen
 
     def go_on(self, tokens_N: Tensor) -> bool:
         """See :class:`gateway.engine.Ahead`. Launches the next step's first segment. Should that
         be another step after all, what was computed is read by nobody: keys and values lie past the
         end of all that is known."""
-        if self._left:
+        if self._next.left:
             return True
         if self._last is None:
             return False
@@ -194,28 +200,28 @@ class DecodeGraphs:
         if not plan or not self._last.go_on(tokens_N, self._kv.block_size):
             return False
         first.graph.replay()
-        self._launched_by = plan
+        self._next = _Next(launched_by=plan)
         return True
 
     def _join(self, away: Placed) -> bool:
         """End a step whose last rows are away, and begin the next: all of it is launched at once,
         without a word of ours in between. Whether that could be."""
-        batch, self._joins, joins = self._last, False, self._joins
+        batch, joins = self._last, self._next.joins
+        self._next = _Next()
         if not joins or batch is None or batch.moves is None or self._experts.void_rows():
             return False
         first, last = batch.segments[0], batch.segments[-1]
-        self._left = first.placed is not None and self._experts.turn_at_once(
+        left = first.placed is not None and self._experts.turn_at_once(
             away, first.placed, last.graph, batch.moves, first.graph
         )
-        if self._left:
+        if left:
+            self._next = _Next(left=True)
             batch.went_on()
-        return self._left
+        return left
 
     def proceed(self) -> Callable[[], Scores] | None:
         """See :class:`gateway.engine.Ahead`. None where the graphs are void by now, too."""
-        launched_by, self._launched_by = self._launched_by, 0
-        left, self._left = self._left, False
-        self._joins = False  # until the step behind this one is foreseen
+        (_, left, launched_by), self._next = self._next, _Next()
         batch = self._last
         if batch is None or self._version != self._experts.arena_version:
             return None

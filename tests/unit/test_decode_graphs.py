@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from gateway.model.decode_graphs import DecodeGraphs, GraphedBatch, _Batch, _Segment
+from gateway.model.decode_graphs import DecodeGraphs, GraphedBatch, _Batch, _Next, _Segment
 
 BLOCK = 4
 TABLES = [(0, 1, 2, 3, 4, 5)]
@@ -84,8 +84,7 @@ def graphs_of(num_layers: int, experts: Any, launched: list[str]) -> DecodeGraph
     batch._move_on = lambda *what: launched.append("move")  # type: ignore[method-assign]
     graphs = DecodeGraphs.__new__(DecodeGraphs)
     graphs._experts, graphs._kv = experts, SimpleNamespace(block_size=BLOCK)  # type: ignore[assignment]
-    graphs._version, graphs._last, graphs._launched_by = 0, batch, 0
-    graphs._joins = graphs._left = False
+    graphs._version, graphs._last, graphs._next = 0, batch, _Next()
     return graphs
 
 
@@ -114,7 +113,7 @@ def test_no_step_is_begun_that_was_not_foreseen_in_the_one_before(num_layers: in
             assert not was_begun
             experts._away = None
             batch._positions, batch._next_positions = [position], []
-            graphs._joins = graphs._left = False
+            graphs._next = _Next()
             GraphedBatch(batch, experts, graphs._join).finish()  # type: ignore[arg-type]
         else:
             assert was_begun
