@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from gateway.dispatch import Dispatcher, Placed
 
 _MAX_ERROR = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}
-_GRAPH_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -311,7 +310,8 @@ class _Graphs(NamedTuple):
 class Step:
     """One layer, over and over, with the rows of each micro-batch fixed.
 
-    As in the engine: what the device does for itself runs from graphs where batches are small.
+    What the device does for itself runs from graphs: also of more rows than the engine has graphs
+    for, where it launches while the device is busy, for which a layer alone gives no time.
     """
 
     def __init__(
@@ -329,9 +329,13 @@ class Step:
         import torch
 
         x_TD, ids_TK, weights_TK = self._micro_batches[micro_batch]
-        if not x_TD.is_cuda or len(x_TD) > _GRAPH_ROWS:
+        if not x_TD.is_cuda:
             return None
         from expert_worker.gpu_compute import capture
+        from gateway.asking import MAX_ROWS
+
+        if ids_TK.numel() > MAX_ROWS:
+            return None
 
         dispatcher = self._dispatcher
         made: dict[str, Any] = {}

@@ -22,7 +22,7 @@ from mesh.launch import Launcher
 _ROWS = 64
 _EXPERTS = 32
 _SORT_ROWS = 2048
-"""Up to here, comparing every pair of rows is quicker than a sort."""
+"""Up to here, comparing every pair of rows is quicker than a sort, or to count them first."""
 
 
 @triton.jit
@@ -226,6 +226,42 @@ def _unit(ids, row, num_rows, nobody, SHARDS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_rows"])
+def _tally_kernel(
+    ids,
+    tallies,
+    num_rows,
+    num_experts,
+    SHARDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    # Of each block of rows, how many each expert has: a line behind the first one.
+    wait_for_previous()
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    expert = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)
+    whose = _unit(ids, row, num_rows, num_experts, SHARDS)
+    count = tl.sum((whose[None, :] == expert[:, None]).to(tl.int32), axis=1)
+    at = tallies + (tl.program_id(0) + 1) * num_experts + expert
+    tl.store(at, count, mask=expert < num_experts)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _sum_up_kernel(
+    tallies, num_rows, num_experts, ROWS: tl.constexpr, BLOCKS: tl.constexpr, EXPERTS: tl.constexpr
+):
+    # From there on, how many it has in all blocks before; in the last line, in all.
+    wait_for_previous()
+    block = tl.arange(0, BLOCKS)
+    expert = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
+    is_one = expert < num_experts
+    inside = (block < tl.cdiv(num_rows, ROWS))[:, None] & is_one[None, :]
+    at = tallies + (block[:, None] + 1) * num_experts + expert[None, :]
+    counts = tl.cumsum(tl.load(at, mask=inside, other=0), axis=0)
+    tl.store(at, counts, mask=inside)
+    tl.store(tallies + expert, tl.zeros([EXPERTS], dtype=tl.int32), mask=is_one)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
 def _place_kernel(
     x,
     ids,
@@ -234,6 +270,7 @@ def _place_kernel(
     words,
     rows,
     counts,
+    tallies,
     num_rows,
     rows_per_token,
     num_experts,
@@ -243,25 +280,39 @@ def _place_kernel(
     ROWS: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    TALLIED: tl.constexpr,
+    E_PAD: tl.constexpr,
 ):
     wait_for_previous()
     program = tl.program_id(0)
     groups = tables + 1
     lane = tl.arange(0, ROWS)
+    totals = tallies + tl.cdiv(num_rows, ROWS) * num_experts
     if program < num_rows:
         mine = _unit(ids, program, num_rows, num_experts, SHARDS)
         known = mine < num_experts
         group = tl.load(groups + mine, mask=known, other=-1)
         first = tl.load(groups + num_experts + mine, mask=known, other=0)
         limit = tl.load(groups + 2 * num_experts + mine, mask=known, other=0)
-        before = tl.zeros([ROWS], dtype=tl.int32)
-        for start in range(0, num_rows, ROWS):
-            other_row = start + lane
+        if TALLIED:
+            expert = tl.arange(0, E_PAD)
+            with_mine = tl.load(groups + expert, mask=expert < num_experts, other=-1) == group
+            ahead = with_mine & (expert < mine) & (expert < num_experts)
+            row = first + tl.sum(tl.load(totals + expert, mask=ahead, other=0))
+            block = program // ROWS
+            row += tl.load(tallies + block * num_experts + mine, mask=known, other=0)
+            other_row = block * ROWS + lane
             other = _unit(ids, other_row, num_rows, num_experts, SHARDS)
-            with_mine = tl.load(groups + other, mask=other < num_experts, other=-1) == group
-            ahead = (other < mine) | ((other == mine) & (other_row < program))
-            before += (with_mine & ahead).to(tl.int32)
-        row = first + tl.sum(before)
+            row += tl.sum(((other == mine) & (other_row < program)).to(tl.int32))
+        else:
+            before = tl.zeros([ROWS], dtype=tl.int32)
+            for start in range(0, num_rows, ROWS):
+                other_row = start + lane
+                other = _unit(ids, other_row, num_rows, num_experts, SHARDS)
+                with_mine = tl.load(groups + other, mask=other < num_experts, other=-1) == group
+                ahead = (other < mine) | ((other == mine) & (other_row < program))
+                before += (with_mine & ahead).to(tl.int32)
+            row = first + tl.sum(before)
         row = tl.where((group >= 0) & (row < limit), row, -1).to(tl.int64)
         if tl.program_id(1) == 0:
             tl.store(rows + program, row)
@@ -275,11 +326,14 @@ def _place_kernel(
         expert = (program - num_rows) * EXPERTS + tl.arange(0, EXPERTS)
         is_one = expert < num_experts
         count = tl.zeros([EXPERTS], dtype=tl.int32)
-        for start in range(0, num_rows, ROWS):
-            other_row = start + lane
-            other = _unit(ids, other_row, num_rows, num_experts, SHARDS)
-            same = other[None, :] == expert[:, None]
-            count += tl.sum(same.to(tl.int32), axis=1)
+        if TALLIED:
+            count += tl.load(totals + expert, mask=is_one, other=0)
+        else:
+            for start in range(0, num_rows, ROWS):
+                other_row = start + lane
+                other = _unit(ids, other_row, num_rows, num_experts, SHARDS)
+                same = other[None, :] == expert[:, None]
+                count += tl.sum(same.to(tl.int32), axis=1)
         tl.store(counts + expert, count, mask=is_one)
         its_group = tl.load(groups + expert, mask=is_one, other=-1)
         num_headers = tl.load(tables)
@@ -290,6 +344,8 @@ def _place_kernel(
             tl.store(words + header * words_per_row + expert, word, mask=is_one)
 
 
+_launch_tally = Launcher(_tally_kernel, **DEPENDENT)
+_launch_sum_up = Launcher(_sum_up_kernel, **DEPENDENT)
 _launch_place = Launcher(_place_kernel, **DEPENDENT)
 
 
@@ -313,10 +369,36 @@ def place(
     # Each part of a row compares all over again: few parts where there is much to compare.
     columns, block = _columns_of(width, 1024 if num_rows <= 512 else 4096)
     compared = min(256, max(16, 1 << (num_rows - 1).bit_length()))
+    shards, of_experts = rows_per_token // ids_TK.shape[1], -(-num_experts // _EXPERTS)
+    tallied, tallies = num_rows > _SORT_ROWS, ids_TK
+    if tallied:
+        blocks = triton.cdiv(num_rows, compared)
+        tallies = ids_TK.new_empty(blocks + 1, num_experts, dtype=torch.int32)
+        _launch_tally(
+            (blocks, of_experts),
+            (ids_TK, tallies),
+            varying=(num_rows,),
+            fixed=(num_experts,),
+            constants=(shards, compared, _EXPERTS),
+        )
+        _launch_sum_up(
+            (of_experts, 1),
+            (tallies,),
+            varying=(num_rows,),
+            fixed=(num_experts,),
+            constants=(compared, triton.next_power_of_2(blocks), _EXPERTS),
+        )
     _launch_place(
-        (num_rows - (-num_experts // _EXPERTS), columns),
-        (x_TD, ids_TK, tables, send_ND, send_ND.view(torch.int32), rows_TK, counts_E),
+        (num_rows + of_experts, columns),
+        (x_TD, ids_TK, tables, send_ND, send_ND.view(torch.int32), rows_TK, counts_E, tallies),
         varying=(num_rows,),
         fixed=(rows_per_token, num_experts, width, width * send_ND.itemsize // 4),
-        constants=(rows_per_token // ids_TK.shape[1], compared, _EXPERTS, block),
+        constants=(
+            shards,
+            compared,
+            _EXPERTS,
+            block,
+            tallied,
+            triton.next_power_of_2(num_experts) if tallied else 1,
+        ),
     )

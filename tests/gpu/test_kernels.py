@@ -348,7 +348,9 @@ def test_ids_past_the_experts_count_for_none_and_come_last() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "choices", "experts"), [(1, 2, 4), (9, 8, 70), (70, 4, 8)])
+@pytest.mark.parametrize(
+    ("tokens", "choices", "experts"), [(1, 2, 4), (9, 8, 70), (70, 4, 8), (590, 4, 70)]
+)
 def test_rows_are_placed_by_the_tables(
     tokens: int, choices: int, experts: int, dtype: torch.dtype
 ) -> None:
@@ -357,7 +359,7 @@ def test_rows_are_placed_by_the_tables(
     groups = [-1, 0] + [1 + e % 2 for e in range(2, experts)]
     starts = [frame * n for n in range(3)]
     tables = Tables(experts, torch.device(DEVICE))
-    limit = starts[1] + header + 1000
+    limit = starts[1] + header + max(1000, tokens * choices)
     tables.write(groups, [n + header for n in starts], [starts[1], limit, 1 << 30], [1, 2], header)
     arena_RD = torch.full((3 * frame, width), torch.nan, dtype=dtype, device=DEVICE)
     x_TD = torch.randn(tokens, width, dtype=dtype, device=DEVICE)
@@ -389,7 +391,8 @@ def test_rows_are_placed_by_the_tables(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("tokens", "choices", "experts", "shards"), [(1, 2, 4, 2), (9, 8, 20, 3), (40, 2, 8, 8)]
+    ("tokens", "choices", "experts", "shards"),
+    [(1, 2, 4, 2), (9, 8, 20, 3), (40, 2, 8, 8), (700, 2, 8, 2)],
 )
 def test_rows_go_to_every_slice_of_an_expert_and_are_summed_with_its_weight(
     tokens: int, choices: int, experts: int, shards: int, dtype: torch.dtype
