@@ -24,6 +24,8 @@ from mesh.transport.ucx import UcxTransport
 from mesh.transport.waiting import SPIN_S
 
 LAYER = 0
+_PREPARED_S = 120.0
+"""Until then graphs that are captured hold up what is measured."""
 
 
 def random_expert(
@@ -92,7 +94,9 @@ def answer_asked(
     served: list[Trail] = []
     plane.on_served = served.append
     plane.start()
-    print(json.dumps({"address": plane.wait_started().hex()}), flush=True)
+    address = plane.wait_started()
+    plane.prepared.wait(_PREPARED_S)
+    print(json.dumps({"address": address.hex()}), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
         if "served" in asked:

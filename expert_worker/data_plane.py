@@ -231,6 +231,8 @@ class DataPlane(threading.Thread):
         """The experts that the transport answers for, and the version of how."""
         self._bound: Future[bytes] = Future()
         self.failure: BaseException | None = None
+        self.prepared = threading.Event()
+        """All that makes quick what nobody has asked for yet is there, for the first time."""
         self.on_served: Callable[[Trail], None] | None = None
         """Told of every dispatch on the thread, if anybody wants to know from before its start."""
 
@@ -347,6 +349,8 @@ class DataPlane(threading.Thread):
                 device=self._compute_on.replays,
             )
             self._tell_counts()
+            if self._answering is None:
+                self.prepared.set()
             if self._answering is not None and self.on_served is not None:
                 self._answering.trace()
             self._store.on_change = self._doubt
@@ -435,6 +439,8 @@ class DataPlane(threading.Thread):
             answering.serve(self._compute_on.serve(experts))
         if self._compute_on.prepare(self._num_experts, self._header_rows):
             self._waiter.wake()  # what is left is for the next turns
+        else:
+            self.prepared.set()
         answering.run(spin_s=self._spin_s, wake_fd=self._waiter.descriptor)
         self._waiter.settle()
 

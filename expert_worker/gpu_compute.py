@@ -51,6 +51,8 @@ _CAPTURE_AT_USE = 3
 """A buffer that an expert meets this often will come again."""
 _AHEAD = -1
 """Of a stream's priorities, the next to the least."""
+_ROWS_OF_ONE = 8
+"""Where a layer has several experts here, more are seldom for one of them alone."""
 _CAPTURED_AHEAD = 256
 """Experts of a worker: of more, few are asked for one by one."""
 
@@ -173,8 +175,13 @@ class GpuCompute:
             layer.prepared = True
         self._prepare_later(new, 2 * _GRAPH_ROWS)
         if len(experts) <= _CAPTURED_AHEAD:
-            new = [mlp for mlp in experts.values() if mlp not in self._replays]
-            self._prepare_later(new, _GRAPH_ROWS)
+            ones: dict[int, list[Expert]] = {_ROWS_OF_ONE: [], _GRAPH_ROWS: []}
+            for expert, mlp in experts.items():
+                if mlp not in self._replays:
+                    several = len(self._layers[expert.layer].experts) > 1
+                    ones[_ROWS_OF_ONE if several else _GRAPH_ROWS].append(mlp)
+            for most_rows, new_ones in ones.items():
+                self._prepare_later(new_ones, most_rows)
         return {expert: self._replays_of(mlp) for expert, mlp in experts.items()} | {
             ExpertId(index, wire.SEVERAL): layer.replays for index, layer in layers
         }
