@@ -28,6 +28,7 @@ import torch
 from expert_worker.batcher import Batcher
 from expert_worker.compute import Compute, CpuCompute, Part, Ticket
 from expert_worker.expert_store import Expert, ExpertStore
+from expert_worker.pacing import Pacing
 from expert_worker.weights import Allowance, WeightTransfers
 from mesh import native, wire
 from mesh.errors import MeshError, ModelMismatch, TransportError, Unavailable
@@ -231,6 +232,8 @@ class DataPlane(threading.Thread):
         """The experts that the transport answers for, and the version of how."""
         self._bound: Future[bytes] = Future()
         self.failure: BaseException | None = None
+        self._pacing = Pacing()
+        self._unprepared = False
         self.prepared = threading.Event()
         """All that makes quick what nobody has asked for yet is there, for the first time."""
         self.on_served: Callable[[Trail], None] | None = None
@@ -435,9 +438,13 @@ class DataPlane(threading.Thread):
         answering.doubt(False)  # first: what changes from here on is doubted again
         experts, version = self._store.experts, self._compute_on.version
         if self._served[0] is not experts or self._served[1] != version:
-            self._served = experts, version
+            self._served, self._unprepared = (experts, version), True
             answering.serve(self._compute_on.serve(experts))
-        if self._compute_on.prepare(self._num_experts, self._header_rows):
+        began_s = time.monotonic()
+        if self._unprepared and self._pacing.may_begin(began_s, answering.last_progress_s):
+            self._unprepared = self._compute_on.prepare(self._num_experts, self._header_rows)
+            self._pacing.ended(began_s, time.monotonic())
+        if self._unprepared:
             self._waiter.wake()  # what is left is for the next turns
         else:
             self.prepared.set()
