@@ -318,7 +318,7 @@ def grouped_out(
     to_P4: Tensor | None = None,
 ) -> None:
     """What :func:`grouped_in` returns, by ``(G, N, K)``, to where the rows came from in ``out_RN``;
-    or to where ``to_P4`` (int64) says of each part: the address of its first row, how many rows
-    it has at the most, and none where there is an address of what is allowed (or 0) at which is
-    not the fourth."""
+    or to where ``to_P4`` (int64) says of each part: the address of its first row, how many rows may
+    be there, and the address of a permit, or 0; if what that holds is not the fourth number, none
+    are written."""
     _grouped(x_RK, messages, weights, out_RN, into=False, to_P4=to_P4)
