@@ -54,7 +54,7 @@ from mesh.device import open_device
 from mesh.errors import ConfigError, MeshError
 from mesh.model_config import GroupedAttention
 
-OURS = ("ours", "slices", "two")
+_OURS = ("ours", "slices", "two")
 
 
 def sides_on(gpus: int) -> list[str]:
@@ -255,7 +255,7 @@ def main(
             torch.set_num_threads(1)  # the other sides' processes have one each, too
         (one,) = side or ()
         # Before this process has a context: it must be a client of the service like its workers.
-        alone = one in OURS
+        alone = one in _OURS
         settings, workers = model_of(model[0], device, layers)
         with mps.sharing() if alone else nullcontext(), torch.inference_mode():
             found = _measured(one, settings, workers, work, device, gateways)
@@ -312,7 +312,7 @@ def _measured(
     try:
         if side == "floor":
             return floors(settings, work)
-        if side in OURS:
+        if side in _OURS:
             micro_batches, shards = 2 if side == "two" else 1, workers if side == "slices" else 1
             return ours(settings, workers, work, micro_batches, device, gateways, shards)
         if side in ("monolith", "transformers"):

@@ -354,7 +354,7 @@ class DataPlane(threading.Thread):
             self._tell_counts()
             if self._answering is None:
                 self.prepared.set()
-            if self._answering is not None and self.on_served is not None:
+            elif self.on_served is not None:
                 self._answering.trace()
             self._store.on_change = self._doubt
             self._bound.set_result(transport.address)
@@ -444,10 +444,10 @@ class DataPlane(threading.Thread):
         if self._unprepared and self._pacing.may_begin(began_s, answering.last_progress_s):
             self._unprepared = self._compute_on.prepare(self._num_experts, self._header_rows)
             self._pacing.ended(began_s, time.monotonic())
+            if not self._unprepared:
+                self.prepared.set()
         if self._unprepared:
             self._waiter.wake()  # what is left is for the next turns
-        else:
-            self.prepared.set()
         answering.run(spin_s=self._spin_s, wake_fd=self._waiter.descriptor)
         self._waiter.settle()
 

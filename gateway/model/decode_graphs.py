@@ -140,6 +140,9 @@ class DecodeGraphs:
     def __init__(
         self, decoder: Decoder, kv: KvCache, experts: DeviceExperts, max_model_len: int
     ) -> None:
+        # Here, as in what captures: it needs Triton, which who only steps through graphs does not.
+        from gateway.model.gpu_attention import MAX_KEY_DIM
+
         self._decoder = decoder
         self._kv = kv
         self._experts = experts
@@ -149,8 +152,6 @@ class DecodeGraphs:
         self._pools = [torch.cuda.graph_pool_handle() for _ in range(_MAX_MICRO_BATCHES)]
         self._batches: dict[tuple[int, int], _Batch] = {}
         self._version = experts.arena_version
-        from gateway.model.gpu_attention import MAX_KEY_DIM
-
         attention = decoder.config.attention
         self._possible = (
             isinstance(attention, GroupedAttention) and attention.head_dim <= MAX_KEY_DIM
@@ -289,13 +290,13 @@ class _Capturing:
         micro_batch: int,
         capture: Callable[[Callable[[], None]], Any],
     ) -> None:
+        from gateway.model.gpu_attention import Decoding
+
         self._decoder = graphs._decoder
         self._experts = graphs._experts
         self._batch = batch
         self._micro_batch = micro_batch
         self._capture = capture
-        from gateway.model.gpu_attention import Decoding
-
         longest = graphs._max_model_len
         self._decoding = Decoding(
             graphs._kv, batch.slots_B, batch.tables_BM, batch.lengths_B, longest

@@ -67,16 +67,14 @@ class Decoding:
     ) -> Tensor:
         """See :class:`PagedAttention`."""
         longest = self._longest if window is None else min(window, self._longest)
-        heads = layout.num_kv_heads
-        at_once = gpu_kernels.positions_at_once(q_THK.shape[1] // heads, layout.key_dim)
         return gpu_kernels.paged_decode(
             q_THK,
             self._kv.rows[layer],
             self.tables_BM,
             self.lengths_B,
-            splits=gpu_kernels.num_splits(len(q_THK), heads, longest, at_once),
+            splits=gpu_kernels.num_splits(q_THK, layout.num_kv_heads, longest),
             block_size=self._kv.block_size,
-            num_kv_heads=heads,
+            num_kv_heads=layout.num_kv_heads,
             value_dim=layout.value_dim,
             value_offset=layout.value_offset,
             scale=layout.scale,

@@ -206,16 +206,18 @@ def _reduce_kernel(
     tl.store(out + at // splits * V + v_at, value, mask=v_at < V)
 
 
-def positions_at_once(group: int, key_dim: int) -> int:
-    """How many positions a program reads at once, of a head whose keys ``group`` queries share."""
+def _positions_at_once(q_BHK: Tensor, num_kv_heads: int) -> int:
+    """How many positions a program reads."""
+    _, num_heads, key_dim = q_BHK.shape
     if key_dim > 256:
         return 16
-    return 64 if group > 1 and key_dim <= 128 else 32
+    return 64 if num_heads > num_kv_heads and key_dim <= 128 else 32
 
 
-def num_splits(num_sequences: int, num_kv_heads: int, longest: int, at_once: int) -> int:
+def num_splits(q_BHK: Tensor, num_kv_heads: int, longest: int) -> int:
     """Parts of a sequence, each read by a program of its own."""
-    wanted = max(1, _POSITIONS // (at_once * num_sequences * num_kv_heads))
+    at_once = _positions_at_once(q_BHK, num_kv_heads)
+    wanted = max(1, _POSITIONS // (at_once * len(q_BHK) * num_kv_heads))
     return min(wanted, _MAX_SPLITS, max(1, longest // at_once))
 
 
@@ -269,7 +271,7 @@ def paged_decode(
         V=value_dim,
         V_PAD=v_pad,
         BLOCK_SIZE=block_size,
-        N=positions_at_once(group, key_dim),
+        N=_positions_at_once(q_BHK, num_kv_heads),
         PRECISION="ieee" if cache_SW.dtype == torch.float32 else "tf32",
         # Of longer keys, two warps have no registers for a block.
         num_warps=2 if group == 1 and k_pad <= 128 else 4,

@@ -6,7 +6,7 @@
 
 enum { UNIT_BYTES = 16, MAX_COPIES = 32 };
 
-/* Where a kernel puts the outputs of rows, and how many it may: see mesh/gpu_kernels.py's delivery. */
+/* Where a kernel puts the outputs of rows, and how many it may: see mesh/gpu_kernels.py's grouped_out. */
 typedef struct {
     uint64_t to, rows;
     uint64_t permit, wanted; /* none where `permit` is not NULL and the 64 bits there are not `wanted` */

@@ -252,14 +252,12 @@ int32_t device_launch(device *gpu, int32_t index, void *graph, const transfer *p
     void *stream = gpu->stream, *in = beside ? gpu->in : stream;
     void *out = beside && !delivers ? gpu->out : stream;
     one->beside = beside;
-    if (beside ? gpu->record(one->fetching, in) ||
-                     !bring(gpu, in, one, parts, count, 1, delivers) ||
-                     gpu->record(one->fetched, in) || gpu->follow(stream, one->fetched, 0) ||
-                     gpu->record(one->began, stream)
-               : gpu->record(one->began, stream) ||
-                     !bring(gpu, in, one, parts, count, 0, delivers))
+    if (gpu->record(beside ? one->fetching : one->began, in) ||
+        !bring(gpu, in, one, parts, count, beside, delivers) ||
+        (beside && (gpu->record(one->fetched, in) || gpu->follow(stream, one->fetched, 0) ||
+                    gpu->record(one->began, stream))) ||
+        gpu->launch(graph, stream))
         return 0;
-    if (gpu->launch(graph, stream)) return 0;
     if ((beside && (gpu->record(one->computed, stream) || gpu->follow(out, one->computed, 0))) ||
         (!delivers && !take_away(gpu, out, one, parts, count)) || gpu->record(one->ended, out) ||
         gpu->record(one->timed, out)) {
