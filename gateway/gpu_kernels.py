@@ -21,8 +21,10 @@ from mesh.launch import Launcher
 
 _ROWS = 64
 _EXPERTS = 32
-_SORT_ROWS = 2048
-"""Up to here, comparing every pair of rows is quicker than a sort, or to count them first."""
+_COMPARED_ROWS = 2048
+"""Up to here, comparing every pair of rows is quicker than to count those of each block first."""
+_MAX_BLOCK = 256
+_BLOCKS_AT_ONCE = 128
 
 
 @triton.jit
@@ -56,18 +58,67 @@ def _positions_kernel(
         tl.store(counts + expert, count, mask=expert < num_experts)
 
 
+@triton.jit(do_not_specialize=["num_rows"])
+def _tallied_positions_kernel(
+    ids,
+    tallies,
+    positions,
+    num_rows,
+    num_experts,
+    ROWS: tl.constexpr,
+    PART: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    wait_for_previous()
+    block = tl.program_id(0)
+    lane = tl.arange(0, ROWS)
+    row = block * ROWS + lane
+    inside = row < num_rows
+    mine = tl.load(ids + row, mask=inside, other=0).to(tl.int32)
+    position = tl.load(tallies + block * num_experts + mine, mask=inside, other=0)
+    totals = tallies + tl.num_programs(0) * num_experts
+    for start in range(0, num_experts, EXPERTS):
+        expert = start + tl.arange(0, EXPERTS)
+        total = tl.load(totals + expert, mask=expert < num_experts, other=0)
+        position += tl.sum(tl.where(expert[None, :] < mine[:, None], total[None, :], 0), axis=1)
+    for start in range(0, ROWS, PART):
+        other_lane = start + tl.arange(0, PART)
+        other_row = block * ROWS + other_lane
+        other = tl.load(ids + other_row, mask=other_row < num_rows, other=-1).to(tl.int32)
+        same = (other[None, :] == mine[:, None]) & (other_lane[None, :] < lane[:, None])
+        position += tl.sum(same.to(tl.int32), axis=1)
+    tl.store(positions + row, position, mask=inside)
+
+
+_launch_tallied_positions = Launcher(_tallied_positions_kernel, **DEPENDENT)
+
+
 def sort_by_expert(ids_R: Tensor, positions_R: Tensor, counts_E: Tensor) -> None:
     """Where each row stands when rows are in order of expert (those of one as they came), and
     how many each expert has. int32 out; an id past the experts counts for none and comes last."""
     num_rows, num_experts = len(ids_R), len(counts_E)
-    if num_rows > _SORT_ROWS:
-        order_R = ids_R.to(torch.int32).sort(stable=True).indices
-        positions_R[order_R] = torch.arange(num_rows, dtype=torch.int32, device=ids_R.device)
-        counts_E.copy_(torch.bincount(ids_R, minlength=num_experts)[:num_experts])
+    if num_rows > _COMPARED_ROWS:
+        ids_R = ids_R.clamp(max=num_experts)  # who is nobody's has a count, too
+        tallies = _tallied(ids_R, num_rows, num_experts + 1, shards=1, rows=_MAX_BLOCK)
+        _launch_tallied_positions(
+            (triton.cdiv(num_rows, _MAX_BLOCK), 1),
+            (ids_R, tallies, positions_R),
+            varying=(num_rows,),
+            fixed=(num_experts + 1,),
+            constants=(_MAX_BLOCK, _ROWS, _EXPERTS),
+        )
+        counts_E.copy_(tallies[-1, :num_experts])
         return
-    grid = (triton.cdiv(num_rows, _ROWS) + triton.cdiv(num_experts, 32),)
+    grid = (triton.cdiv(num_rows, _ROWS) + triton.cdiv(num_experts, _EXPERTS),)
     _positions_kernel[grid](
-        ids_R, num_rows, positions_R, counts_E, num_experts, ROWS=_ROWS, EXPERTS=32, **DEPENDENT
+        ids_R,
+        num_rows,
+        positions_R,
+        counts_E,
+        num_experts,
+        ROWS=_ROWS,
+        EXPERTS=_EXPERTS,
+        **DEPENDENT,
     )
 
 
@@ -245,20 +296,47 @@ def _tally_kernel(
     tl.store(at, count, mask=expert < num_experts)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def _sum_up_kernel(
-    tallies, num_rows, num_experts, ROWS: tl.constexpr, BLOCKS: tl.constexpr, EXPERTS: tl.constexpr
-):
+@triton.jit(do_not_specialize=["num_blocks"])
+def _sum_up_kernel(tallies, num_blocks, num_experts, BLOCKS: tl.constexpr, EXPERTS: tl.constexpr):
     # From there on, how many it has in all blocks before; in the last line, in all.
     wait_for_previous()
-    block = tl.arange(0, BLOCKS)
     expert = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
     is_one = expert < num_experts
-    inside = (block < tl.cdiv(num_rows, ROWS))[:, None] & is_one[None, :]
-    at = tallies + (block[:, None] + 1) * num_experts + expert[None, :]
-    counts = tl.cumsum(tl.load(at, mask=inside, other=0), axis=0)
-    tl.store(at, counts, mask=inside)
-    tl.store(tallies + expert, tl.zeros([EXPERTS], dtype=tl.int32), mask=is_one)
+    before = tl.zeros([EXPERTS], dtype=tl.int32)
+    tl.store(tallies + expert, before, mask=is_one)
+    for start in range(0, num_blocks, BLOCKS):
+        block = start + tl.arange(0, BLOCKS)
+        inside = (block < num_blocks)[:, None] & is_one[None, :]
+        at = tallies + (block[:, None] + 1) * num_experts + expert[None, :]
+        count = tl.load(at, mask=inside, other=0)
+        tl.store(at, before[None, :] + tl.cumsum(count, axis=0), mask=inside)
+        before += tl.sum(count, axis=0)
+
+
+_launch_tally = Launcher(_tally_kernel, **DEPENDENT)
+_launch_sum_up = Launcher(_sum_up_kernel, **DEPENDENT)
+
+
+def _tallied(ids: Tensor, num_rows: int, num_experts: int, shards: int, rows: int) -> Tensor:
+    """``tallies``, int32: of each block of so many rows, how many rows each of the experts (or
+    slices) has in all blocks before it; in one line more, how many in all."""
+    blocks, of_experts = triton.cdiv(num_rows, rows), triton.cdiv(num_experts, _EXPERTS)
+    tallies = ids.new_empty(blocks + 1, num_experts, dtype=torch.int32)
+    _launch_tally(
+        (blocks, of_experts),
+        (ids, tallies),
+        varying=(num_rows,),
+        fixed=(num_experts,),
+        constants=(shards, rows, _EXPERTS),
+    )
+    _launch_sum_up(
+        (of_experts, 1),
+        (tallies,),
+        varying=(blocks,),
+        fixed=(num_experts,),
+        constants=(min(_BLOCKS_AT_ONCE, triton.next_power_of_2(blocks)), _EXPERTS),
+    )
+    return tallies
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -344,8 +422,6 @@ def _place_kernel(
             tl.store(words + header * words_per_row + expert, word, mask=is_one)
 
 
-_launch_tally = Launcher(_tally_kernel, **DEPENDENT)
-_launch_sum_up = Launcher(_sum_up_kernel, **DEPENDENT)
 _launch_place = Launcher(_place_kernel, **DEPENDENT)
 
 
@@ -368,26 +444,11 @@ def place(
     rows_per_token = rows_TK.shape[1]
     # Each part of a row compares all over again: few parts where there is much to compare.
     columns, block = _columns_of(width, 1024 if num_rows <= 512 else 4096)
-    compared = min(256, max(16, 1 << (num_rows - 1).bit_length()))
-    shards, of_experts = rows_per_token // ids_TK.shape[1], -(-num_experts // _EXPERTS)
-    tallied, tallies = num_rows > _SORT_ROWS, ids_TK
+    compared = min(_MAX_BLOCK, max(16, 1 << (num_rows - 1).bit_length()))
+    shards, of_experts = rows_per_token // ids_TK.shape[1], triton.cdiv(num_experts, _EXPERTS)
+    tallied, tallies = num_rows > _COMPARED_ROWS, ids_TK
     if tallied:
-        blocks = triton.cdiv(num_rows, compared)
-        tallies = ids_TK.new_empty(blocks + 1, num_experts, dtype=torch.int32)
-        _launch_tally(
-            (blocks, of_experts),
-            (ids_TK, tallies),
-            varying=(num_rows,),
-            fixed=(num_experts,),
-            constants=(shards, compared, _EXPERTS),
-        )
-        _launch_sum_up(
-            (of_experts, 1),
-            (tallies,),
-            varying=(num_rows,),
-            fixed=(num_experts,),
-            constants=(compared, triton.next_power_of_2(blocks), _EXPERTS),
-        )
+        tallies = _tallied(ids_TK, num_rows, num_experts, shards, compared)
     _launch_place(
         (num_rows + of_experts, columns),
         (x_TD, ids_TK, tables, send_ND, send_ND.view(torch.int32), rows_TK, counts_E, tallies),

@@ -347,6 +347,17 @@ def test_ids_past_the_experts_count_for_none_and_come_last() -> None:
     assert counts_E.tolist() == [1, 1]
 
 
+@pytest.mark.parametrize(("rows", "experts"), [(2049, 3), (5000, 96), (40_001, 70)])
+def test_many_rows_are_sorted_by_what_each_block_has(rows: int, experts: int) -> None:
+    ids_R = torch.randint(0, experts + 3, (rows,), device=DEVICE)  # the last three are nobody's
+    positions_R = torch.full((rows,), -7, dtype=torch.int32, device=DEVICE)
+    counts_E = torch.full((experts,), -7, dtype=torch.int32, device=DEVICE)
+    sort_by_expert(ids_R, positions_R, counts_E)
+    order_R = ids_R.clamp(max=experts).argsort(stable=True)
+    assert torch.equal(positions_R[order_R].long(), torch.arange(rows, device=DEVICE))
+    assert torch.equal(counts_E.long(), torch.bincount(ids_R, minlength=experts)[:experts])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("tokens", "choices", "experts"), [(1, 2, 4), (9, 8, 70), (70, 4, 8), (590, 4, 70)]
