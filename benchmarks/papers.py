@@ -76,7 +76,7 @@ def ours(
 ) -> dict[str, Any]:
     """The mesh, its gateways data-parallel; one alone is in this process."""
     device, config = open_device(where), config_of(settings)
-    with workers_of(settings, workers, device, work.max_batch_tokens, shards) as mesh:
+    with workers_of(settings, workers, device, shards) as mesh:
         if gateways == 1:
             admit = partial(mesh.admit, "bench")
             with meshed(admit, config, device, work, micro_batches) as side:

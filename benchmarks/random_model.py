@@ -23,7 +23,7 @@ from cli.layer_worker import answer_asked
 from expert_worker.expert_mlp import load_expert
 from expert_worker.expert_store import ExpertStore
 from mesh.checkpoint import INDEX_FILE, Checkpoint
-from mesh.config import resolve_dtype
+from mesh.config import WorkerConfig, resolve_dtype
 from mesh.device import open_device
 from mesh.errors import ConfigError
 from mesh.model_config import GroupedAttention, ModelConfig
@@ -154,11 +154,10 @@ def workers_of(
     settings: dict[str, Any],
     num_workers: int,
     device: torch.device,
-    max_tokens: int,
     shards: int = 1,
 ) -> Iterator[BenchWorkers]:
     """Workers that hold every expert between them, each cut into ``shards``; on GPUs they take them
-    in turn."""
+    in turn. Messages are as long as those of workers that are served."""
     config = config_of(settings)
     if shards not in possible_shards(config.num_experts, config.expert_hidden_size):
         raise ConfigError(f"{config.num_experts} experts a layer cannot be cut into {shards} each")
@@ -174,7 +173,7 @@ def workers_of(
         for number in range(num_workers)
     ]
     held = [_held(config, shards, number, num_workers) for number in range(num_workers)]
-    max_rows = min(65535, max_tokens * config.experts_per_token)
+    max_rows = WorkerConfig(device=device.type).max_rows
     with bench_workers("benchmarks.random_model", orders, held, max_rows, shards) as workers:
         yield workers
 

@@ -147,7 +147,7 @@ def measured(
     device = open_device(where)
     found: dict[str, Any] = {}
     with (
-        workers_of(settings, workers, device, work.max_batch_tokens, shards) as mesh,
+        workers_of(settings, workers, device, shards) as mesh,
         gateways_of(mesh, settings, work, 1, device.type, gateways) as run,
     ):
         for batch in work.batches:

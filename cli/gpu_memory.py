@@ -10,10 +10,12 @@ from collections import Counter
 from collections.abc import Sequence
 
 from mesh.config import GatewayConfig, resolve_dtype
-from mesh.model_config import ModelConfig
+from mesh.model_config import BYTES_PER_ELEMENT, ModelConfig
 
 _PROCESS_BYTES = 1 << 30
-"""CUDA's context, the libraries' workspaces, buffers of rows and activations."""
+"""CUDA's context and the libraries' workspaces."""
+_ROWS_IN_HAND = 4
+"""Times the largest batch, that rows come, wait and leave; of what an expert makes of them, one."""
 
 
 def reserved_bytes(
@@ -22,9 +24,14 @@ def reserved_bytes(
     gateway_devices: Sequence[str],
     worker_devices: Sequence[str],
     experts_per_worker: int,
+    merge_rows: int,
 ) -> list[int]:
-    """What the workers on each gateway's GPU will take, weights and all; 0 without a GPU."""
+    """What the workers on each gateway's GPU will take, weights, largest batches (``merge_rows``)
+    and all; 0 without a GPU."""
     dtype = resolve_dtype(config.dtype, config.device, model.dtype)
     held_bytes = len(model.moe_layers) * experts_per_worker * model.expert_bytes(dtype)
+    width = _ROWS_IN_HAND * model.hidden_size + 3 * model.expert_hidden_size
+    rows_bytes = merge_rows * width * BYTES_PER_ELEMENT[dtype]
     workers = Counter(device for device in worker_devices if device.startswith("cuda"))
-    return [workers[device] * (held_bytes + _PROCESS_BYTES) for device in gateway_devices]
+    each = held_bytes + rows_bytes + _PROCESS_BYTES
+    return [workers[device] * each for device in gateway_devices]

@@ -123,7 +123,12 @@ class MeshSpec:
         gateway_devices = [device_of(i) for i in range(config.gateways)]
         worker_devices = [device_of(config.gateways + i) for i in range(num_workers)]
         reserved = reserved_bytes(
-            model, gateway, gateway_devices, worker_devices, rules.experts_per_worker
+            model,
+            gateway,
+            gateway_devices,
+            worker_devices,
+            rules.experts_per_worker,
+            worker.merge_rows,
         )
         return cls(
             config,

@@ -158,8 +158,12 @@ class WorkerConfig(ServerConfig):
     device: str = option("cpu", "cpu, cuda or cuda:N.")
     dtype: Dtype = option("auto", "auto: the checkpoint's on a GPU, float32 on a CPU.")
     memory_bytes: int = option(0, "What experts may take on the device; 0: what is free.")
-    max_rows: int = option(4096, "Rows of one message; larger batches are split by the gateway.")
-    merge_rows: int = option(8192, "Rows that waiting messages for one expert are merged up to.")
+    max_rows: int = option(
+        0, "Rows of one message; larger ones are split by the gateway. 0: 4096, on a GPU 16000."
+    )
+    merge_rows: int = option(
+        0, "Rows that waiting messages for one expert are merged up to; 0: 8192, on a GPU 16000."
+    )
     threads: int = option(1, "CPU threads for compute.")
     drain_s: float = option(
         60.0, "How long it waits, once told to end, for others to take its experts over."
@@ -167,6 +171,15 @@ class WorkerConfig(ServerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        on_gpu = self.device != "cpu"
+        for name, value in (
+            # With the counts ahead of them, a power of two at most; of more, receiving, computing
+            # and sending hide less of each other.
+            ("max_rows", 16_000 if on_gpu else 4096),
+            ("merge_rows", max(self.max_rows, 16_000 if on_gpu else 8192)),
+        ):
+            if not getattr(self, name):
+                object.__setattr__(self, name, value)
         _require(0 <= self.drain_s < math.inf, "drain_s must not be negative")
         _require(1 <= self.max_rows <= 65535, "max_rows must be 1 to 65535")
         _require(self.merge_rows >= self.max_rows, "merge_rows must not be below max_rows")

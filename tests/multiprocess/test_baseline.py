@@ -121,7 +121,7 @@ def test_what_cannot_be_cut_is_refused() -> None:
     settings = SETTINGS | {"num_local_experts": 512}
     with (
         pytest.raises(ConfigError, match="512 experts a layer cannot be cut into 2"),
-        workers_of(settings, 2, torch.device("cpu"), 64, shards=2),
+        workers_of(settings, 2, torch.device("cpu"), shards=2),
     ):
         pass
 

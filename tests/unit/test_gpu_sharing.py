@@ -18,11 +18,13 @@ def test_workers_experts_are_reserved_on_their_gateways_gpu() -> None:
     model = ModelConfig.from_hf(DEMO_MODEL)
     config = GatewayConfig(model=DEMO_MODEL, device="cuda", dtype="bfloat16")
     devices = ["cuda:0", "cuda:1"], ["cuda:0", "cuda:0", "cuda:1"]
-    two, one = reserved_bytes(model, config, *devices, experts_per_worker=1)
+    two, one = reserved_bytes(model, config, *devices, experts_per_worker=1, merge_rows=100)
     assert two == 2 * one
-    more = reserved_bytes(model, config, *devices, experts_per_worker=3)[1]
+    more = reserved_bytes(model, config, *devices, experts_per_worker=3, merge_rows=100)[1]
     expert = len(model.moe_layers) * model.expert_bytes("bfloat16")
     assert more - one == 2 * expert
+    larger = reserved_bytes(model, config, *devices, experts_per_worker=1, merge_rows=200)[1]
+    assert larger - one == 100 * 2 * (4 * model.hidden_size + 3 * model.expert_hidden_size)
 
 
 def test_on_a_cpu_nothing_is_reserved_and_nothing_shared() -> None:

@@ -121,6 +121,14 @@ def test_every_field_of_a_real_configuration_is_an_option_with_help(config_type:
         assert each.help in shown
 
 
+def test_how_long_messages_may_be_follows_from_the_device() -> None:
+    on_cpu, on_gpu = WorkerConfig(), WorkerConfig(device="cuda:1")
+    assert (on_cpu.max_rows, on_cpu.merge_rows) == (4096, 8192)
+    assert (on_gpu.max_rows, on_gpu.merge_rows) == (16000, 16000)
+    said = WorkerConfig(max_rows=9000)
+    assert (said.max_rows, said.merge_rows) == (9000, 9000)
+
+
 def test_what_one_step_may_hold_follows_from_the_device() -> None:
     on_cpu, on_gpu = GatewayConfig(), GatewayConfig(device="cuda:1")
     assert (on_cpu.max_batch_tokens, on_cpu.max_running, on_cpu.overlap_tokens) == (512, 64, 256)
