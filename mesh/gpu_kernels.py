@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mesh.dependent_launch import DEPENDENT, wait_for_previous
 from mesh.launch import Launcher
@@ -26,6 +27,14 @@ def _acted(gate, GELU: tl.constexpr):
         return gate * tl.sigmoid(2 * inner)
     else:
         return gate * tl.sigmoid(gate)
+
+
+@triton.jit
+def _gated(gate, up, like, GELU: tl.constexpr):
+    # Rounded as between kernels.
+    dtype: tl.constexpr = like.dtype.element_ty
+    acted = _acted(gate.to(dtype).to(tl.float32), GELU).to(dtype).to(tl.float32)
+    return acted * up.to(dtype).to(tl.float32)
 
 
 @triton.jit
@@ -120,6 +129,10 @@ def deliver(answers_RD: Tensor, to_P4: Tensor) -> None:
     """Copy the rows of one part to where they are wanted; see :func:`grouped_out`."""
     grid = (len(answers_RD), triton.cdiv(answers_RD.shape[1], _BLOCK))
     _deliver_kernel[grid](answers_RD, to_P4, answers_RD.shape[1], BLOCK=_BLOCK, **DEPENDENT)
+
+
+def _gate(activation: str | None) -> int:
+    return 0 if activation is None else 2 if _GELU[activation] else 1
 
 
 class Messages(NamedTuple):
@@ -225,10 +238,7 @@ def _grouped_kernel(
                 weight = tl.load(w_at + n_size * k_size + start, mask=there_w, other=0.0)
                 up += tl.dot(part_x, weight, input_precision="ieee")
         if GATE:
-            # Rounded as between kernels.
-            gate = acc.to(out.dtype.element_ty).to(tl.float32)
-            acc = _acted(gate, GATE == 2).to(out.dtype.element_ty).to(tl.float32)
-            acc *= up.to(out.dtype.element_ty).to(tl.float32)
+            acc = _gated(acc, up, out, GATE == 2)
         if DELIVER:
             wanted, begin = _wanted(to + 4 * its_part, in_part, inside, out)
             at = begin[:, None] + (in_part.to(tl.int64)[:, None] * n_size + column[None, :])
@@ -305,8 +315,7 @@ def grouped_in(
     gets the counts, part by part."""
     width = weights.shape[1] // (2 if activation else 1)
     out_RN = x_RK.new_empty(messages.parts * messages.stride, width)
-    gate = 0 if activation is None else 2 if _GELU[activation] else 1
-    _grouped(x_RK, messages, weights, out_RN, into=True, gate=gate, on_host=on_host)
+    _grouped(x_RK, messages, weights, out_RN, into=True, gate=_gate(activation), on_host=on_host)
     return out_RN
 
 
@@ -322,3 +331,101 @@ def grouped_out(
     be there, and the address of a permit, or 0; if what that holds is not the fourth number, none
     are written."""
     _grouped(x_RK, messages, weights, out_RN, into=False, to_P4=to_P4)
+
+
+@triton.jit(do_not_specialize=["num_groups", "num_rows"])
+def _ordered_kernel(
+    x,
+    weights,
+    out,
+    counts,
+    here,
+    num_groups,
+    num_rows,
+    n_size,
+    k_size,
+    columns,
+    GATE: tl.constexpr,
+    G_PAD: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+):
+    wait_for_previous()
+    # Those that read the same rows, and the same matrix, run side by side.
+    tile = tl.program_id(0) // columns
+    first_column = tl.program_id(0) % columns * N
+    g = tl.arange(0, G_PAD)
+    there = g < num_groups
+    index = tl.load(here + g, mask=there, other=0)
+    rows_G = _rows_of_groups(counts, index, there, num_rows)
+    tiles_G = tl.cdiv(rows_G, M)
+    group = tl.sum((tl.cumsum(tiles_G, axis=0) <= tile).to(tl.int32), axis=0)
+    if group < num_groups:
+        before = g < group
+        nth = (tile - tl.sum(tl.where(before, tiles_G, 0), axis=0)) * M
+        first_row = tl.sum(tl.where(before, rows_G, 0), axis=0) + nth
+        inside = nth + tl.arange(0, M) < tl.sum(tl.where(g == group, rows_G, 0), axis=0)
+        matrix = group * n_size
+        if GATE:
+            matrix *= 2
+        acc = tl.zeros([M, N], dtype=tl.float32)
+        if GATE:
+            up = tl.zeros([M, N], dtype=tl.float32)
+        for start in range(0, k_size, K):
+            # What lies past the group's rows or columns is another's, and written nowhere.
+            part_x = x.load([first_row, start])
+            weight = weights.load([matrix + first_column, start])
+            acc = tl.dot(part_x, weight.T, acc, input_precision="ieee")
+            if GATE:
+                weight = weights.load([matrix + n_size + first_column, start])
+                up = tl.dot(part_x, weight.T, up, input_precision="ieee")
+        if GATE:
+            acc = _gated(acc, up, out, GATE == 2)
+        row = first_row + tl.arange(0, M)
+        column = first_column + tl.arange(0, N)
+        tl.store(
+            out + row.to(tl.int64)[:, None] * n_size + column[None, :],
+            acc.to(out.dtype.element_ty),
+            mask=inside[:, None] & (column < n_size)[None, :],
+        )
+
+
+def ordered(
+    x_RK: Tensor, counts_E: Tensor, here_G: Tensor, weights: Tensor, activation: str | None = None
+) -> Tensor:
+    """Many rows in order of expert by their experts' matrices, ``(G, N, K)``: ``(R, N)``, undefined
+    behind the last row. ``counts_E`` (int32) says how many each of E has, ``here_G`` (int32) which
+    of those are here. With an activation that :func:`gated` knows, of ``(G, 2 N, K)`` with gate in
+    front of up. K and rows are multiples of 16 bytes.
+
+    Quicker than torch's grouped GEMM and the activation behind it where a GPU's second cache holds
+    a few experts' matrices: 656 to 719 us for 40,000 rows of 64 MLPs of 768 x 2048 on an H200, 227
+    to 299 for 8000; slower where it does not. Of Hopper or later.
+    """
+    (num_rows, k_size), groups = x_RK.shape, len(weights)
+    n_size = weights.shape[1] // (2 if activation else 1)
+    out_RN = x_RK.new_empty(num_rows, n_size)
+    rows, columns, width = 128, 128, 128 // weights.itemsize
+    in_row = triton.cdiv(n_size, columns)
+    _ordered_kernel[((groups + num_rows // rows) * in_row,)](
+        TensorDescriptor.from_tensor(x_RK, [rows, width]),
+        TensorDescriptor.from_tensor(weights.view(-1, k_size), [columns, width]),
+        out_RN,
+        counts_E,
+        here_G,
+        groups,
+        num_rows,
+        n_size,
+        k_size,
+        in_row,
+        GATE=_gate(activation),
+        G_PAD=triton.next_power_of_2(groups),
+        M=rows,
+        N=columns,
+        K=width,
+        num_warps=8 if activation else 4,
+        num_stages=4 if activation else 3,
+        **DEPENDENT,
+    )
+    return out_RN

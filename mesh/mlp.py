@@ -6,6 +6,7 @@ Legend: R rows, D hidden size of the model, H hidden size of the MLP.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -158,6 +159,8 @@ _FEW_ROWS = 64
 """Of an expert, on average: up to here a grouped GEMM of ours, which reads weights as fast as the
 memory gives them, is quicker than torch's, which is bfloat16's alone (of 8 experts of 4096 x 16384
 with 48 rows each 806 to 1097 us on an H200, with 96 rows 1130 to 980)."""
+_SMALL_BYTES = 16 << 20
+"""Of an expert's matrix: an H200's second cache has 50 MB."""
 
 
 class StackedMlps:
@@ -199,9 +202,9 @@ class StackedMlps:
         """
         from mesh.gpu_kernels import Messages
 
-        if self._suits_torch(len(x_RD)):
-            return self._by_torch(x_RD, counts_E)
         x_RD = x_RD.contiguous()
+        if self._are_many(len(x_RD)):
+            return self._in_order(x_RD, counts_E)
         y_RD = torch.empty_like(x_RD)
         messages = Messages(counts_E, 0, self._here_G, len(counts_E), 1, len(x_RD), 0)
         self._compute(x_RD, messages, y_RD)
@@ -214,9 +217,9 @@ class StackedMlps:
         ``header_rows`` ahead of its rows; they go to the host, too. Where they need not be
         ``in_place``, the outputs may be returned instead."""
         messages = self._messages(buffer_RD, header_rows, 1, len(on_host_E))
-        if self._suits_torch(len(buffer_RD)):
+        if self._are_many(len(buffer_RD)):
             rows_RD = buffer_RD[header_rows:]
-            answers_RD = self._by_torch_of(messages, rows_RD, on_host_E)
+            answers_RD = self._in_order_of(messages, rows_RD, on_host_E)
             if not in_place:
                 return answers_RD
             rows_RD.copy_(answers_RD)
@@ -231,10 +234,10 @@ class StackedMlps:
         :func:`mesh.gpu_kernels.grouped_out`. All else as with :meth:`answer`."""
         parts, num_experts = on_host_PE.shape
         messages = self._messages(buffer_RD, header_rows, parts, num_experts)
-        if parts == 1 and self._suits_torch(len(buffer_RD)):
+        if parts == 1 and self._are_many(len(buffer_RD)):
             from mesh.gpu_kernels import deliver
 
-            deliver(self._by_torch_of(messages, buffer_RD[header_rows:], on_host_PE[0]), to_P4)
+            deliver(self._in_order_of(messages, buffer_RD[header_rows:], on_host_PE[0]), to_P4)
         else:
             self._compute(buffer_RD, messages, buffer_RD, on_host_PE, to_P4)
 
@@ -248,17 +251,32 @@ class StackedMlps:
         step = stride * len(counts) // len(buffer_RD)
         return Messages(counts, step, self._here_G, num_experts, parts, stride, header_rows)
 
-    def _by_torch_of(self, messages: Messages, rows_RD: Tensor, on_host_E: Tensor) -> Tensor:
+    def _in_order_of(self, messages: Messages, rows_RD: Tensor, on_host_E: Tensor) -> Tensor:
         counts_E = messages.counts[: messages.num_experts]
         on_host_E.copy_(counts_E, non_blocking=True)
-        return self._by_torch(rows_RD, counts_E)
+        return self._in_order(rows_RD, counts_E)
 
-    def _suits_torch(self, num_rows: int) -> bool:
-        return self._into_HD.dtype == torch.bfloat16 and num_rows > _FEW_ROWS * len(self._here_G)
+    def _are_many(self, num_rows: int) -> bool:
+        some_kernel = self._small or self._into_HD.dtype == torch.bfloat16
+        return some_kernel and num_rows > _FEW_ROWS * len(self._here_G)
 
-    def _by_torch(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
-        from mesh.gpu_kernels import group_ends
+    @cached_property
+    def _small(self) -> bool:
+        """Whether a GPU that copies tiles by itself holds a few of its experts in its cache."""
+        if torch.cuda.get_device_capability(self._into_HD.device) < (9, 0):
+            return False
+        largest = max(self._into_HD[0].nbytes, self._down_DH[0].nbytes)
+        aligned = all(w.stride(-2) * w.itemsize % 16 == 0 for w in (self._into_HD, self._down_DH))
+        return largest <= _SMALL_BYTES and aligned
 
+    def _in_order(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
+        from mesh.gpu_kernels import group_ends, ordered
+
+        if self._small:
+            hidden_RH = ordered(x_RD, counts_E, self._here_G, self._into_HD, self._gate)
+            if self._gate is None:
+                hidden_RH = self._between(hidden_RH)
+            return ordered(hidden_RH, counts_E, self._here_G, self._down_DH)
         ends_G = group_ends(counts_E, self._here_G, len(x_RD))
         hidden_RH = F.grouped_mm(x_RD, self._into_HD.transpose(1, 2), offs=ends_G)
         return F.grouped_mm(self._between(hidden_RH), self._down_DH.transpose(1, 2), offs=ends_G)

@@ -19,10 +19,18 @@ from gateway.model.norm import RmsNorm
 from gateway.model.rope import rotate_
 from gateway.model.router import Router
 from gateway.model.scores import NOT_A_NUMBER
-from mesh.gpu_kernels import Messages, deliver, gated, group_ends, grouped_in, grouped_out
+from mesh.gpu_kernels import (
+    Messages,
+    deliver,
+    gated,
+    group_ends,
+    grouped_in,
+    grouped_out,
+    ordered,
+)
 from mesh.mlp import GatedMlp, PlainMlp, StackedMlps
 from mesh.model_config import RouterConfig
-from tests.gpu.device import DEVICE, DTYPES, close
+from tests.gpu.device import DEVICE, DTYPES, INTERPRETED, close
 
 BLOCK = 16
 
@@ -102,6 +110,35 @@ def test_rows_of_messages_go_through_their_experts_and_back(
         rows = slice(part * stride + ahead, part * stride + ahead + spot.num_rows)
         assert torch.equal(answers[spot.first : spot.first + spot.num_rows], x[rows])
         assert (answers[spot.first + spot.num_rows : spot.first + stride] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.bfloat16, torch.half])
+@pytest.mark.parametrize("activation", [None, "silu", "gelu_new"])
+@pytest.mark.parametrize(
+    ("counts", "hidden"), [([1, 0, 0, 130], 48), ([300, 128, 5, 0], 136), ([9, 400, -3, 1], 256)]
+)
+def test_many_rows_in_order_go_through_their_experts_matrices(
+    counts: list[int], hidden: int, activation: str | None, dtype: torch.dtype
+) -> None:
+    width, rows = 80, 400  # fewer than some counts say
+    weights = torch.randn(4, hidden * (2 if activation else 1), width, dtype=dtype) / 9
+    weights = weights.to(DEVICE)
+    x_RD = torch.randn(rows, width, device=DEVICE).to(dtype)
+    said = torch.zeros(7, dtype=torch.int32)
+    said[HERE] = torch.tensor(counts, dtype=torch.int32)
+    here_G = torch.tensor(HERE, dtype=torch.int32, device=DEVICE)
+    out_RN = ordered(x_RD, said.to(DEVICE), here_G, weights, activation)
+    begin = 0
+    for count, matrix in zip(counts, weights, strict=True):
+        end = min(rows, begin + max(0, count))
+        want = F.linear(x_RD[begin:end].double(), matrix.double())
+        if activation is not None:
+            gate, up = want.chunk(2, dim=-1)
+            tanh = {"approximate": "tanh"} if activation == "gelu_new" else {}
+            want = (F.gelu if tanh else F.silu)(gate, **tanh) * up
+        if end > begin:
+            close(out_RN[begin:end], want, of=dtype)
+        begin = end
 
 
 class Spot(NamedTuple):
