@@ -21,6 +21,7 @@ OFF = (
 _CONTROL = "nvidia-cuda-mps-control"
 _PIPES = "CUDA_MPS_PIPE_DIRECTORY"
 _LOGS = "CUDA_MPS_LOG_DIRECTORY"
+_DEVICES = "CUDA_VISIBLE_DEVICES"
 _QUESTION = "get_default_active_thread_percentage"
 _TIMEOUT_S = 10.0
 
@@ -50,14 +51,19 @@ def sharing() -> Iterator[bool]:
         yield False
         return
     directory = Path(tempfile.mkdtemp(prefix="expert-mesh-mps-"))
-    before = {name: os.environ.get(name) for name in (_PIPES, _LOGS)}
+    before = {name: os.environ.get(name) for name in (_PIPES, _LOGS, _DEVICES)}
     os.environ |= {_PIPES: str(directory), _LOGS: str(directory)}
     try:
-        yield _run([_CONTROL, "-d"]) and _say(_QUESTION)
+        on = _run([_CONTROL, "-d"]) and _say(_QUESTION)
+        numbers = (before[_DEVICES] or "").split(",")
+        if on and all(number.strip().isdecimal() for number in numbers):
+            # The service sees those alone, and its clients call them what it calls them.
+            os.environ[_DEVICES] = ",".join(map(str, range(len(numbers))))
+        yield on
     finally:
         _say("quit -t 1")
         for name, value in before.items():
-            os.environ.pop(name)
+            os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
         shutil.rmtree(directory, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -43,25 +44,48 @@ def test_without_the_service_it_says_so_and_leaves_the_environment(
         assert not mps.running()
 
 
-def test_a_service_is_started_for_the_block_and_ended_behind_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A script in the place of NVIDIA's control program writes down what it is told."""
-    control = tmp_path / "nvidia-cuda-mps-control"
-    told = tmp_path / "told"
+@pytest.fixture
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What a script in the place of NVIDIA's control program writes down: the devices that it is
+    shown, its directory and what it is told."""
+    control, told = tmp_path / "nvidia-cuda-mps-control", tmp_path / "told"
     control.write_text(
-        f'#!/bin/sh\necho "$CUDA_MPS_PIPE_DIRECTORY $* $(/bin/cat)" >> {told}\n', encoding="utf-8"
+        "#!/bin/sh\n"
+        f'echo "${{CUDA_VISIBLE_DEVICES-all}} $CUDA_MPS_PIPE_DIRECTORY $* $(/bin/cat)" >> {told}\n',
+        encoding="utf-8",
     )
     control.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_MPS_PIPE_DIRECTORY", raising=False)
+    return told
+
+
+def test_a_service_is_started_for_the_block_and_ended_behind_it(
+    told: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with mps.sharing() as on:
         assert on
         assert "quit" not in told.read_text()
-    words = [line.split(maxsplit=1) for line in told.read_text().splitlines()]
-    assert [word.strip() for _, word in words] == [
+        assert "CUDA_VISIBLE_DEVICES" not in os.environ
+    words = [line.split(maxsplit=2) for line in told.read_text().splitlines()]
+    assert [word.strip() for *_, word in words] == [
         "-d",
         "get_default_active_thread_percentage",
         "quit -t 1",
     ]
-    assert len({directory for directory, _ in words}) == 1
+    assert len({directory for _, directory, _ in words}) == 1
+
+
+@pytest.mark.parametrize(
+    ("shown", "inside"), [("1", "0"), ("2, 0", "0,1"), ("GPU-8932f937", "GPU-8932f937"), ("", "")]
+)
+def test_clients_number_devices_as_the_service_does(
+    told: Path, monkeypatch: pytest.MonkeyPatch, shown: str, inside: str
+) -> None:
+    """A service that is shown the second GPU alone calls it the first."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    with mps.sharing():
+        assert told.read_text().startswith(shown)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == inside
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == shown
