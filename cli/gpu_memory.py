@@ -14,8 +14,8 @@ from mesh.model_config import BYTES_PER_ELEMENT, ModelConfig
 
 _PROCESS_BYTES = 1 << 30
 """CUDA's context and the libraries' workspaces."""
-_ROWS_IN_HAND = 4
-"""Times the largest batch, that rows come, wait and leave; of what an expert makes of them, one."""
+_UNEVEN = 2
+"""Times the rows that a worker has in hand where all have as many: buffers are powers of two."""
 
 
 def reserved_bytes(
@@ -26,12 +26,14 @@ def reserved_bytes(
     experts_per_worker: int,
     merge_rows: int,
 ) -> list[int]:
-    """What the workers on each gateway's GPU will take, weights, largest batches (``merge_rows``)
-    and all; 0 without a GPU."""
+    """What the workers on each gateway's GPU will take: weights, the rows of a step of all
+    gateways, what an expert makes of its largest batch (``merge_rows``); 0 without a GPU."""
     dtype = resolve_dtype(config.dtype, config.device, model.dtype)
     held_bytes = len(model.moe_layers) * experts_per_worker * model.expert_bytes(dtype)
-    width = _ROWS_IN_HAND * model.hidden_size + 3 * model.expert_hidden_size
-    rows_bytes = merge_rows * width * BYTES_PER_ELEMENT[dtype]
+    routed = len(gateway_devices) * config.max_batch_tokens * model.experts_per_token
+    in_hand = _UNEVEN * routed // max(1, len(worker_devices))
+    width = model.hidden_size + 3 * model.expert_hidden_size
+    elements = in_hand * model.hidden_size + merge_rows * width
     workers = Counter(device for device in worker_devices if device.startswith("cuda"))
-    each = held_bytes + rows_bytes + _PROCESS_BYTES
+    each = held_bytes + elements * BYTES_PER_ELEMENT[dtype] + _PROCESS_BYTES
     return [workers[device] * each for device in gateway_devices]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,11 @@ def test_workers_experts_are_reserved_on_their_gateways_gpu() -> None:
     expert = len(model.moe_layers) * model.expert_bytes("bfloat16")
     assert more - one == 2 * expert
     larger = reserved_bytes(model, config, *devices, experts_per_worker=1, merge_rows=200)[1]
-    assert larger - one == 100 * 2 * (4 * model.hidden_size + 3 * model.expert_hidden_size)
+    assert larger - one == 100 * 2 * (model.hidden_size + 3 * model.expert_hidden_size)
+    longer = replace(config, max_batch_tokens=config.max_batch_tokens + 300)
+    rows = 2 * 2 * 300 * model.experts_per_token // 3  # two gateways' step, over three workers
+    more = reserved_bytes(model, longer, *devices, experts_per_worker=1, merge_rows=100)[1]
+    assert more - one == rows * 2 * model.hidden_size
 
 
 def test_on_a_cpu_nothing_is_reserved_and_nothing_shared() -> None:
