@@ -19,6 +19,7 @@ from gateway.model.norm import RmsNorm
 from gateway.model.rope import rotate_
 from gateway.model.router import Router
 from gateway.model.scores import NOT_A_NUMBER
+from mesh import mlp as mlp_module
 from mesh.gpu_kernels import (
     Messages,
     deliver,
@@ -224,11 +225,16 @@ def test_counts_that_do_not_add_up_touch_no_row_of_another_message(counts: list[
         assert torch.equal(x[rest], before[rest])
 
 
-@pytest.mark.parametrize("rows", [7, 64, 700])
+@pytest.mark.parametrize(("rows", "small"), [(7, True), (64, True), (700, True), (700, False)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["silu", "gelu", "plain"])
 @pytest.mark.skipif(DEVICE != "cuda", reason="stacks are made on a GPU alone")
-def test_a_stack_computes_as_its_mlps(kind: str, dtype: torch.dtype, rows: int) -> None:
+def test_a_stack_computes_as_its_mlps(
+    kind: str, dtype: torch.dtype, rows: int, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many rows go through torch's products where an expert is not small."""
+    monkeypatch.setattr(mlp_module, "_SMALL_BYTES", (16 << 20) if small else 0)
+
     def weight(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=DEVICE, dtype=dtype) / 16
 

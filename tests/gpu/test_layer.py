@@ -17,7 +17,7 @@ HIDDEN, MLP_HIDDEN = 256, 512
 _OF_SEVERAL = pytest.mark.parametrize(
     ("dtype", "kind"), [("bfloat16", "gated"), ("float16", "plain")]
 )
-"""Whose grouped GEMMs are torch's, and ours."""
+"""With the activation in the grouped product, and behind it."""
 _LIMITS = {"float16": 3e-3, "bfloat16": 2e-2, "float32": 1e-5}
 
 
