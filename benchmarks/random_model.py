@@ -173,7 +173,8 @@ def workers_of(
         for number in range(num_workers)
     ]
     held = [_held(config, shards, number, num_workers) for number in range(num_workers)]
-    max_rows = WorkerConfig(device=device.type).max_rows
+    row_bytes = config.hidden_size * dtype_on(device, config).itemsize
+    max_rows = WorkerConfig(device=device.type).for_rows(row_bytes).max_rows
     with bench_workers("benchmarks.random_model", orders, held, max_rows, shards) as workers:
         yield workers
 

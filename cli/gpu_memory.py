@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from mesh.config import GatewayConfig, resolve_dtype
+from mesh.config import GatewayConfig, WorkerConfig, resolve_dtype
 from mesh.model_config import BYTES_PER_ELEMENT, ModelConfig
 
 _PROCESS_BYTES = 1 << 30
@@ -24,15 +24,16 @@ def reserved_bytes(
     gateway_devices: Sequence[str],
     worker_devices: Sequence[str],
     experts_per_worker: int,
-    merge_rows: int,
+    worker: WorkerConfig,
 ) -> list[int]:
     """What the workers on each gateway's GPU will take: weights, the rows of a step of all
-    gateways, what an expert makes of its largest batch (``merge_rows``); 0 without a GPU."""
+    gateways, what an expert makes of its largest batch; 0 without a GPU."""
     dtype = resolve_dtype(config.dtype, config.device, model.dtype)
     held_bytes = len(model.moe_layers) * experts_per_worker * model.expert_bytes(dtype)
     routed = len(gateway_devices) * config.max_batch_tokens * model.experts_per_token
     in_hand = _UNEVEN * routed // max(1, len(worker_devices))
     width = model.hidden_size + 3 * model.expert_hidden_size
+    merge_rows = worker.for_rows(model.hidden_size * BYTES_PER_ELEMENT[dtype]).merge_rows
     elements = in_hand * model.hidden_size + merge_rows * width
     workers = Counter(device for device in worker_devices if device.startswith("cuda"))
     each = held_bytes + elements * BYTES_PER_ELEMENT[dtype] + _PROCESS_BYTES

@@ -128,7 +128,7 @@ class MeshSpec:
             gateway_devices,
             worker_devices,
             rules.experts_per_worker,
-            worker.merge_rows,
+            worker,
         )
         return cls(
             config,

@@ -57,6 +57,7 @@ async def run(config: WorkerConfig, worker_id: str, stop: asyncio.Event) -> None
     device = open_device(config.device, behind=True)
     dtype = resolve_dtype(config.dtype, config.device, model.dtype)
     torch_dtype: torch.dtype = getattr(torch, dtype)
+    config = config.for_rows(model.hidden_size * torch_dtype.itemsize)
     info = placement_pb2.WorkerInfo(
         worker_id=worker_id,
         host=socket.gethostname(),

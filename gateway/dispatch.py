@@ -41,6 +41,8 @@ log = structlog.get_logger()
 
 _SPARE_FRAMES = 8
 """For rows that are sent again before their first attempt has ended."""
+_ROWS_OF_NOBODY = 1024
+"""Of a frame, where there is no worker to send it to."""
 LONE_ROWS = 2048
 """Of one expert, from here on: one dense product is quicker than its part of a grouped one."""
 _LOOK_INTERVAL_S = 0.02
@@ -205,7 +207,7 @@ class Dispatcher:
         self._cut(shards=1)
         if device.type == "cuda":
             self._use_driver(device)
-        self._allocate(max_rows=wire.MAX_ROWS)
+        self._allocate(max_rows=_ROWS_OF_NOBODY)
         self.on_away: Callable[[], None] = lambda: None
         """Called in every layer when rows have left and are about to be waited for: time for a
         little of what nobody waits for."""
@@ -230,7 +232,7 @@ class Dispatcher:
         self.peers.follow(routing)
         self._cut(max(1, routing.expert_shards))
         self._allocate(
-            max_rows=min((peer.max_rows for peer in routing.peers), default=wire.MAX_ROWS)
+            max_rows=min((peer.max_rows for peer in routing.peers), default=_ROWS_OF_NOBODY)
         )
         if self._lending is not None:
             self._lending.lend(self.peers, self.arenas)

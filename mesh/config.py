@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import socket
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -146,6 +146,13 @@ class PlacementConfig(ServerConfig):
         _require(0.3 <= self.lease_s < math.inf, "lease_s must be 0.3 or more")
 
 
+_MAX_ROWS = 4096
+_MAX_ROWS_ON_GPU = 16_000
+"""With the counts ahead of them, no more than a buffer of the power of two above."""
+_MESSAGE_BYTES_ON_GPU = 64 << 20
+_MERGE_ROWS = 8192
+
+
 @dataclass(frozen=True)
 class WorkerConfig(ServerConfig):
     """An expert worker."""
@@ -159,10 +166,12 @@ class WorkerConfig(ServerConfig):
     dtype: Dtype = option("auto", "auto: the checkpoint's on a GPU, float32 on a CPU.")
     memory_bytes: int = option(0, "What experts may take on the device; 0: what is free.")
     max_rows: int = option(
-        0, "Rows of one message; larger ones are split by the gateway. 0: 4096, on a GPU 16000."
+        0,
+        "Rows of one message; larger ones are split by the gateway. 0: 4096, on a GPU 64 MiB of "
+        "them, but not over 16000.",
     )
     merge_rows: int = option(
-        0, "Rows that waiting messages for one expert are merged up to; 0: 8192, on a GPU 16000."
+        0, "Rows that waiting messages for one expert are merged up to; 0: 8192, or max_rows."
     )
     threads: int = option(1, "CPU threads for compute.")
     drain_s: float = option(
@@ -171,20 +180,23 @@ class WorkerConfig(ServerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        on_gpu = self.device != "cpu"
-        for name, value in (
-            # With the counts ahead of them, a power of two at most; of more, receiving, computing
-            # and sending hide less of each other.
-            ("max_rows", 16_000 if on_gpu else 4096),
-            ("merge_rows", max(self.max_rows, 16_000 if on_gpu else 8192)),
-        ):
-            if not getattr(self, name):
-                object.__setattr__(self, name, value)
         _require(0 <= self.drain_s < math.inf, "drain_s must not be negative")
-        _require(1 <= self.max_rows <= 65535, "max_rows must be 1 to 65535")
-        _require(self.merge_rows >= self.max_rows, "merge_rows must not be below max_rows")
+        _require(0 <= self.max_rows <= 65535, "max_rows must be 1 to 65535, or 0")
+        _require(
+            self.merge_rows >= self.max_rows or not self.merge_rows,
+            "merge_rows must not be below max_rows",
+        )
         _require(self.threads >= 1, "threads must be 1 or more")
         _require(self.memory_bytes >= 0, "memory_bytes must not be negative")
+
+    def for_rows(self, row_bytes: int) -> WorkerConfig:
+        """The same where rows take so many bytes, with ``max_rows`` and ``merge_rows`` said."""
+        max_rows = self.max_rows or _MAX_ROWS
+        if not self.max_rows and self.device != "cpu":
+            # Of longer ones, receiving, computing and sending hide less of each other.
+            max_rows = min(_MAX_ROWS_ON_GPU, _MESSAGE_BYTES_ON_GPU // row_bytes)
+        merge_rows = self.merge_rows or max(_MERGE_ROWS, max_rows)
+        return replace(self, max_rows=max_rows, merge_rows=merge_rows)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 from cli import mps
 from cli.gpu_memory import reserved_bytes
 from cli.up import MeshSpec
-from mesh.config import GatewayConfig
+from mesh.config import GatewayConfig, WorkerConfig
 from mesh.model_config import ModelConfig
 from tests.running import DEMO_MODEL
 
@@ -20,16 +20,17 @@ def test_workers_experts_are_reserved_on_their_gateways_gpu() -> None:
     model = ModelConfig.from_hf(DEMO_MODEL)
     config = GatewayConfig(model=DEMO_MODEL, device="cuda", dtype="bfloat16")
     devices = ["cuda:0", "cuda:1"], ["cuda:0", "cuda:0", "cuda:1"]
-    two, one = reserved_bytes(model, config, *devices, experts_per_worker=1, merge_rows=100)
+    worker = WorkerConfig(device="cuda", max_rows=100, merge_rows=100)
+    two, one = reserved_bytes(model, config, *devices, 1, worker)
     assert two == 2 * one
-    more = reserved_bytes(model, config, *devices, experts_per_worker=3, merge_rows=100)[1]
+    more = reserved_bytes(model, config, *devices, 3, worker)[1]
     expert = len(model.moe_layers) * model.expert_bytes("bfloat16")
     assert more - one == 2 * expert
-    larger = reserved_bytes(model, config, *devices, experts_per_worker=1, merge_rows=200)[1]
+    larger = reserved_bytes(model, config, *devices, 1, replace(worker, merge_rows=200))[1]
     assert larger - one == 100 * 2 * (model.hidden_size + 3 * model.expert_hidden_size)
     longer = replace(config, max_batch_tokens=config.max_batch_tokens + 300)
     rows = 2 * 2 * 300 * model.experts_per_token // 3  # two gateways' step, over three workers
-    more = reserved_bytes(model, longer, *devices, experts_per_worker=1, merge_rows=100)[1]
+    more = reserved_bytes(model, longer, *devices, 1, worker)[1]
     assert more - one == rows * 2 * model.hidden_size
 
 

@@ -121,12 +121,21 @@ def test_every_field_of_a_real_configuration_is_an_option_with_help(config_type:
         assert each.help in shown
 
 
-def test_how_long_messages_may_be_follows_from_the_device() -> None:
-    on_cpu, on_gpu = WorkerConfig(), WorkerConfig(device="cuda:1")
-    assert (on_cpu.max_rows, on_cpu.merge_rows) == (4096, 8192)
-    assert (on_gpu.max_rows, on_gpu.merge_rows) == (16000, 16000)
-    said = WorkerConfig(max_rows=9000)
-    assert (said.max_rows, said.merge_rows) == (9000, 9000)
+@pytest.mark.parametrize(
+    ("said", "row_bytes", "rows"),
+    [
+        ({}, 512, (4096, 8192)),
+        ({"device": "cuda:1"}, 4096, (16000, 16000)),
+        ({"device": "cuda"}, 14336, (4681, 8192)),
+        ({"max_rows": 9000}, 512, (9000, 9000)),
+        ({"device": "cuda", "max_rows": 64, "merge_rows": 64}, 4096, (64, 64)),
+    ],
+)
+def test_how_long_messages_may_be_follows_from_the_device_and_the_rows(
+    said: dict[str, Any], row_bytes: int, rows: tuple[int, int]
+) -> None:
+    config = WorkerConfig(**said).for_rows(row_bytes)
+    assert (config.max_rows, config.merge_rows) == rows
 
 
 def test_what_one_step_may_hold_follows_from_the_device() -> None:
