@@ -214,7 +214,10 @@ def layer_mesh(
         for number, mine in enumerate(held)
     ]
     sizes = SimpleNamespace(
-        num_experts=shape.num_experts, hidden_size=shape.hidden, experts_per_token=shape.top_k
+        num_experts=shape.num_experts,
+        hidden_size=shape.hidden,
+        experts_per_token=shape.top_k,
+        experts_grouped=dtype != torch.float32,
     )
     with bench_mesh(
         "cli.layer_worker",

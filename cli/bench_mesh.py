@@ -40,6 +40,9 @@ class LayerSizes(Protocol):
     @property
     def experts_per_token(self) -> int: ...
 
+    @property
+    def experts_grouped(self) -> bool: ...
+
 
 class Child:
     """A module in a process of its own, which is told and answers one JSON object a line."""

@@ -27,6 +27,7 @@ from mesh.errors import Unavailable
 from mesh.mlp import StackedMlps
 from mesh.plan import ExpertId
 from mesh.replay import (
+    CAPTURED_AHEAD,
     DELIVERY,
     MAX_TOGETHER,
     WHOLE,
@@ -53,8 +54,6 @@ _AHEAD = -1
 """Of a stream's priorities, the next to the least."""
 _ROWS_OF_ONE = 8
 """Where a layer has several experts here, more are seldom for one of them alone."""
-_CAPTURED_AHEAD = 256
-"""Experts of a worker: of more, few are asked for one by one."""
 
 
 class _Layer:
@@ -174,7 +173,7 @@ class GpuCompute:
         for layer in new:
             layer.prepared = True
         self._prepare_later(new, 2 * _GRAPH_ROWS)
-        if len(experts) <= _CAPTURED_AHEAD:
+        if len(experts) <= CAPTURED_AHEAD:
             ones: dict[int, list[Expert]] = {_ROWS_OF_ONE: [], _GRAPH_ROWS: []}
             for expert, mlp in experts.items():
                 if mlp not in self._replays:

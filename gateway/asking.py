@@ -26,6 +26,7 @@ from gateway.frames import MAX_MICRO_BATCHES, Frames, Run
 from gateway.peers import Peer, Peers
 from mesh import native, wire
 from mesh.plan import ExpertId
+from mesh.replay import CAPTURED_AHEAD
 from mesh.transport.base import Asking, Request
 
 MAX_ROWS = 16384
@@ -182,13 +183,16 @@ class Asks:
         row_bytes: int,
         device: torch.device,
         spin_s: float,
+        grouped: bool,
     ) -> None:
+        """``grouped``: workers compute those of a layer that they hold together."""
         self._asking = asking
         self._peers = peers
         self._frames = frames
         self._row_bytes = row_bytes
         self._device = device
         self._spin_s = spin_s
+        self._grouped = grouped
         self._seats: dict[tuple[int, int], Seat] = {}
         self._past: list[Seat] = []
         """Whose rows are still to be counted."""
@@ -328,7 +332,9 @@ class Asks:
                 seat.peers.append(peer)
         seat.record.num_asks = len(seat.peers)
         asks = seat.by_peer[: len(seat.peers)]
-        sizes = np.bincount(seat.groups_E[seat.groups_E >= 0], minlength=len(asks))
+        sizes = np.bincount(seat.groups_E[seat.groups_E >= 0], minlength=len(asks)).tolist()
+        for ask, peer, size in zip(asks, seat.peers, sizes, strict=True):
+            ask.several = self._grouped and size > 1 and peer.num_experts > CAPTURED_AHEAD
         seat.tables.write(
             seat.groups_E,
             [ask.first for ask in asks],

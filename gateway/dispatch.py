@@ -172,6 +172,7 @@ class Dispatcher:
     ) -> None:
         self._transport = transport
         self._num_experts = config.num_experts
+        self._grouped = config.experts_grouped
         self._max_choices = max_tokens * config.experts_per_token
         self._row_bytes = config.hidden_size * dtype.itemsize
         self._device = device
@@ -887,6 +888,7 @@ class Dispatcher:
                 row_bytes=self._row_bytes,
                 device=self._device,
                 spin_s=self._spin_s,
+                grouped=self._grouped,
             )
 
     def _units(self, ids_TK: torch.Tensor) -> torch.Tensor:

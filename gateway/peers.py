@@ -43,6 +43,8 @@ class Peer:
     """When it was last asked about; None: it answers."""
     lost: str | None = None
     """Why it was given up."""
+    num_experts: int = 0
+    """That it serves, of all layers."""
     by_reference: bool = False
     """It reads rows and writes answers in our own arenas; see :mod:`gateway.lending`."""
 
@@ -127,6 +129,8 @@ class Peers:
             ]
             for placed in routing.experts
         }
+        for peer in self:
+            peer.num_experts = sum(peer in routes for routes in self._routes.values())
         self._expected = set(self._routes) | set(map(expert_from_proto, routing.pending))
         self._taken_off.clear()
         self._faults.clear()

@@ -18,6 +18,8 @@ WHOLE = native.STEPS - 1
 """The step of a slot whose graph computes all of its rows."""
 DELIVERY = 4
 """Numbers that say where the outputs of a part are to be."""
+CAPTURED_AHEAD = 256
+"""Experts of a worker: of more, none has graphs of its own before it was asked for often."""
 MAX_TOGETHER = 8
 """Messages of several experts that are computed together, each in its part of a slot."""
 

@@ -84,10 +84,20 @@ class Worker:
 
 
 def make_dispatcher(
-    transport: Transport, *, max_tokens: int = 64, k: int = 2, reply_timeout_s: float = 10.0
+    transport: Transport,
+    *,
+    max_tokens: int = 64,
+    k: int = 2,
+    reply_timeout_s: float = 10.0,
+    grouped: bool = False,
 ) -> Dispatcher:
     """A gateway's dispatcher for the rig's model."""
-    config = SimpleNamespace(num_experts=NUM_EXPERTS, hidden_size=HIDDEN_SIZE, experts_per_token=k)
+    config = SimpleNamespace(
+        num_experts=NUM_EXPERTS,
+        hidden_size=HIDDEN_SIZE,
+        experts_per_token=k,
+        experts_grouped=grouped,
+    )
     return Dispatcher(
         transport,
         cast(ModelConfig, config),

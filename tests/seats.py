@@ -13,12 +13,12 @@ from tests.rig import HIDDEN_SIZE, NUM_EXPERTS, make_dispatcher
 from tests.stand_in import Graph, Knobs, Placing
 
 
-def seated_dispatcher(transport: Transport, driver: str) -> Dispatcher:
+def seated_dispatcher(transport: Transport, driver: str, grouped: bool = False) -> Dispatcher:
     """A gateway's dispatcher for the rig's model whose layers can have seats."""
     knobs = Knobs(driver)
     for name, value in {"launched": 0, "ran": 0, "allowed": 1 << 30}.items():
         knobs[name] = value
-    dispatcher = make_dispatcher(transport)
+    dispatcher = make_dispatcher(transport, grouped=grouped)
     dispatcher.ask_by(ReplayDevice(0, driver))
     return dispatcher
 

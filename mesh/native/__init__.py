@@ -205,6 +205,7 @@ class Ask(Structure):
         ("header_bytes", c_uint64),
         ("capacity", c_int32),
         ("by_reference", c_int32),
+        ("several", c_int32),
         ("num_rows", c_int32),
         ("num_experts", c_int32),
         ("expert", c_int32),

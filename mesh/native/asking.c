@@ -50,7 +50,7 @@ static int count_rows(seat *one) {
 }
 
 static round_trip trip_of(const seat *one, const ask *mine) {
-    int several = mine->num_experts > 1;
+    int several = mine->several || mine->num_experts > 1;
     int referred = mine->by_reference;
     uint64_t header = several ? mine->header_bytes : 0;
     uint64_t bytes = (uint64_t)mine->num_rows * one->row_bytes;

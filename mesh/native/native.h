@@ -372,6 +372,7 @@ typedef struct { /* one peer's part of a layer */
     uint64_t header_bytes;        /* ahead of that, where rows are of several experts */
     int32_t capacity;             /* rows */
     int32_t by_reference;
+    int32_t several; /* its worker holds some, which it computes together: also where one alone has rows */
     /* Of the last time. */
     int32_t num_rows, num_experts, expert; /* the last of these experts */
     int32_t received, sent;                /* operations, where there are rows */

@@ -49,9 +49,9 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> str:
 class Rig:
     """A gateway whose layers have seats, and the workers that a test asks for."""
 
-    def __init__(self, driver: str) -> None:
+    def __init__(self, driver: str, grouped: bool = False) -> None:
         self.transport = UcxTransport()
-        self.dispatcher = seated_dispatcher(self.transport, driver)
+        self.dispatcher = seated_dispatcher(self.transport, driver, grouped)
         self.workers: list[Worker] = []
         self.layers: dict[tuple[int, int, int], Layer] = {}
         self.left: list[bool] = []
@@ -153,6 +153,35 @@ def test_experts_of_one_worker_share_a_message_and_layers_its_frame(rig: Rig) ->
         torch.testing.assert_close(got, want)
     assert rig.left == [True] * 12
     assert first.plane.stats().refused == second.plane.stats().refused == {}
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_one_of_a_workers_experts_is_asked_like_several_where_those_are_computed_together(
+    driver: str, grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of so many experts, one alone has no graph of its own."""
+    monkeypatch.setattr("gateway.asking.CAPTURED_AHEAD", 2)
+    rig = Rig(driver, grouped)
+    try:
+        most, rest = rig.worker("most", 0, 1, 2), rig.worker("rest", 3)
+        served: dict[str, list[int]] = {"most": [], "rest": []}
+        for worker in (most, rest):
+            tell = served[worker.worker_id].append
+            worker.plane.on_served = lambda trail, tell=tell: tell(wire.decode(trail.tag).expert)
+        rig.connect()
+        x_TD, _, weights_TK = random_step(2)
+        for ids in ([[1, 3], [1, 3]], [[0, 2], [2, 1]]):
+            step = x_TD, torch.tensor(ids), weights_TK
+            rig.dispatcher.begin_step(1)
+            one = rig.layer(2)
+            assert one.leave(*step)
+            torch.testing.assert_close(one.come_back(), expected(LAYER, *step))
+        for worker in (most, rest):
+            worker.plane.weights(lambda transfers: None)  # a turn of its thread: it has told of all
+        alone = wire.SEVERAL if grouped else 1
+        assert served == {"most": [alone, wire.SEVERAL], "rest": [3]}
+    finally:
+        rig.end()
 
 
 def test_two_micro_batches_are_away_at_once_layer_after_layer(rig: Rig) -> None:
