@@ -515,10 +515,13 @@ class Dispatcher:
     def _place(
         self, pending: Pending, counts: list[tuple[ExpertId, int]]
     ) -> Iterable[tuple[Run, ...]]:
-        """Lay one worker's rows into frames, as the runs of each message: those of a frame, but
-        that what is large goes alone."""
+        """Lay one worker's rows into as few frames as hold them. The runs of a frame are a message,
+        but what is large goes alone; where nothing is, messages are as long as each other, so that
+        each passes on while another is computed."""
         runs: list[Run] = []
         start = stop = 0
+        left = sum(count for _, count in counts)
+        evenly = all(count < LONE_ROWS for _, count in counts)
         # A message of several has its counts ahead of it, as a frame begins: large ones are last.
         for expert, count in sorted(counts, key=lambda of_expert: of_expert[1] >= LONE_ROWS):
             self._rows_by_expert[expert] += count
@@ -531,10 +534,13 @@ class Dispatcher:
                     frame = self._frames.take()
                     pending.frames.append(frame)
                     start, stop = self._frames.rows_of(frame)
+                    if evenly:
+                        stop = start + -(-left // -(-left // (stop - start)))
                 taken = min(count, stop - start)
                 runs.append(Run(expert, start, taken))
                 start += taken
                 count -= taken
+                left -= taken
         yield tuple(runs)
 
     def _counts_of(self, runs: tuple[Run, ...]) -> IntArray:

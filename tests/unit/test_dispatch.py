@@ -186,6 +186,24 @@ def test_many_rows_of_an_expert_are_a_message_of_their_own(
     assert rig.num_frames_held == 0
 
 
+@pytest.mark.parametrize(
+    ("max_rows", "rows"), [(64, [62]), (40, [31, 31]), (30, [21, 21, 20]), (20, [16, 16, 15, 15])]
+)
+def test_messages_of_several_are_as_long_as_each_other(
+    rig: Rig, max_rows: int, rows: list[int]
+) -> None:
+    rig.worker("all", 0, 1, 2, 3, max_rows=max_rows)
+    rig.connect()
+    ids_TK = torch.tensor([0, 1, 2, 3]).repeat_interleave(torch.tensor([3, 25, 4, 30])).view(-1, 1)
+    x_TD, _, weights_TK = random_step(len(ids_TK), k=1)
+    rig.dispatcher.begin_step(1)
+    pending = rig.dispatcher.dispatch(LAYER, x_TD, ids_TK, weights_TK)
+    assert isinstance(pending, Pending)
+    assert [one.num_rows for one in pending.messages] == rows
+    torch.testing.assert_close(pending.combine(), expected(LAYER, x_TD, ids_TK, weights_TK))
+    assert rig.num_frames_held == 0
+
+
 def test_two_micro_batches_are_away_at_once(rig: Rig) -> None:
     rig.worker("all", 0, 1, 2, 3)
     rig.connect()
