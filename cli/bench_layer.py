@@ -21,6 +21,7 @@ import typer
 from cli import mps
 from cli.bench_mesh import BenchMesh, bench_mesh
 from cli.layer_shape import Shape
+from mesh import wire
 from mesh.errors import ConfigError
 from mesh.plan import ExpertId
 
@@ -227,7 +228,7 @@ def layer_mesh(
         device=device,
         dtype=dtype,
         max_tokens=max_tokens,
-        max_rows=min(65535, max_tokens),
+        max_rows=min(wire.MAX_ROWS, max_tokens),
         reply_timeout_s=reply_timeout_s,
     ) as mesh:
         yield mesh

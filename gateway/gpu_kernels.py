@@ -99,7 +99,7 @@ def sort_by_expert(ids_R: Tensor, positions_R: Tensor, counts_E: Tensor) -> None
     num_rows, num_experts = len(ids_R), len(counts_E)
     if num_rows > _COMPARED_ROWS:
         ids_R = ids_R.clamp(max=num_experts)  # who is nobody's has a count, too
-        tallies = _tallied(ids_R, num_rows, num_experts + 1, shards=1, rows=_MAX_BLOCK)
+        tallies = _tallied(ids_R, num_rows, num_experts + 1, shards=1)
         _launch_tallied_positions(
             (triton.cdiv(num_rows, _MAX_BLOCK), 1),
             (ids_R, tallies, positions_R),
@@ -317,17 +317,17 @@ _launch_tally = Launcher(_tally_kernel, **DEPENDENT)
 _launch_sum_up = Launcher(_sum_up_kernel, **DEPENDENT)
 
 
-def _tallied(ids: Tensor, num_rows: int, num_experts: int, shards: int, rows: int) -> Tensor:
-    """``tallies``, int32: of each block of so many rows, how many rows each of the experts (or
+def _tallied(ids: Tensor, num_rows: int, num_experts: int, shards: int) -> Tensor:
+    """``tallies``, int32: of each block of _MAX_BLOCK rows, how many rows each of the experts (or
     slices) has in all blocks before it; in one line more, how many in all."""
-    blocks, of_experts = triton.cdiv(num_rows, rows), triton.cdiv(num_experts, _EXPERTS)
+    blocks, of_experts = triton.cdiv(num_rows, _MAX_BLOCK), triton.cdiv(num_experts, _EXPERTS)
     tallies = ids.new_empty(blocks + 1, num_experts, dtype=torch.int32)
     _launch_tally(
         (blocks, of_experts),
         (ids, tallies),
         varying=(num_rows,),
         fixed=(num_experts,),
-        constants=(shards, rows, _EXPERTS),
+        constants=(shards, _MAX_BLOCK, _EXPERTS),
     )
     _launch_sum_up(
         (of_experts, 1),
@@ -448,7 +448,7 @@ def place(
     shards, of_experts = rows_per_token // ids_TK.shape[1], triton.cdiv(num_experts, _EXPERTS)
     tallied, tallies = num_rows > _COMPARED_ROWS, ids_TK
     if tallied:
-        tallies = _tallied(ids_TK, num_rows, num_experts, shards, compared)
+        tallies = _tallied(ids_TK, num_rows, num_experts, shards)
     _launch_place(
         (num_rows + of_experts, columns),
         (x_TD, ids_TK, tables, send_ND, send_ND.view(torch.int32), rows_TK, counts_E, tallies),

@@ -130,7 +130,10 @@ class Peers:
             for placed in routing.experts
         }
         for peer in self:
-            peer.num_experts = sum(peer in routes for routes in self._routes.values())
+            peer.num_experts = 0
+        for routes in self._routes.values():
+            for peer in routes:
+                peer.num_experts += 1
         self._expected = set(self._routes) | set(map(expert_from_proto, routing.pending))
         self._taken_off.clear()
         self._faults.clear()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from mesh import wire
 from mesh.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -181,7 +182,9 @@ class WorkerConfig(ServerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(0 <= self.drain_s < math.inf, "drain_s must not be negative")
-        _require(0 <= self.max_rows <= 65535, "max_rows must be 1 to 65535, or 0")
+        _require(
+            0 <= self.max_rows <= wire.MAX_ROWS, f"max_rows must be 1 to {wire.MAX_ROWS}, or 0"
+        )
         _require(
             self.merge_rows >= self.max_rows or not self.merge_rows,
             "merge_rows must not be below max_rows",
@@ -191,10 +194,9 @@ class WorkerConfig(ServerConfig):
 
     def for_rows(self, row_bytes: int) -> WorkerConfig:
         """The same where rows take so many bytes, with ``max_rows`` and ``merge_rows`` said."""
-        max_rows = self.max_rows or _MAX_ROWS
-        if not self.max_rows and self.device != "cpu":
-            # Of longer ones, receiving, computing and sending hide less of each other.
-            max_rows = min(_MAX_ROWS_ON_GPU, _MESSAGE_BYTES_ON_GPU // row_bytes)
+        # Of longer ones, receiving, computing and sending on a GPU hide less of each other.
+        on_gpu = min(_MAX_ROWS_ON_GPU, _MESSAGE_BYTES_ON_GPU // row_bytes)
+        max_rows = self.max_rows or (_MAX_ROWS if self.device == "cpu" else on_gpu)
         merge_rows = self.merge_rows or max(_MERGE_ROWS, max_rows)
         return replace(self, max_rows=max_rows, merge_rows=merge_rows)
 

@@ -79,6 +79,17 @@ def _rows_of_groups(counts, index, there, room):
 
 
 @triton.jit
+def _tile_of_group(rows_G, g, tile, M: tl.constexpr):
+    # Of M rows of one group each: whose it is (past the last: nobody's), where in the group it
+    # begins, and the rows of all groups before and of this one.
+    tiles_G = tl.cdiv(rows_G, M)
+    group = tl.sum((tl.cumsum(tiles_G, axis=0) <= tile).to(tl.int32), axis=0)
+    first = (tile - tl.sum(tl.where(g < group, tiles_G, 0), axis=0)) * M
+    before = tl.sum(tl.where(g < group, rows_G, 0), axis=0)
+    return group, first, before, tl.sum(tl.where(g == group, rows_G, 0), axis=0)
+
+
+@triton.jit
 def _ends_kernel(counts, here, ends, num_here, num_rows, G_PAD: tl.constexpr):
     wait_for_previous()
     g = tl.arange(0, G_PAD)
@@ -198,20 +209,18 @@ def _grouped_kernel(
     rows_G = tl.zeros([G_PAD], dtype=tl.int32)
     for part in range(parts):
         rows_G += _rows_of_groups(counts + part * counts_step, index, there, room)
-    tiles_G = tl.cdiv(rows_G, M)
-    group = tl.sum((tl.cumsum(tiles_G, axis=0) <= tile).to(tl.int32), axis=0)
+    group, first, before, its_rows = _tile_of_group(rows_G, g, tile, M)
     if group < num_groups:
-        before = g < group
-        nth = (tile - tl.sum(tl.where(before, tiles_G, 0), axis=0)) * M + tl.arange(0, M)
-        inside = nth < tl.sum(tl.where(g == group, rows_G, 0), axis=0)
+        nth = first + tl.arange(0, M)
+        inside = nth < its_rows
         # Between the two matrices rows lie by expert; at either end in their messages.
-        between = tl.sum(tl.where(before, rows_G, 0), axis=0) + nth
+        between = before + nth
         its_part = tl.zeros([M], dtype=tl.int32)
         in_part = tl.zeros([M], dtype=tl.int32)
         earlier = tl.sum(tl.zeros([M], dtype=tl.int32), axis=0)
         for part in range(parts):
             of_part_G = _rows_of_groups(counts + part * counts_step, index, there, room)
-            begin = tl.sum(tl.where(before, of_part_G, 0), axis=0)
+            begin = tl.sum(tl.where(g < group, of_part_G, 0), axis=0)
             its_part = tl.where(nth >= earlier, part, its_part)
             in_part = tl.where(nth >= earlier, begin + nth - earlier, in_part)
             earlier += tl.sum(tl.where(g == group, of_part_G, 0), axis=0)
@@ -359,13 +368,10 @@ def _ordered_kernel(
     there = g < num_groups
     index = tl.load(here + g, mask=there, other=0)
     rows_G = _rows_of_groups(counts, index, there, num_rows)
-    tiles_G = tl.cdiv(rows_G, M)
-    group = tl.sum((tl.cumsum(tiles_G, axis=0) <= tile).to(tl.int32), axis=0)
+    group, first, before, its_rows = _tile_of_group(rows_G, g, tile, M)
     if group < num_groups:
-        before = g < group
-        nth = (tile - tl.sum(tl.where(before, tiles_G, 0), axis=0)) * M
-        first_row = tl.sum(tl.where(before, rows_G, 0), axis=0) + nth
-        inside = nth + tl.arange(0, M) < tl.sum(tl.where(g == group, rows_G, 0), axis=0)
+        first_row = before + first
+        inside = first + tl.arange(0, M) < its_rows
         matrix = group * n_size
         if GATE:
             matrix *= 2

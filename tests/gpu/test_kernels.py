@@ -19,7 +19,6 @@ from gateway.model.norm import RmsNorm
 from gateway.model.rope import rotate_
 from gateway.model.router import Router
 from gateway.model.scores import NOT_A_NUMBER
-from mesh import mlp as mlp_module
 from mesh.gpu_kernels import (
     Messages,
     deliver,
@@ -43,6 +42,15 @@ def test_gated_is_activation_times_up(dtype: torch.dtype, rows: int, hidden: int
     gate, up = gate_up.chunk(2, dim=-1)
     close(gated(gate_up, "silu"), F.silu(gate) * up)
     close(gated(gate_up, "gelu_new"), F.gelu(gate, approximate="tanh") * up)
+
+
+def through(x: torch.Tensor, matrix: torch.Tensor, activation: str | None) -> torch.Tensor:
+    """What rows become by a matrix, of a gated expert with gate in front of up."""
+    made = F.linear(x.double(), matrix.double())
+    if activation is None:
+        return made
+    gate, up = made.chunk(2, dim=-1)
+    return (F.gelu(gate, approximate="tanh") if activation == "gelu_new" else F.silu(gate)) * up
 
 
 HERE = [0, 2, 3, 6]
@@ -91,11 +99,7 @@ def test_rows_of_messages_go_through_their_experts_and_back(
         for part, of_part in enumerate(counts):
             rows = slice(begins[part], begins[part] + of_part[expert])
             begins[part] = rows.stop
-            want = F.linear(before[rows].double(), into[expert].double())
-            if activation is not None:
-                gate, up = want.chunk(2, dim=-1)
-                tanh = {"approximate": "tanh"} if activation == "gelu_new" else {}
-                want = (F.gelu if tanh else F.silu)(gate, **tanh) * up
+            want = through(before[rows], into[expert], activation)
             mine = slice(place, place + of_part[expert])
             place = mine.stop
             close(between[mine], want, of=dtype)
@@ -132,11 +136,7 @@ def test_many_rows_in_order_go_through_their_experts_matrices(
     begin = 0
     for count, matrix in zip(counts, weights, strict=True):
         end = min(rows, begin + max(0, count))
-        want = F.linear(x_RD[begin:end].double(), matrix.double())
-        if activation is not None:
-            gate, up = want.chunk(2, dim=-1)
-            tanh = {"approximate": "tanh"} if activation == "gelu_new" else {}
-            want = (F.gelu if tanh else F.silu)(gate, **tanh) * up
+        want = through(x_RD[begin:end], matrix, activation)
         if end > begin:
             close(out_RN[begin:end], want, of=dtype)
         begin = end
@@ -233,7 +233,7 @@ def test_a_stack_computes_as_its_mlps(
     kind: str, dtype: torch.dtype, rows: int, small: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Many rows go through torch's products where an expert is not small."""
-    monkeypatch.setattr(mlp_module, "_SMALL_BYTES", (16 << 20) if small else 0)
+    monkeypatch.setattr("mesh.mlp._SMALL_BYTES", (16 << 20) if small else 0)
 
     def weight(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=DEVICE, dtype=dtype) / 16
