@@ -54,6 +54,8 @@ _AHEAD = -1
 """Of a stream's priorities, the next to the least."""
 _ROWS_OF_ONE = 8
 """Where a layer has several experts here, more are seldom for one of them alone."""
+_PARTS_OF_ONE = 8
+"""Messages for one expert that its graphs bring and take away by themselves."""
 
 
 class _Layer:
@@ -311,8 +313,12 @@ class GpuCompute:
         # With the weights themselves: those that the expert has move when it is stacked.
         kept = expert.tensors()
 
-        def compute(slot: int | None, rows_RD: torch.Tensor) -> None:
+        def compute(slot: int | None, rows_RD: torch.Tensor, copies: _Copies) -> None:
+            # More rows come and go beside what is computed, by launches of their own.
+            parts = min(_PARTS_OF_ONE, len(rows_RD)) if len(rows_RD) <= _GRAPH_ROWS else 0
+            copies.bring(rows_RD, parts)
             run(expert, [Part(rows_RD, 0, len(rows_RD))])
+            copies.take_away(rows_RD, parts)
 
         return self._capture(graphs, kept["down"], slots, step, compute, kept)
 
@@ -327,10 +333,13 @@ class GpuCompute:
         down_DH, rows = next(iter(layer.experts.values())).tensors()["down"], slots
         for parts in (1 << n for n in range(MAX_TOGETHER.bit_length())):
 
-            def compute(slot: int | None, rows_RD: torch.Tensor, parts: int = parts) -> None:
+            def compute(
+                slot: int | None, rows_RD: torch.Tensor, copies: _Copies, parts: int = parts
+            ) -> None:
                 on_host = self._nobodys if slot is None else replays.counts[slot]
                 on_host_PE = on_host[: parts * num_experts].view(parts, num_experts)
                 to_P4 = self._nowhere if slot is None else replays.deliveries[slot]
+                copies.bring(rows_RD[: len(rows_RD) // parts], parts)
                 stack.deliver(rows_RD, header_rows, on_host_PE, to_P4)
 
             of_parts = layer.replays.of_parts(parts)
@@ -348,7 +357,7 @@ class GpuCompute:
         down_DH: torch.Tensor,
         slots: range,
         step: int,
-        compute: Callable[[int | None, torch.Tensor], None],
+        compute: Callable[[int | None, torch.Tensor, _Copies], None],
         kept: object,
     ) -> bool:
         """Graphs for these slots, which need what is ``kept``; False where that cannot be."""
@@ -359,9 +368,11 @@ class GpuCompute:
                 rows_RD = buffer_RD[: slot_rows(slot, step)]
                 if slot == slots.start:
                     # So many rows may be new to it; the slot may be somebody's.
-                    compute(None, torch.zeros_like(rows_RD))
-                graph = capture(functools.partial(compute, slot, rows_RD), self._pool)
-                graphs.add(slot, graph.raw_cuda_graph_exec(), (graph, kept), step)
+                    compute(None, torch.zeros_like(rows_RD), _Copies())
+                copies = _Copies(self.replays)
+                graph = capture(functools.partial(compute, slot, rows_RD, copies), self._pool)
+                record = copies.record
+                graphs.add(slot, graph.raw_cuda_graph_exec(), (graph, kept), step, record)
         except (RuntimeError, AttributeError) as error:
             # An older torch has no handles to give; these batches stay with our own turns.
             log.warning("graph_not_handed_over", rows=slot_rows(slots.start), error=str(error))
@@ -394,6 +405,22 @@ class GpuCompute:
         return layer.stack
 
 
+class _Copies:
+    """Launches that a graph begins and ends with, of parts of up to so many rows; none for nobody."""
+
+    def __init__(self, replays: ReplayDevice | None = None) -> None:
+        self.record = native.Captured()
+        self._replays = replays
+
+    def bring(self, part_RD: torch.Tensor, parts: int) -> None:
+        if self._replays is not None and parts:
+            self._replays.capture(part_RD, parts, self.record, away=False)
+
+    def take_away(self, part_RD: torch.Tensor, parts: int) -> None:
+        if self._replays is not None and parts:
+            self._replays.capture(part_RD, parts, self.record, away=True)
+
+
 def _ring_of(slots: range) -> int:
     return len(slots) if slot_rows(slots.start) <= _RING_ROWS else native.UNDER_WAY
 
@@ -401,10 +428,11 @@ def _ring_of(slots: range) -> int:
 def capture(compute: Callable[[], object], pool: Any = None) -> torch.cuda.CUDAGraph:
     """A graph of what ``compute`` launches on this thread's stream, which must not be the default
     one. Whatever it launches must have run before; other threads may use the GPU meanwhile."""
-    graph = torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph(keep_graph=True)  # what is set of it later, is by its nodes
     graph.capture_begin(pool=pool, capture_error_mode="thread_local")
     try:
         compute()
     finally:
         graph.capture_end()
+    graph.instantiate()
     return graph

@@ -80,6 +80,12 @@ class ReplayDevice:
         kept = rows_RD, self.counts[slot], self.deliveries[slot]
         native.short.device_lend(self.handle, slot, *(tensor.data_ptr() for tensor in kept))
 
+    def capture(self, part_RD: torch.Tensor, parts: int, into: native.Captured, away: bool) -> None:
+        """Amid a capture on this stream: what brings so many parts, each as long as this or
+        shorter, or takes them ``away``. Raises RuntimeError."""
+        if not native.short.device_capture(self.handle, part_RD.nbytes, parts, away, into):
+            raise RuntimeError("the driver does not capture copies")
+
     @property
     def out(self) -> int:
         """The stream (``CUstream``) that what is delivered leaves on."""
@@ -106,10 +112,20 @@ class Replays:
         self._doubled: Replays | None = None
         self.handle: int | None = ctypes.addressof(self._record)
 
-    def add(self, slot: int, graph: int, keep: object = None, step: int = WHOLE) -> None:
-        """Launch this graph for the slot's first rows, as many as the step has."""
-        self._kept.append(keep)
-        self._record.graphs[slot * native.STEPS + step] = graph
+    def add(
+        self,
+        slot: int,
+        graph: int,
+        keep: object = None,
+        step: int = WHOLE,
+        copies: native.Captured | None = None,
+    ) -> None:
+        """Launch this graph for the slot's first rows, as many as the step has; ``copies`` are the
+        launches among its own that :meth:`ReplayDevice.capture` made."""
+        record = copies or native.Captured()
+        record.graph = graph
+        self._kept.append((record, keep))
+        self._record.graphs[slot * native.STEPS + step] = ctypes.addressof(record)
 
     def of_parts(self, parts: int) -> Replays:
         """The graphs for so many messages of several experts (a power of two), each in its part

@@ -10,6 +10,8 @@ from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 FAILS_AT_LAUNCH, FAILS_LATER = 1, 2
+ROW_COPIES = c_int64 * (32 * 8)
+"""As many ``row_copy`` as a launch has."""
 _SOURCE = Path(__file__).parent / "stand_in_driver.c"
 
 
@@ -56,6 +58,8 @@ class Graph(Structure):
         ("fails", c_int32),
         ("places", POINTER(Placing)),
         ("shares", POINTER(Sharing)),
+        ("brings", c_void_p),
+        ("takes_away", c_void_p),
     ]
 
 

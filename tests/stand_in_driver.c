@@ -1,6 +1,6 @@
 /* The few calls of libcuda.so.1 that mesh/native/device.c makes, over the host's memory: a graph
  * multiplies a buffer, as one or by expert, or places rows; the one kernel copies. Each runs when the test has allowed so many, in the order
- * of the launches. A memory handle is an address of this process. */
+ * of the launches. While `capturing` a launch is a node. A memory handle is an address of this process. */
 #include "../mesh/native/copy_rows.h"
 
 #include <stdint.h>
@@ -38,19 +38,25 @@ typedef struct {
     int32_t fails;
     const placing *places; /* instead */
     const sharing *shares; /* instead of times */
+    row_copy *brings, *takes_away; /* MAX_COPIES each; NULL: none */
 } graph;
 
 typedef struct {
-    graph *replayed; /* NULL: copies */
-    uint64_t count;
-    row_copy copies[MAX_COPIES];
+    graph *replayed; /* NULL: copies alone */
+    row_copy copies[MAX_COPIES], away[MAX_COPIES]; /* of a graph: as they were when it was launched */
 } launch;
+
+typedef struct {
+    void *function;
+    uint32_t x, y, z, threads_x, threads_y, threads_z, shared_bytes;
+    void **arguments, **extra, *kernel, *context;
+} node_parameters;
 
 typedef struct {
     char bytes[64];
 } ipc_handle;
 
-int32_t allowed, launched, ran, mapped;
+int32_t allowed, launched, ran, mapped, refuses, capturing;
 static launch queue[MAX_LAUNCHES];
 
 int32_t cuEventCreate(void **event, uint32_t flags) {
@@ -73,7 +79,30 @@ int32_t cuGraphLaunch(void *given, void *stream) {
     (void)stream;
     graph *one = given;
     if (one->fails == FAILS_AT_LAUNCH) return LAUNCH_FAILED;
-    queue[launched++].replayed = one;
+    launch *queued = &queue[launched++];
+    *queued = (launch){.replayed = one};
+    if (one->brings) memcpy(queued->copies, one->brings, sizeof queued->copies);
+    if (one->takes_away) memcpy(queued->away, one->takes_away, sizeof queued->away);
+    return READY;
+}
+
+int32_t cuGraphExecKernelNodeSetParams_v2(void *given, void *node, const node_parameters *all) {
+    const graph *one = given;
+    if (refuses || all->y > MAX_COPIES || (node != one->brings && node != one->takes_away))
+        return LAUNCH_FAILED;
+    memset(node, 0, sizeof queue->copies);
+    memcpy(node, all->arguments[0], sizeof(row_copy) * all->y);
+    return READY;
+}
+
+int32_t cuStreamGetCaptureInfo_v2(void *stream, int32_t *status, uint64_t *number, void **of,
+                                  void *const **last, size_t *count) {
+    static void *node;
+    (void)stream, (void)number, (void)of;
+    node = (void *)(intptr_t)capturing++;
+    *status = node != NULL;
+    *last = &node;
+    *count = 1;
     return READY;
 }
 
@@ -133,7 +162,12 @@ static void copy(const row_copy *one) {
         memcpy((char *)one->to, (const char *)one->from, UNIT_BYTES * one->units);
 }
 
+static void copy_all(const row_copy *copies) {
+    for (int32_t i = 0; i < MAX_COPIES; i++) copy(&copies[i]);
+}
+
 static void run(const launch *one) {
+    copy_all(one->copies);
     if (one->replayed && one->replayed->places)
         place(one->replayed->places);
     else if (one->replayed && one->replayed->shares)
@@ -141,8 +175,7 @@ static void run(const launch *one) {
     else if (one->replayed)
         for (int64_t i = 0; i < one->replayed->count; i++)
             one->replayed->rows[i] *= one->replayed->times;
-    else
-        for (uint64_t i = 0; i < one->count; i++) copy(&one->copies[i]);
+    copy_all(one->away);
 }
 
 int32_t cuEventQuery(void *event) {
@@ -192,7 +225,7 @@ int32_t cuStreamWaitEvent(void *stream, void *event, uint32_t flags) {
 
 int32_t cuMemcpyAsync(uint64_t to, uint64_t from, size_t bytes, void *stream) {
     (void)stream;
-    queue[launched++] = (launch){.count = 1, .copies = {{to, from, bytes / UNIT_BYTES, 0, {0}}}};
+    queue[launched++] = (launch){.copies = {{to, from, bytes / UNIT_BYTES, 0, {0}}}};
     return READY;
 }
 
@@ -237,8 +270,9 @@ int32_t cuLaunchKernel(void *function, uint32_t x, uint32_t y, uint32_t z, uint3
                        void **arguments, void **extra) {
     (void)function, (void)x, (void)z, (void)threads_x, (void)threads_y, (void)threads_z;
     (void)shared_bytes, (void)stream, (void)extra;
+    if (capturing) return READY;
     launch *one = &queue[launched++];
-    *one = (launch){.count = y};
-    memcpy(one->copies, arguments[0], sizeof one->copies);
+    *one = (launch){0};
+    memcpy(one->copies, arguments[0], sizeof(row_copy) * y);
     return READY;
 }

@@ -447,7 +447,7 @@ static transfer transfer_of(const answering *all, const work *one, int64_t at) {
  * one of several. NEVER: what was there when it came has failed since. */
 static enum { FOUND, LATER, NEVER } find_room(answering *all, batch *one) {
     const work *first = one->works;
-    void *const *graphs = one->replays->graphs;
+    const captured *const *graphs = one->replays->graphs;
     if (!first->next && first->slot >= 0) {
         one->slot = first->slot;
         one->graph = device_graph(graphs, first->slot, one->room);

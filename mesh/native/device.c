@@ -13,6 +13,7 @@ enum { NOT_READY = 600 };                   /* of CUresult, whose 0 is success *
 enum { LAZY_ENABLE_PEER_ACCESS = 1 };       /* of CUipcMem_flags */
 enum { NON_BLOCKING = 1 };                  /* of CUstream_flags */
 enum { DISABLE_TIMING = 2 };                /* of CUevent_flags */
+enum { IS_CAPTURING = 1 };                  /* of CUstreamCaptureStatus */
 enum { THREADS = 256, MAX_BLOCKS = 1024 };  /* of a copy: as many as run at once */
 
 _Static_assert((int)MAX_PARTS <= (int)MAX_COPIES, "a batch has more parts than a launch copies");
@@ -21,6 +22,13 @@ _Static_assert(sizeof(row_copy[MAX_COPIES]) == 2048, "as the kernel has it");
 typedef struct {
     char bytes[sizeof((lent *)NULL)->handle];
 } ipc_handle;
+
+typedef struct { /* CUDA_KERNEL_NODE_PARAMS */
+    void *function;
+    uint32_t x, y, z, threads_x, threads_y, threads_z, shared_bytes;
+    void **arguments, **extra;
+    void *kernel, *context;
+} node_parameters;
 
 typedef struct {
     void *fetching, *fetched, *began, *computed, *timed; /* events, in this order */
@@ -58,7 +66,10 @@ struct device {
     int32_t (*run)(void *function, uint32_t x, uint32_t y, uint32_t z, uint32_t threads_x,
                    uint32_t threads_y, uint32_t threads_z, uint32_t shared_bytes, void *stream,
                    void **arguments, void **extra);
-    void *copy; /* copy_rows, once anything was copied */
+    int32_t (*capture)(void *stream, int32_t *status, uint64_t *number, void **graph,
+                       void *const **last, size_t *count);
+    int32_t (*set)(void *graph, void *node, const node_parameters *parameters);
+    void *copy; /* copy_rows; NULL: the driver refuses it */
 };
 
 static int find(device *gpu, void *library) {
@@ -81,10 +92,21 @@ static int find(device *gpu, void *library) {
     *(void **)&gpu->load = dlsym(library, "cuModuleLoadData");
     *(void **)&gpu->function = dlsym(library, "cuModuleGetFunction");
     *(void **)&gpu->run = dlsym(library, "cuLaunchKernel");
+    *(void **)&gpu->capture = dlsym(library, "cuStreamGetCaptureInfo_v2");
+    *(void **)&gpu->set = dlsym(library, "cuGraphExecKernelNodeSetParams_v2");
     return gpu->create && gpu->destroy && gpu->record && gpu->query && gpu->elapsed &&
            gpu->launch && gpu->synchronize && gpu->priorities && gpu->open_stream && gpu->close_stream &&
            gpu->follow && gpu->move && gpu->range && gpu->handle && gpu->open && gpu->close && gpu->load &&
-           gpu->function && gpu->run;
+           gpu->function && gpu->run && gpu->capture && gpu->set;
+}
+
+static void load_copy(device *gpu) {
+    const char *images[] = {COPY_ROWS_ON_HOPPER, COPY_ROWS};
+    for (int32_t i = 0; i < 2 && !gpu->copy; i++) {
+        void *module;
+        if (gpu->load(&module, images[i]) || gpu->function(&gpu->copy, module, "copy_rows"))
+            gpu->copy = NULL;
+    }
 }
 
 device *device_new(const char *path, uint64_t stream) {
@@ -96,6 +118,7 @@ device *device_new(const char *path, uint64_t stream) {
         return NULL;
     }
     gpu->stream = (void *)stream;
+    load_copy(gpu);
     /* Ahead of what is computed: else a copy waits until a matrix product has ended. */
     int32_t least, first;
     if (gpu->priorities(&least, &first) || gpu->open_stream(&gpu->in, NON_BLOCKING, first) ||
@@ -144,7 +167,7 @@ uint64_t device_rows(const device *gpu, int32_t index) { return gpu->slots[index
 
 const int32_t *device_counts(const device *gpu, int32_t index) { return gpu->slots[index].counts; }
 
-int32_t device_graph(void *const *graphs, int32_t index, int64_t rows) {
+int32_t device_graph(const captured *const *graphs, int32_t index, int64_t rows) {
     int32_t size = index / RING, step = STEPS - 1;
     if (size >= STEPPED) {
         int64_t half = 1LL << (size - 1);
@@ -156,7 +179,7 @@ int32_t device_graph(void *const *graphs, int32_t index, int64_t rows) {
 }
 
 /* A slot of the smallest buffers that hold the rows, with a graph for them; -1: none. */
-static int32_t find_slot(const device *gpu, void *const *graphs, int64_t rows, int taken_too,
+static int32_t find_slot(const device *gpu, const captured *const *graphs, int64_t rows, int taken_too,
                          int32_t *graph) {
     int32_t size = 0;
     while (size < SIZES && 1LL << size < rows) size++;
@@ -167,12 +190,12 @@ static int32_t find_slot(const device *gpu, void *const *graphs, int64_t rows, i
     return -1;
 }
 
-int32_t device_knows(const device *gpu, void *const *graphs, int64_t rows) {
+int32_t device_knows(const device *gpu, const captured *const *graphs, int64_t rows) {
     int32_t graph;
     return find_slot(gpu, graphs, rows, 1, &graph) >= 0;
 }
 
-int32_t device_take(device *gpu, void *const *graphs, int64_t rows, int32_t *graph) {
+int32_t device_take(device *gpu, const captured *const *graphs, int64_t rows, int32_t *graph) {
     int32_t index = find_slot(gpu, graphs, rows, 0, graph);
     if (index >= 0) gpu->slots[index].taken = 1;
     return index;
@@ -182,22 +205,43 @@ void device_give_back(device *gpu, int32_t index) { gpu->slots[index].taken = 0;
 
 void device_lose(device *gpu, int32_t index) { gpu->slots[index].rows = 0; }
 
-static int can_copy(device *gpu) {
-    void *module;
-    if (!gpu->copy && (gpu->load(&module, COPY_ROWS) ||
-                       gpu->function(&gpu->copy, module, "copy_rows")))
-        gpu->copy = NULL;
-    return gpu->copy != NULL;
+static uint32_t blocks_of(uint64_t units) {
+    uint64_t blocks = (units + THREADS - 1) / THREADS;
+    return blocks < 1 ? 1 : blocks < MAX_BLOCKS ? (uint32_t)blocks : MAX_BLOCKS;
 }
 
 static int copy(device *gpu, void *stream, const row_copy *copies, int32_t count) {
-    if (!can_copy(gpu)) return 0;
     uint64_t units = 0;
     for (int32_t i = 0; i < count; i++) units = copies[i].units > units ? copies[i].units : units;
-    uint64_t blocks = (units + THREADS - 1) / THREADS;
     void *arguments[] = {(void *)copies};
-    uint32_t grid = blocks < 1 ? 1 : blocks < MAX_BLOCKS ? (uint32_t)blocks : MAX_BLOCKS;
-    return !gpu->run(gpu->copy, grid, (uint32_t)count, 1, THREADS, 1, 1, 0, stream, arguments, NULL);
+    return gpu->copy && !gpu->run(gpu->copy, blocks_of(units), (uint32_t)count, 1, THREADS, 1, 1, 0,
+                                  stream, arguments, NULL);
+}
+
+static const row_copy NOTHING[MAX_COPIES];
+
+int32_t device_capture(device *gpu, uint64_t bytes, int32_t parts, int32_t away, captured *into) {
+    void *arguments[] = {(void *)NOTHING}, *const *last;
+    int32_t status;
+    size_t count;
+    into->blocks = blocks_of(bytes / UNIT_BYTES);
+    into->parts = (uint32_t)parts;
+    if (!gpu->copy || gpu->run(gpu->copy, into->blocks, into->parts, 1, THREADS, 1, 1, 0, gpu->stream,
+                               arguments, NULL) ||
+        gpu->capture(gpu->stream, &status, NULL, NULL, &last, &count) || status != IS_CAPTURING ||
+        count != 1)
+        return 0;
+    *(away ? &into->takes_away : &into->brings) = last[0];
+    return 1;
+}
+
+/* What one of a graph's own launches moves from here on. */
+static int set(device *gpu, const captured *of, void *node, const row_copy *copies) {
+    void *arguments[] = {(void *)copies};
+    node_parameters all = {.function = gpu->copy, .x = of->blocks, .y = of->parts, .z = 1,
+                           .threads_x = THREADS, .threads_y = 1, .threads_z = 1,
+                           .arguments = arguments};
+    return !gpu->set(of->graph, node, &all);
 }
 
 int32_t device_fetch(device *gpu, const borrowed *arenas, uint64_t offset, uint64_t bytes,
@@ -214,52 +258,70 @@ int32_t device_deliver(device *gpu, const borrowed *arenas, uint64_t offset, uin
     return copy(gpu, gpu->out, one, 1);
 }
 
-/* `beside`: by the engines that copy, while kernels that leave no room for others run. `noted`: with a
- * word to the graph of where each part's outputs are to be. */
-static int bring(device *gpu, void *stream, const slot *one, const transfer *parts, int32_t count,
-                 int32_t beside, int32_t noted) {
-    row_copy copies[MAX_COPIES];
-    int good = 1;
-    for (int32_t i = 0; good && i < count; i++) {
+/* What to bring; with `noted`, also a word to the graph of where each part's outputs are to be. */
+static void list_brought(const slot *one, const transfer *parts, int32_t count, int32_t noted,
+                         row_copy *copies) {
+    for (int32_t i = 0; i < count; i++) {
         const transfer *part = &parts[i];
-        uint64_t to = one->rows + part->at - part->header_bytes;
-        uint64_t from = part->from - part->header_bytes, bytes = part->header_bytes + part->bytes;
-        if (to == from) bytes = 0;
-        if (beside && bytes) good = !gpu->move(to, from, bytes, stream);
-        copies[i] = (row_copy){.to = to, .from = from, .units = beside ? 0 : bytes / UNIT_BYTES};
+        copies[i].to = one->rows + part->at - part->header_bytes;
+        copies[i].from = part->from - part->header_bytes;
+        if (copies[i].to != copies[i].from)
+            copies[i].units = (part->header_bytes + part->bytes) / UNIT_BYTES;
         if (noted) {
             copies[i].note = one->deliveries + (uint64_t)i * sizeof(delivery);
             copies[i].out = (delivery){part->to, part->rows, part->permit, part->wanted};
         }
     }
-    return good && (!count || (beside && !noted) || copy(gpu, stream, copies, count));
 }
 
-static int take_away(device *gpu, void *stream, const slot *one, const transfer *parts,
-                     int32_t count) {
-    row_copy copies[MAX_COPIES];
+static void list_taken(const slot *one, const transfer *parts, int32_t count, row_copy *copies) {
     for (int32_t i = 0; i < count; i++) {
         const transfer *part = &parts[i];
         copies[i] = (row_copy){part->to, one->rows + part->at, part->bytes / UNIT_BYTES, 0,
                                {.permit = part->permit, .wanted = part->wanted}};
     }
-    return !count || copy(gpu, stream, copies, count);
 }
 
-int32_t device_launch(device *gpu, int32_t index, void *graph, const transfer *parts,
+/* By the engines that copy, while kernels that leave no room for others run. */
+static int move_beside(device *gpu, row_copy *copies, int32_t count) {
+    for (int32_t i = 0; i < count; i++) {
+        uint64_t bytes = copies[i].units * UNIT_BYTES;
+        if (bytes && gpu->move(copies[i].to, copies[i].from, bytes, gpu->in)) return 0;
+        copies[i].units = 0;
+    }
+    return 1;
+}
+
+int32_t device_launch(device *gpu, int32_t index, const captured *of, const transfer *parts,
                       int32_t count, int32_t beside, int32_t delivers) {
     slot *one = &gpu->slots[index];
     void *stream = gpu->stream, *in = beside ? gpu->in : stream;
     void *out = beside && !delivers ? gpu->out : stream;
+    row_copy brought[MAX_COPIES] = {0}, taken[MAX_COPIES] = {0};
+    int32_t to_bring = count, to_take = delivers ? 0 : count;
+    list_brought(one, parts, to_bring, delivers, brought);
+    list_taken(one, parts, to_take, taken);
     one->beside = beside;
-    if (gpu->record(beside ? one->fetching : one->began, in) ||
-        !bring(gpu, in, one, parts, count, beside, delivers) ||
+    if (beside && (gpu->record(one->fetching, in) || !move_beside(gpu, brought, to_bring))) return 0;
+    if (beside && !delivers) to_bring = 0;
+    if (of->brings) {
+        int fits = to_bring <= (int32_t)of->parts;
+        if (!set(gpu, of, of->brings, fits ? brought : NOTHING)) return 0;
+        if (fits) to_bring = 0;
+    }
+    if (of->takes_away) {
+        int fits = !beside && to_take <= (int32_t)of->parts;
+        if (!set(gpu, of, of->takes_away, fits ? taken : NOTHING)) return 0;
+        if (fits) to_take = 0;
+    }
+    if ((!beside && gpu->record(one->began, stream)) ||
+        (to_bring && !copy(gpu, in, brought, to_bring)) ||
         (beside && (gpu->record(one->fetched, in) || gpu->follow(stream, one->fetched, 0) ||
                     gpu->record(one->began, stream))) ||
-        gpu->launch(graph, stream))
+        gpu->launch(of->graph, stream))
         return 0;
     if ((beside && (gpu->record(one->computed, stream) || gpu->follow(out, one->computed, 0))) ||
-        (!delivers && !take_away(gpu, out, one, parts, count)) || gpu->record(one->ended, out) ||
+        (to_take && !copy(gpu, out, taken, to_take)) || gpu->record(one->ended, out) ||
         gpu->record(one->timed, out)) {
         device_lose(gpu, index); /* nobody can tell when it will have stopped writing */
         return 0;
@@ -328,7 +390,7 @@ static uint64_t reach(device *gpu, const lent *memory, uint64_t *base) {
 
 int32_t device_borrow(device *gpu, const lent_arenas *arenas, uint64_t row_bytes, borrowed *out) {
     memset(out, 0, sizeof *out);
-    if (!can_copy(gpu)) return 0;
+    if (!gpu->copy) return 0;
     out->rows = arenas->rows;
     out->wanted = arenas->wanted;
     out->sends = reach(gpu, &arenas->sends, &out->bases[0]);

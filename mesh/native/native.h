@@ -190,6 +190,13 @@ typedef struct {
     uint32_t fetch_us, queued_us, compute_us, deliver_us;
 } device_times;
 
+/* A graph (CUgraphExec), and the launches that it begins and ends with: CUgraphNodes, NULL where there
+ * are none, that move so many parts in so many blocks each. */
+typedef struct {
+    void *graph, *brings, *takes_away;
+    uint32_t blocks, parts;
+} captured;
+
 /* NULL when there is no such driver, or it refuses. Graphs are launched on the stream (CUstream),
  * by the thread that has its context. */
 EXPORT device *device_new(const char *path, uint64_t stream);
@@ -200,23 +207,26 @@ EXPORT uint64_t device_out(const device *gpu);
  * device they find where outputs are to be. */
 EXPORT void device_lend(device *gpu, int32_t slot, uint64_t rows, uint64_t counts,
                         uint64_t deliveries);
+/* Amid what is captured on the device's stream: move what device_launch will say, parts of up to so many
+ * bytes. 0 when it failed. */
+EXPORT int32_t device_capture(device *gpu, uint64_t bytes, int32_t parts, int32_t away,
+                              captured *into);
 uint64_t device_rows(const device *gpu, int32_t slot);
 const int32_t *device_counts(const device *gpu, int32_t slot);
-/* Whether any of these GRAPHS (CUgraphExec, by slot and step) fits so many rows, now or when one is
- * free. */
-int32_t device_knows(const device *gpu, void *const *graphs, int64_t rows);
+/* Whether any of these GRAPHS (by slot and step) fits so many rows, now or when one is free. */
+int32_t device_knows(const device *gpu, const captured *const *graphs, int64_t rows);
 /* A free slot with a graph for so many rows, and which that is; or -1. */
-int32_t device_take(device *gpu, void *const *graphs, int64_t rows, int32_t *graph);
+int32_t device_take(device *gpu, const captured *const *graphs, int64_t rows, int32_t *graph);
 /* Which of a slot's graphs so many rows need, or -1. */
-int32_t device_graph(void *const *graphs, int32_t slot, int64_t rows);
+int32_t device_graph(const captured *const *graphs, int32_t slot, int64_t rows);
 void device_give_back(device *gpu, int32_t slot);
 /* Never use this slot again. */
 void device_lose(device *gpu, int32_t slot);
 /* On what is in the slot, with what is brought there and back, unless the graph `delivers`: then it is
  * told where to. Many rows (`beside`) come and go on streams of their own, beside what is computed
- * before and after. 0 when it failed. */
-int32_t device_launch(device *gpu, int32_t slot, void *graph, const transfer *parts, int32_t count,
-                      int32_t beside, int32_t delivers);
+ * before and after; fewer with the graph, as far as its own launches take them. 0 when it failed. */
+int32_t device_launch(device *gpu, int32_t slot, const captured *of, const transfer *parts,
+                      int32_t count, int32_t beside, int32_t delivers);
 /* The two ways alone, between what is lent and memory of our own, each on a stream of its own. The
  * device's stream waits for what is fetched; what is delivered was seen to be computed: behind the
  * device's stream it would wait for whatever is queued there by now. 0 when it failed. */
@@ -262,7 +272,7 @@ EXPORT int64_t company_until(const pace *one, const pace *const *others, int32_t
 
 /* What a device computes an expert by, or several of a layer together. */
 typedef struct replays {
-    void *graphs[GRAPHS];  /* CUgraphExec, by slot and step; NULL where there is none */
+    const captured *graphs[GRAPHS]; /* by slot and step; NULL where there is none */
     uint32_t expected_us[SIZES * STEPS]; /* what those of a size and step took the last time */
     uint8_t here[1 << 10]; /* of several: whether an expert of the layer is one of them */
     struct replays *doubled; /* of several: for twice as many messages, each in an equal part of a

@@ -36,7 +36,7 @@ from mesh.replay import (
 )
 from mesh.transport.base import Request
 from mesh.transport.ucx import UcxTransport
-from tests.stand_in import FAILS_AT_LAUNCH, FAILS_LATER, Graph, Sharing, compiled
+from tests.stand_in import FAILS_AT_LAUNCH, FAILS_LATER, ROW_COPIES, Graph, Knobs, Sharing, compiled
 
 WIDTH = 4
 NUM_EXPERTS, HEADER_ROWS = 5, 2
@@ -50,9 +50,14 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 class Worker:
-    """A gateway's transport and a worker's, which answers for experts 0 and 1 of layer 0."""
+    """A gateway's transport and a worker's, which answers for experts 0 and 1 of layer 0.
 
-    def __init__(self, driver: str) -> None:
+    ``parts``: so many messages of one expert are moved by its graphs, all of several experts' by
+    theirs; 0: none.
+    """
+
+    def __init__(self, driver: str, parts: int) -> None:
+        self.parts = parts
         self.knobs = ctypes.CDLL(driver)
         self.allow(0)
         for name in ("launched", "ran", "mapped"):
@@ -82,17 +87,31 @@ class Worker:
             graph = Graph(rows_RD.data_ptr(), rows_RD.numel(), expert + 2, fails)
             if expert == wire.SEVERAL:
                 graph = together(self.device, slot, fails)
-            self.graphs.append(graph)
-            self.replays[expert].add(slot, ctypes.addressof(graph), step=step)
+            self.add(self.replays[expert], slot, graph, 1 if expert == wire.SEVERAL else 0, step)
+
+    def add(self, to: Replays, slot: int, graph: Graph, delivers: int, step: int = WHOLE) -> None:
+        """``delivers``: as many parts; 0: it is for one expert."""
+        copies, graph.nodes = native.Captured(), [ROW_COPIES(), ROW_COPIES()]
+        if self.parts:
+            graph.brings = copies.brings = ctypes.addressof(graph.nodes[0])
+            copies.parts, copies.blocks = delivers or self.parts, 1
+        if self.parts and not delivers:
+            graph.takes_away = copies.takes_away = ctypes.addressof(graph.nodes[1])
+        self.graphs.append(graph)
+        to.add(slot, ctypes.addressof(graph), step=step, copies=copies)
+
+    def copies(self, num_parts: int, ways: int = 1) -> int:
+        """The launches by which so many parts of one batch of one expert, or all of several's, are
+        moved ``ways``."""
+        return 0 if self.parts >= num_parts else ways
 
     def capture_parts(self, parts: int, num_rows: int) -> None:
         """For so many messages of several experts, in slots of so many rows."""
         for slot in slots_of(num_rows):
             if slot not in self.device.buffers:
                 self.device.lend(slot, torch.zeros(slot_rows(slot), WIDTH))
-            self.graphs.append(together(self.device, slot, parts=parts))
             of_parts = self.replays[wire.SEVERAL].of_parts(parts)
-            of_parts.add(slot, ctypes.addressof(self.graphs[-1]))
+            self.add(of_parts, slot, together(self.device, slot, parts=parts), parts)
 
     def allow(self, graphs: int) -> None:
         """Let so many of all that were launched run."""
@@ -165,9 +184,9 @@ class Dispatch:
         return self.reply.completed
 
 
-@pytest.fixture
-def worker(driver: str) -> Iterator[Worker]:
-    worker = Worker(driver)
+@pytest.fixture(params=[0, 1, 3], ids="parts={}".format)
+def worker(driver: str, request: pytest.FixtureRequest) -> Iterator[Worker]:
+    worker = Worker(driver, request.param)
     yield worker
     worker.close()
 
@@ -293,6 +312,42 @@ def test_small_batches_and_what_is_merged_of_them_find_graphs_before_any_was_see
         assert slots_of(257).start not in served[expert]
     assert gone() is None
     assert not gpu.prepare(NUM_EXPERTS, HEADER_ROWS)
+
+
+def test_graphs_are_captured_with_what_brings_their_rows_and_takes_them_away(
+    driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def capture(compute: Callable[[], object], pool: object) -> Captured:
+        knobs["capturing"] = 1
+        compute()
+        knobs["capturing"] = 0
+        return Captured()
+
+    class Stack:
+        def deliver(self, *several: object) -> None: ...
+
+    knobs = Knobs(driver)
+    gpu = preparing(driver, monkeypatch)
+    monkeypatch.setattr("expert_worker.gpu_compute.capture", capture)
+    monkeypatch.setattr("expert_worker.gpu_compute.StackedMlps.of", lambda mlps: Stack())
+    gpu._nobodys = torch.zeros(MAX_TOGETHER * NUM_EXPERTS, dtype=torch.int32)
+    gpu._nowhere = torch.zeros(MAX_TOGETHER, DELIVERY, dtype=torch.int64)
+    experts = {ExpertId(0, 0): Doubles(), ExpertId(1, 0): Doubles(), ExpertId(1, 1): Doubles()}
+    served = gpu.serve(experts)
+    while gpu.prepare(NUM_EXPERTS, HEADER_ROWS):
+        pass
+
+    def copies_of(replays: Replays, rows: int) -> tuple[bool, bool, int]:
+        address = replays._record.graphs[slots_of(rows).start * native.STEPS + WHOLE]
+        one = native.Captured.from_address(address)
+        return bool(one.brings), bool(one.takes_away), one.parts
+
+    assert [copies_of(served[ExpertId(0, 0)], rows) for rows in (1, 4, 16, 256)] == [
+        (True, True, parts) for parts in (1, 4, 8, 8)
+    ]
+    several = served[ExpertId(1, wire.SEVERAL)]
+    for parts in (1, 2, 4, 8):
+        assert copies_of(several.of_parts(parts), 8 * parts) == (True, False, parts)
 
 
 def test_what_cannot_be_captured_is_tried_once(
@@ -422,10 +477,10 @@ def test_what_waits_for_one_expert_is_computed_together(worker: Worker) -> None:
     assert torch.equal(own.y_RD, 2 * rows(4, 50))
     assert torch.equal(other.y_RD, 3 * rows(1, 60))
     worker.turn_until(lambda: worker.answering.in_hand == 0)
-    assert worker.counted == {0: (8, 1.5 + 2 * 0.5), 1: (1, 0.5)}
+    assert worker.counted == {0: (8, 1.5 + 0.5 * worker.copies(3, ways=2)), 1: (1, 0.5)}
     graphs = 2 + 1 + 1
-    copies = 2  # all that is brought, and all that is taken away
-    assert worker.launched == graphs + copies
+    # Three are brought there and back; who is alone in a slot of its own is not.
+    assert worker.launched == graphs + worker.copies(3, ways=2)
 
 
 def test_more_than_any_graph_holds_is_not_computed_together(worker: Worker) -> None:
@@ -466,7 +521,7 @@ def test_where_others_may_send_more_it_is_waited_for_until_the_device_is_about_t
     worker.turn_until(lambda: all(one.answered for one in sent))
     slowly.value = 0.5
     # Both were computed as one, brought there and back.
-    assert worker.launched == 3 + 1 + 2
+    assert worker.launched == 3 + 1 + worker.copies(2, ways=2)
     assert [one.y_RD[0, 0].item() for one in sent] == [4, 6, 8]
 
 
@@ -711,6 +766,41 @@ def test_referred_rows_are_read_and_answered_where_they_are(worker: Worker) -> N
     assert [(e, n) for e, n, _ in worker.answering.counts()] == [(ExpertId(0, 0), 3)]
 
 
+def test_what_a_graph_moved_is_not_moved_again_for_who_is_computed_where_he_came(
+    worker: Worker,
+) -> None:
+    worker.capture(0, 1)
+    worker.allow(99)
+    arenas = Arenas(worker.device)
+    assert worker.answering.borrow(SESSION, arenas.said)
+    for first in range(native.RING):  # with each of its slots
+        one = worker.refer(first, 0, first, count=1)
+        worker.turn_until(lambda: one.answered and not worker.answering.in_hand)  # noqa: B023
+    arenas.reply_RD.fill_(torch.nan)
+    own = [worker.dispatch(9 + n, 0, rows(1, 50 + n)) for n in range(native.RING)]
+    worker.turn_until(lambda: all(one.answered for one in own))
+    assert [one.y_RD[0, 0].item() for one in own] == [2.0 * (50 + n) for n in range(native.RING)]
+    assert arenas.reply_RD.isnan().all()
+
+
+def test_a_graph_that_cannot_be_told_what_to_move_is_refused_by_name(driver: str) -> None:
+    worker = Worker(driver, parts=1)
+    worker.capture(0, 1)
+    arenas = Arenas(worker.device)
+    assert worker.answering.borrow(SESSION, arenas.said)
+    worker.allow(9)
+    knobs = Knobs(driver)
+    knobs["refuses"] = 1
+    worker.refer(4, 0, first=0, count=1)
+    assert worker.refusals() == [(wire.Refusal.FAILED, 4, 0, 0, 1)]
+    knobs["refuses"] = 0
+    assert worker.launched == 0
+    other = worker.refer(5, 0, first=1, count=1)
+    worker.turn_until(lambda: other.answered)
+    assert torch.equal(arenas.reply_RD[1:2], 2 * rows(ARENA_ROWS)[1:2])
+    worker.close()
+
+
 @pytest.mark.parametrize("referred", [True, False])
 def test_what_waits_for_graphs_that_all_fail_is_refused(worker: Worker, referred: bool) -> None:
     worker.capture(0, 1, FAILS_AT_LAUNCH)
@@ -823,7 +913,8 @@ def test_rows_of_several_experts_come_back_each_from_its_own(
     worker.turn_until(lambda: worker.answering.in_hand == 0)
     named = sum(n > 0 for n in counts)
     # Half a millisecond each: where the outputs are to be is told, then they are computed.
-    assert worker.counted == {e: (n, 1.0 / named) for e, n in enumerate(counts) if n}
+    took_ms = 0.5 + 0.5 * worker.copies(1)
+    assert worker.counted == {e: (n, took_ms / named) for e, n in enumerate(counts) if n}
 
 
 def test_messages_of_several_experts_are_computed_together_as_many_as_graphs_take(
@@ -857,7 +948,8 @@ def test_messages_of_several_experts_are_computed_together_as_many_as_graphs_tak
     assert torch.equal(arenas.reply_RD[4:7], by_expert((1, 2), referred_RD))
     assert arenas.reply_RD.isnan().sum() == (ARENA_ROWS - 3) * WIDTH
     worker.turn_until(lambda: worker.answering.in_hand == 0)
-    assert worker.launched - before == 2 + 2  # four brought and at once; the fifth, told where to
+    # Four brought and at once; the fifth, told where to.
+    assert worker.launched - before == 2 + worker.copies(1, ways=2)
     rows_of = {e: n for e, (n, _) in worker.counted.items()}
     assert rows_of == {0: UNDER_WAY + 1 + 2 + 0 + 1 + 3, 1: 2 + 4 + 1 + 1}
 
