@@ -406,7 +406,7 @@ class GpuCompute:
 
 
 class _Copies:
-    """Launches that a graph begins and ends with, of parts of up to so many rows; none for nobody."""
+    """Launches that a graph begins and ends with, of parts of up to so many rows, if anybody's."""
 
     def __init__(self, replays: ReplayDevice | None = None) -> None:
         self.record = native.Captured()
