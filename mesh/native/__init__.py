@@ -133,6 +133,7 @@ class Replays(Structure):
     _fields_ = [
         ("graphs", c_void_p * GRAPHS),
         ("expected_us", c_uint32 * (SIZES * STEPS)),
+        ("untimed", c_uint8 * (SIZES * STEPS)),
         ("here", c_uint8 * (1 << 10)),
         ("doubled", c_void_p),
     ]

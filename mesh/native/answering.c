@@ -18,7 +18,7 @@ enum { DISPATCH = 1, REPLY = 2, REFERENCE = 6 };
 enum { EXPERT_BITS = 10, EXPERTS = 1 << EXPERT_BITS, SEVERAL = EXPERTS - 1, LAYERS = 1 << 10 };
 enum { UNKNOWN_EXPERT = 2, BAD_COUNTS = 5, DEVICE_FAILED = 7, MALFORMED = 8 };
 enum { SESSIONS = 1 << 16, MAX_IN_HAND = 256, LOOK_US = 1000, LOOK_AROUND_US = 1000000 };
-enum { MAX_MERGED = MAX_PARTS, AHEAD_US = 30 };
+enum { MAX_MERGED = MAX_PARTS, AHEAD_US = 30, TIMED_EVERY = 16 };
 
 #define KIND(tag) ((tag) >> 60)
 #define SESSION(tag) ((tag) >> 44 & 0xFFFF)
@@ -297,9 +297,21 @@ static int32_t num_works(const batch *one) {
     return count;
 }
 
-/* What graphs of its size and step took the last time. */
+static int32_t size_and_step(const batch *one) {
+    return one->slot / RING * STEPS + one->graph % STEPS;
+}
+
+/* What graphs of its size and step took when last timed. */
 static uint32_t *expected_us(const batch *one) {
-    return &one->replays->expected_us[one->slot / RING * STEPS + one->graph % STEPS];
+    return &one->replays->expected_us[size_and_step(one)];
+}
+
+/* Few are: two events with a time take 1 us of 10. */
+static int is_to_be_timed(const answering *all, const batch *one) {
+    uint8_t *untimed = &one->replays->untimed[size_and_step(one)];
+    int is = all->trails || !*expected_us(one) || *untimed >= TIMED_EVERY - 1;
+    *untimed = is ? 0 : *untimed + 1;
+    return is;
 }
 
 static void give_back(answering *all, const batch *one) {
@@ -501,8 +513,10 @@ static void launch_waiting(answering *all) {
             if (of->slot != one.slot || IS_SEVERAL(tag)) parts[count++] = transfer_of(all, of, at);
             at += IS_SEVERAL(tag) ? part_rows : ROWS(of->tag);
         }
-        if (!device_launch(all->device, one.slot, one.replays->graphs[one.graph], parts, count,
-                           count && one.rows >= MANY_ROWS(tag), IS_SEVERAL(tag))) {
+        int beside = count && one.rows >= MANY_ROWS(tag);
+        one.timed = beside || is_to_be_timed(all, &one);
+        if (!device_launch(all->device, one.slot, one.replays->graphs[one.graph], parts, count, beside,
+                           IS_SEVERAL(tag), one.timed)) {
             all->computing -= num_works(&one);
             give_back(all, &one);
             fail(all, &one);
@@ -539,7 +553,8 @@ static void look_at_device(answering *all) {
             else
                 reply(all, of, of->slot < 0 ? 0 : own_rows(all, of));
         }
-        device_times took = device_took(all->device, one.slot); /* last: nobody waits for it */
+        device_times took = {.compute_us = *expected_us(&one)};
+        if (one.timed) took = device_took(all->device, one.slot); /* last: nobody waits for it */
         *expected_us(&one) = all->took_us = took.compute_us;
         if (!IS_SEVERAL(tag)) count(all, tag, one.rows, took.compute_us);
         counts_E = device_counts(all->device, one.slot);

@@ -293,7 +293,7 @@ static int move_beside(device *gpu, row_copy *copies, int32_t count) {
 }
 
 int32_t device_launch(device *gpu, int32_t index, const captured *of, const transfer *parts,
-                      int32_t count, int32_t beside, int32_t delivers) {
+                      int32_t count, int32_t beside, int32_t delivers, int32_t timed) {
     slot *one = &gpu->slots[index];
     void *stream = gpu->stream, *in = beside ? gpu->in : stream;
     void *out = beside && !delivers ? gpu->out : stream;
@@ -314,7 +314,7 @@ int32_t device_launch(device *gpu, int32_t index, const captured *of, const tran
         if (!set(gpu, of, of->takes_away, fits ? taken : NOTHING)) return 0;
         if (fits) to_take = 0;
     }
-    if ((!beside && gpu->record(one->began, stream)) ||
+    if ((!beside && timed && gpu->record(one->began, stream)) ||
         (to_bring && !copy(gpu, in, brought, to_bring)) ||
         (beside && (gpu->record(one->fetched, in) || gpu->follow(stream, one->fetched, 0) ||
                     gpu->record(one->began, stream))) ||
@@ -322,7 +322,7 @@ int32_t device_launch(device *gpu, int32_t index, const captured *of, const tran
         return 0;
     if ((beside && (gpu->record(one->computed, stream) || gpu->follow(out, one->computed, 0))) ||
         (to_take && !copy(gpu, out, taken, to_take)) || gpu->record(one->ended, out) ||
-        gpu->record(one->timed, out)) {
+        (timed && gpu->record(one->timed, out))) {
         device_lose(gpu, index); /* nobody can tell when it will have stopped writing */
         return 0;
     }

@@ -224,9 +224,10 @@ void device_give_back(device *gpu, int32_t slot);
 void device_lose(device *gpu, int32_t slot);
 /* On what is in the slot, with what is brought there and back, unless the graph `delivers`: then it is
  * told where to. Many rows (`beside`) come and go on streams of their own, beside what is computed
- * before and after; fewer with the graph, as far as its own launches take them. 0 when it failed. */
+ * before and after, and are `timed`; fewer with the graph, as far as its own launches take them. 0 when it
+ * failed. */
 int32_t device_launch(device *gpu, int32_t slot, const captured *of, const transfer *parts,
-                      int32_t count, int32_t beside, int32_t delivers);
+                      int32_t count, int32_t beside, int32_t delivers, int32_t timed);
 /* The two ways alone, between what is lent and memory of our own, each on a stream of its own. The
  * device's stream waits for what is fetched; what is delivered was seen to be computed: behind the
  * device's stream it would wait for whatever is queued there by now. 0 when it failed. */
@@ -236,7 +237,7 @@ int32_t device_deliver(device *gpu, const borrowed *arenas, uint64_t offset, uin
                        uint64_t rows);
 /* 1, or 0 while it computes; -1 when it failed. */
 int32_t device_done(device *gpu, int32_t slot);
-/* Of a launch that is done. */
+/* Of a launch that is done and was timed. */
 device_times device_took(device *gpu, int32_t slot);
 /* Graphs that have no slot, behind each other; and as above, when all are done. */
 int32_t device_launch_graphs(device *gpu, const uint64_t *graphs, int32_t count);
@@ -273,7 +274,8 @@ EXPORT int64_t company_until(const pace *one, const pace *const *others, int32_t
 /* What a device computes an expert by, or several of a layer together. */
 typedef struct replays {
     const captured *graphs[GRAPHS]; /* by slot and step; NULL where there is none */
-    uint32_t expected_us[SIZES * STEPS]; /* what those of a size and step took the last time */
+    uint32_t expected_us[SIZES * STEPS]; /* what those of a size and step took when last timed */
+    uint8_t untimed[SIZES * STEPS];      /* how many of them were launched since then */
     uint8_t here[1 << 10]; /* of several: whether an expert of the layer is one of them */
     struct replays *doubled; /* of several: for twice as many messages, each in an equal part of a
                               * slot, that leave their counts behind each other; NULL: none */
@@ -304,6 +306,7 @@ typedef struct {
     int32_t slot, graph;
     int64_t rows;
     int64_t room;  /* rows of the slot that it needs, counts included */
+    int32_t timed;
     int32_t parts; /* of several experts: the messages, each in its part of the slot */
 } batch;
 

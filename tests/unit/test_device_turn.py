@@ -497,32 +497,41 @@ def test_more_than_any_graph_holds_is_not_computed_together(worker: Worker) -> N
 def test_where_others_may_send_more_it_is_waited_for_until_the_device_is_about_to_be_free(
     worker: Worker,
 ) -> None:
-    """The device takes half a millisecond, then ever longer."""
+    """The device takes ten seconds."""
     worker.capture(0, 1)
     worker.capture(0, 2)
     worker.answering.open(SESSION + 1, worker.to_gateway, REPLY_SESSION + 1)
-    worker.allow(1)
-    known = worker.dispatch(0, 0, rows(1))
-    worker.turn_until(lambda: known.answered)
     slowly = ctypes.c_float.in_dll(worker.knobs, "milliseconds")
     slowly.value = 1e4
-    worker.allow(2)
-    known = worker.dispatch(1, 0, rows(1))
-    worker.turn_until(lambda: known.answered)
+    worker.allow(1)
+    known = worker.dispatch(0, 0, rows(1))
+    worker.turn_until(lambda: known.answered and not worker.answering.in_hand)
+    slowly.value = 0.5
     sent = [worker.dispatch(2, 0, rows(1, 2))]
     worker.turn_until(lambda: worker.answering.computing == 1)
     sent += [worker.dispatch(3 + n, 0, rows(1, 3 + n)) for n in range(2)]
     worker.turn_until(lambda: worker.answering.computing == 3)
     worker.turn(20)
-    assert worker.launched == 3
+    assert worker.launched == 2
     worker.answering.close(SESSION + 1)
-    worker.turn_until(lambda: worker.launched > 3)
+    worker.turn_until(lambda: worker.launched > 2)
     worker.allow(1000)
     worker.turn_until(lambda: all(one.answered for one in sent))
-    slowly.value = 0.5
     # Both were computed as one, brought there and back.
-    assert worker.launched == 3 + 1 + worker.copies(2, ways=2)
+    assert worker.launched == 2 + 1 + worker.copies(2, ways=2)
     assert [one.y_RD[0, 0].item() for one in sent] == [4, 6, 8]
+
+
+def test_one_of_sixteen_alike_is_timed_and_the_others_count_as_long(worker: Worker) -> None:
+    worker.capture(0, 1)
+    worker.allow(99)
+    took = ctypes.c_float.in_dll(worker.knobs, "milliseconds")
+    for n in range(17):
+        one = worker.dispatch(n, 0, rows(1))
+        worker.turn_until(lambda: one.answered and not worker.answering.in_hand)  # noqa: B023
+        took.value = 2.0
+    took.value = 0.5
+    assert worker.counted == {0: (17, 16 * 0.5 + 2.0)}
 
 
 def test_trails_say_when_a_dispatch_went_through_its_stages(worker: Worker) -> None:
