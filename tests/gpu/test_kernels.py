@@ -27,7 +27,9 @@ from mesh.gpu_kernels import (
     grouped_in,
     grouped_out,
     ordered,
+    row_times,
 )
+from mesh.linear import Linear
 from mesh.mlp import GatedMlp, PlainMlp, StackedMlps
 from mesh.model_config import RouterConfig
 from tests.gpu.device import DEVICE, DTYPES, INTERPRETED, close
@@ -51,6 +53,34 @@ def through(x: torch.Tensor, matrix: torch.Tensor, activation: str | None) -> to
         return made
     gate, up = made.chunk(2, dim=-1)
     return (F.gelu(gate, approximate="tanh") if activation == "gelu_new" else F.silu(gate)) * up
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (37, 2048), (5120, 72), (3, 9000)])
+@pytest.mark.parametrize("more", ["", "bias", "plus", "bias and plus"])
+def test_a_row_is_multiplied(outputs: int, inputs: int, dtype: torch.dtype, more: str) -> None:
+    x = torch.randn(1, inputs, device=DEVICE, dtype=dtype)
+    weight = torch.randn(outputs, inputs, device=DEVICE, dtype=dtype) * inputs**-0.5
+    bias, plus = torch.randn(2, outputs, device=DEVICE, dtype=dtype)
+    wanted = F.linear(x.double(), weight.double(), bias.double() if "bias" in more else None)
+    if "plus" in more:
+        wanted += plus
+    into = plus[None] if "plus" in more else None
+    made = row_times(x, weight, bias if "bias" in more else None, into)
+    close(made, wanted.to(dtype))
+    assert into is None or made is into
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="of one row on a GPU")
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("inputs", [700, 20_000])
+def test_a_matrix_of_a_gpu_multiplies_one_row_and_more(rows: int, inputs: int) -> None:
+    x = torch.randn(rows, 2 * inputs, device=DEVICE, dtype=torch.bfloat16)[:, inputs:]
+    weight = torch.randn(300, inputs, device=DEVICE, dtype=torch.bfloat16) * inputs**-0.5
+    bias, plus = torch.randn(300, device=DEVICE).bfloat16(), torch.randn(rows, 300).bfloat16()
+    wanted = F.linear(x.double(), weight.double(), bias.double())
+    close(Linear(weight, bias)(x), wanted.bfloat16())
+    close(Linear(weight, bias)(x, plus.to(DEVICE)), (wanted + plus.to(DEVICE)).bfloat16())
 
 
 HERE = [0, 2, 3, 6]
