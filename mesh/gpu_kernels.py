@@ -176,10 +176,14 @@ def _row_kernel(
 
 
 def row_times(
-    x_1K: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, plus_1N: Tensor | None = None
+    x_1K: Tensor,
+    weight_NK: Tensor,
+    bias_N: Tensor | None = None,
+    plus_1N: Tensor | None = None,
+    out_1N: Tensor | None = None,
 ) -> Tensor:
-    """``x_1K @ weight_NK.T``, with a bias, and with ``plus_1N``, which it replaces then; K is at
-    most LONGEST_ROW.
+    """``x_1K @ weight_NK.T``, with a bias and with ``plus_1N``, in ``out_1N`` where that is given
+    (any of the others will do); K is at most LONGEST_ROW.
 
     Its weights are on their way before what it waits for has ended. In a chain of kernels from one
     layer's sum to its router (one token, 1033 positions, under the Multi-Process Service) an H200
@@ -187,13 +191,13 @@ def row_times(
     4096; of four rows the library's are quicker.
     """
     (n_size, k_size), k_pad = weight_NK.shape, triton.next_power_of_2(weight_NK.shape[1])
-    out_1N = x_1K.new_empty(1, n_size) if plus_1N is None else plus_1N
+    out_1N = x_1K.new_empty(1, n_size) if out_1N is None else out_1N
     columns = max(1, LONGEST_ROW // k_pad)
     _row_kernel[(triton.cdiv(n_size, columns),)](
         x_1K,
         weight_NK,
         out_1N if bias_N is None else bias_N,
-        out_1N,
+        out_1N if plus_1N is None else plus_1N,
         out_1N,
         n_size,
         k_size,

@@ -15,12 +15,43 @@ NATIVE_BYTES = 8 << 20
 """Of weights: about what a core's caches hold. Larger ones are the tensor library's."""
 
 
+def linear(
+    x_RI: Tensor,
+    weight_OI: Tensor,
+    bias_O: Tensor | None = None,
+    plus_RO: Tensor | None = None,
+    out_RO: Tensor | None = None,
+) -> Tensor:
+    """``x_RI @ weight_OI.T``, with a bias and with ``plus_RO``, in ``out_RO`` where that is given.
+
+    Of one row on a GPU, not in float32, by :func:`mesh.gpu_kernels.row_times`.
+    """
+    if _is_row(x_RI, weight_OI):
+        from mesh.gpu_kernels import row_times
+
+        return row_times(x_RI.contiguous(), weight_OI, bias_O, plus_RO, out_RO)
+    if plus_RO is None and out_RO is None:
+        return F.linear(x_RI, weight_OI, bias_O)
+    if plus_RO is None:
+        y_RO = torch.mm(x_RI, weight_OI.t(), out=out_RO)
+    else:
+        y_RO = torch.addmm(plus_RO, x_RI, weight_OI.t(), out=out_RO)
+    return y_RO if bias_O is None else y_RO.add_(bias_O)
+
+
+def _is_row(x_RI: Tensor, weight_OI: Tensor) -> bool:
+    if not x_RI.is_cuda or len(x_RI) != 1 or x_RI.itemsize != 2 or not weight_OI.is_contiguous():
+        return False
+    from mesh.gpu_kernels import LONGEST_ROW
+
+    return weight_OI.shape[1] <= LONGEST_ROW
+
+
 class Linear:
     """``x_RI @ weight_OI.T + bias_O``.
 
     Of small matrices in float32 on a CPU by ``native/linear.c``, where a row's result does not
-    depend on the rows beside it. Of one row on a GPU, not in float32, by
-    :func:`mesh.gpu_kernels.row_times`.
+    depend on the rows beside it.
     """
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
@@ -44,27 +75,12 @@ class Linear:
     def __call__(self, x_RI: Tensor, plus_RO: Tensor | None = None) -> Tensor:
         """``y_RO``, with the bias, and with ``plus_RO`` added where it is given; it may be ``y_RO``
         then, overwritten."""
-        if self._is_row(x_RI, plus_RO):
-            from mesh.gpu_kernels import row_times
-
-            return row_times(x_RI.contiguous(), self._weight_OI, self._bias_O, plus_RO)
-        if self._handle is not None:
-            y_RO = self._multiply(self._handle, x_RI, plus_RO)
-        elif plus_RO is None:
-            return F.linear(x_RI, self._weight_OI, self._bias_O)
-        else:
+        if self._handle is None:
             # On a GPU, a copy of it would be a kernel more.
-            out_RO = plus_RO if plus_RO.is_cuda else None
-            y_RO = torch.addmm(plus_RO, x_RI, self._weight_OI.t(), out=out_RO)
+            out_RO = plus_RO if plus_RO is not None and plus_RO.is_cuda else None
+            return linear(x_RI, self._weight_OI, self._bias_O, plus_RO, out_RO)
+        y_RO = self._multiply(self._handle, x_RI, plus_RO)
         return y_RO if self._bias_O is None else y_RO.add_(self._bias_O)
-
-    def _is_row(self, x_RI: Tensor, plus_RO: Tensor | None) -> bool:
-        if not x_RI.is_cuda or len(x_RI) != 1 or self._weight_OI.itemsize != 2:
-            return False
-        from mesh.gpu_kernels import LONGEST_ROW
-
-        weights = self._weight_OI.is_contiguous() and self._weight_OI.shape[1] <= LONGEST_ROW
-        return weights and (plus_RO is None or plus_RO.is_contiguous())
 
     def _multiply(self, handle: int, x_RI: Tensor, plus_RO: Tensor | None) -> Tensor:
         x_RI = x_RI.contiguous()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mesh import native
 from mesh.checkpoint import Checkpoint
-from mesh.linear import NATIVE_BYTES
+from mesh.linear import NATIVE_BYTES, linear
 from mesh.model_config import SwigluClamp
 
 if TYPE_CHECKING:
@@ -53,13 +53,13 @@ class TwoMatrices:
         self._down_DH = down_DH
 
     def __call__(self, x_RD: Tensor) -> Tensor:
-        return F.linear(self._between(F.linear(x_RD, self._into_HD)), self._down_DH)
+        return linear(self._between(linear(x_RD, self._into_HD)), self._down_DH)
 
     def replace(self, x_RD: Tensor) -> None:
         """The rows by their outputs."""
         if x_RD.is_cuda:
-            hidden_RH = self._between(F.linear(x_RD, self._into_HD))
-            torch.mm(hidden_RH, self._down_DH.t(), out=x_RD)
+            hidden_RH = self._between(linear(x_RD, self._into_HD))
+            linear(hidden_RH, self._down_DH, out_RO=x_RD)
         else:
             x_RD.copy_(self(x_RD))
 
@@ -316,12 +316,12 @@ class ClampedMlp:
 
     def __call__(self, x_RD: Tensor) -> Tensor:
         alpha, limit = self._clamp.alpha, self._clamp.limit
-        gate_up_RH = F.linear(x_RD, self._gate_up_HD, self._gate_up_bias_H)
+        gate_up_RH = linear(x_RD, self._gate_up_HD, self._gate_up_bias_H)
         gate_RH, up_RH = gate_up_RH.chunk(2, dim=-1)
         gate_RH = gate_RH.clamp(max=limit)
         hidden_RH = up_RH.clamp(-limit, limit).add_(1).mul_(gate_RH)
         hidden_RH.mul_(gate_RH.mul_(alpha).sigmoid_())
-        return F.linear(hidden_RH, self._down_DH, self._down_bias_D)
+        return linear(hidden_RH, self._down_DH, self._down_bias_D)
 
     def tensors(self) -> dict[str, Tensor]:
         """See :class:`Mlp`."""

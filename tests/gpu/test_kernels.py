@@ -65,10 +65,11 @@ def test_a_row_is_multiplied(outputs: int, inputs: int, dtype: torch.dtype, more
     wanted = F.linear(x.double(), weight.double(), bias.double() if "bias" in more else None)
     if "plus" in more:
         wanted += plus
-    into = plus[None] if "plus" in more else None
-    made = row_times(x, weight, bias if "bias" in more else None, into)
+    added = plus[None] if "plus" in more else None
+    made = row_times(x, weight, bias if "bias" in more else None, added)
     close(made, wanted.to(dtype))
-    assert into is None or made is into
+    assert row_times(x, weight, bias if "bias" in more else None, added, plus[None]) is not made
+    close(plus[None], wanted.to(dtype))
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="of one row on a GPU")
@@ -81,6 +82,21 @@ def test_a_matrix_of_a_gpu_multiplies_one_row_and_more(rows: int, inputs: int) -
     wanted = F.linear(x.double(), weight.double(), bias.double())
     close(Linear(weight, bias)(x), wanted.bfloat16())
     close(Linear(weight, bias)(x, plus.to(DEVICE)), (wanted + plus.to(DEVICE)).bfloat16())
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="of one row on a GPU")
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("kind", ["silu", "plain"])
+def test_rows_are_replaced_by_what_an_expert_makes_of_them(rows: int, kind: str) -> None:
+    x, into, down = (
+        torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16) * shape[1] ** -0.5
+        for shape in ((rows, 512), (2048, 512), (512, 1024 if kind == "silu" else 2048))
+    )
+    expert = PlainMlp(into, down, "silu") if kind == "plain" else GatedMlp(into, down, kind)
+    hidden = through(x, into, kind if kind == "silu" else None)
+    wanted = F.linear(hidden if kind == "silu" else F.silu(hidden), down.double())
+    expert.replace(x)
+    close(x, wanted.bfloat16())
 
 
 HERE = [0, 2, 3, 6]
