@@ -218,7 +218,7 @@ def layer_mesh(
         num_experts=shape.num_experts,
         hidden_size=shape.hidden,
         experts_per_token=shape.top_k,
-        experts_grouped=dtype != torch.float32,
+        experts_grouped=lambda itemsize: itemsize == 2,
     )
     with bench_mesh(
         "cli.layer_worker",

@@ -40,8 +40,7 @@ class LayerSizes(Protocol):
     @property
     def experts_per_token(self) -> int: ...
 
-    @property
-    def experts_grouped(self) -> bool: ...
+    def experts_grouped(self, itemsize: int) -> bool: ...
 
 
 class Child:

@@ -172,7 +172,7 @@ class Dispatcher:
     ) -> None:
         self._transport = transport
         self._num_experts = config.num_experts
-        self._grouped = config.experts_grouped
+        self._grouped = config.experts_grouped(dtype.itemsize)
         self._max_choices = max_tokens * config.experts_per_token
         self._row_bytes = config.hidden_size * dtype.itemsize
         self._device = device

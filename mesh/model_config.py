@@ -214,11 +214,10 @@ class ModelConfig:
         _check(config, path)
         return config
 
-    @property
-    def experts_grouped(self) -> bool:
-        """Whether a GPU computes those of a layer that it holds together; see
-        :class:`mesh.mlp.StackedMlps`."""
-        return self.clamp is None and self.dtype != "float32"
+    def experts_grouped(self, itemsize: int) -> bool:
+        """Whether a GPU that serves them in so many bytes a number computes those of a layer that
+        it holds together; see :class:`mesh.mlp.StackedMlps`."""
+        return self.clamp is None and itemsize == 2
 
     def expert_bytes(self, dtype: str) -> int:
         """Bytes of one routed expert's parameters on a device, in float32, bfloat16 or float16."""

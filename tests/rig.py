@@ -96,7 +96,7 @@ def make_dispatcher(
         num_experts=NUM_EXPERTS,
         hidden_size=HIDDEN_SIZE,
         experts_per_token=k,
-        experts_grouped=grouped,
+        experts_grouped=lambda itemsize: grouped and itemsize == torch.float32.itemsize,
     )
     return Dispatcher(
         transport,

@@ -310,6 +310,8 @@ def test_mixtral_is_read(tmp_path):
     assert config.moe_layers == tuple(range(32))
     assert config.router.normalize
     assert config.expert_bytes("bfloat16") == 3 * 4096 * 14336 * 2
+    # By what it is served in, whatever the checkpoint's dtype is.
+    assert [config.experts_grouped(itemsize) for itemsize in (2, 4)] == [True, False]
 
 
 def test_deepseek_v3_is_read(tmp_path):
@@ -328,6 +330,7 @@ def test_gpt_oss_is_read(tmp_path):
     config = read(tmp_path, "gpt-oss-20b")
     assert config.windows == (128, None) * 12
     assert config.clamp == SwigluClamp(alpha=1.702, limit=7.0)
+    assert not config.experts_grouped(itemsize=2)
     assert config.router.bias
     assert config.expert_bytes("bfloat16") == 2 * (3 * 2880 * 2880 + 2 * 2880 + 2880)
     bare = read(tmp_path, "gpt-oss-20b", "layer_types", "rope_scaling", "swiglu_limit")
