@@ -515,8 +515,9 @@ static void launch_waiting(answering *all) {
         }
         int beside = count && one.rows >= MANY_ROWS(tag);
         one.timed = beside || is_to_be_timed(all, &one);
-        if (!device_launch(all->device, one.slot, one.replays->graphs[one.graph], parts, count, beside,
-                           IS_SEVERAL(tag), one.timed)) {
+        if (!device_launch(all->device, one.slot, one.replays->graphs[one.graph], parts, count,
+                           (beside ? BESIDE : 0) | (IS_SEVERAL(tag) ? DELIVERS : 0) |
+                               (one.timed ? TIMED : 0))) {
             all->computing -= num_works(&one);
             give_back(all, &one);
             fail(all, &one);

@@ -293,8 +293,9 @@ static int move_beside(device *gpu, row_copy *copies, int32_t count) {
 }
 
 int32_t device_launch(device *gpu, int32_t index, const captured *of, const transfer *parts,
-                      int32_t count, int32_t beside, int32_t delivers, int32_t timed) {
+                      int32_t count, int32_t how) {
     slot *one = &gpu->slots[index];
+    int beside = how & BESIDE, delivers = how & DELIVERS, timed = how & TIMED;
     void *stream = gpu->stream, *in = beside ? gpu->in : stream;
     void *out = beside && !delivers ? gpu->out : stream;
     row_copy brought[MAX_COPIES] = {0}, taken[MAX_COPIES] = {0};

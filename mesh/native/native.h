@@ -222,12 +222,15 @@ int32_t device_graph(const captured *const *graphs, int32_t slot, int64_t rows);
 void device_give_back(device *gpu, int32_t slot);
 /* Never use this slot again. */
 void device_lose(device *gpu, int32_t slot);
-/* On what is in the slot, with what is brought there and back, unless the graph `delivers`: then it is
- * told where to. Many rows (`beside`) come and go on streams of their own, beside what is computed
- * before and after, and are `timed`; fewer with the graph, as far as its own launches take them. 0 when it
- * failed. */
+enum {
+    BESIDE = 1,   /* many rows, which come and go on streams of their own, beside what is computed before
+                   * and after; others do with the graph, as far as its own launches take them */
+    DELIVERS = 2, /* the graph does, and is told where to */
+    TIMED = 4,    /* as all that is BESIDE must be */
+};
+/* On what is in the slot, with what is brought there and taken away. 0 when it failed. */
 int32_t device_launch(device *gpu, int32_t slot, const captured *of, const transfer *parts,
-                      int32_t count, int32_t beside, int32_t delivers, int32_t timed);
+                      int32_t count, int32_t how);
 /* The two ways alone, between what is lent and memory of our own, each on a stream of its own. The
  * device's stream waits for what is fetched; what is delivered was seen to be computed: behind the
  * device's stream it would wait for whatever is queued there by now. 0 when it failed. */
