@@ -14,7 +14,7 @@ import functools
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import structlog
@@ -54,8 +54,6 @@ _AHEAD = -1
 """Of a stream's priorities, the next to the least."""
 _ROWS_OF_ONE = 8
 """Where a layer has several experts here, more are seldom for one of them alone."""
-_PARTS_OF_ONE = 8
-"""Messages for one expert that its graphs bring and take away by themselves."""
 
 
 class _Layer:
@@ -79,6 +77,13 @@ class _Graph:
     uses: int = 0
     graph: torch.cuda.CUDAGraph | None = None
     refused: bool = False
+
+
+class _Moves(NamedTuple):
+    """Which launches that move rows a graph has of its own."""
+
+    bring: bool
+    take_away: bool
 
 
 class GpuTicket:
@@ -313,14 +318,13 @@ class GpuCompute:
         # With the weights themselves: those that the expert has move when it is stacked.
         kept = expert.tensors()
 
-        def compute(slot: int | None, rows_RD: torch.Tensor, copies: _Copies) -> None:
-            # More rows come and go beside what is computed, by launches of their own.
-            parts = min(_PARTS_OF_ONE, len(rows_RD)) if len(rows_RD) <= _GRAPH_ROWS else 0
-            copies.bring(rows_RD, parts)
+        def compute(slot: int | None, rows_RD: torch.Tensor) -> None:
             run(expert, [Part(rows_RD, 0, len(rows_RD))])
-            copies.take_away(rows_RD, parts)
 
-        return self._capture(graphs, kept["down"], slots, step, compute, kept)
+        # More rows come and go beside what is computed, by launches of their own.
+        few = slot_rows(slots.start) <= _GRAPH_ROWS
+        moves = _Moves(bring=few, take_away=few)
+        return self._capture(graphs, kept["down"], slots, step, compute, kept, moves)
 
     def _capture_several(
         self, layer: _Layer, slots: range, num_experts: int, header_rows: int
@@ -333,17 +337,15 @@ class GpuCompute:
         down_DH, rows = next(iter(layer.experts.values())).tensors()["down"], slots
         for parts in (1 << n for n in range(MAX_TOGETHER.bit_length())):
 
-            def compute(
-                slot: int | None, rows_RD: torch.Tensor, copies: _Copies, parts: int = parts
-            ) -> None:
+            def compute(slot: int | None, rows_RD: torch.Tensor, parts: int = parts) -> None:
                 on_host = self._nobodys if slot is None else replays.counts[slot]
                 on_host_PE = on_host[: parts * num_experts].view(parts, num_experts)
                 to_P4 = self._nowhere if slot is None else replays.deliveries[slot]
-                copies.bring(rows_RD[: len(rows_RD) // parts], parts)
                 stack.deliver(rows_RD, header_rows, on_host_PE, to_P4)
 
             of_parts = layer.replays.of_parts(parts)
-            if not self._capture(of_parts, down_DH, rows, WHOLE, compute, stack):
+            moves = _Moves(bring=True, take_away=False)
+            if not self._capture(of_parts, down_DH, rows, WHOLE, compute, stack, moves):
                 return False
             together = 2 * parts * slot_rows(slots.start)
             if together > _GRAPH_ROWS_OF_PARTS:
@@ -357,22 +359,31 @@ class GpuCompute:
         down_DH: torch.Tensor,
         slots: range,
         step: int,
-        compute: Callable[[int | None, torch.Tensor, _Copies], None],
+        compute: Callable[[int | None, torch.Tensor], None],
         kept: object,
+        moves: _Moves,
     ) -> bool:
         """Graphs for these slots, which need what is ``kept``; False where that cannot be."""
         assert self.replays is not None
+        replays = self.replays
+
+        def moved(slot: int, rows_RD: torch.Tensor, copies: native.Captured) -> None:
+            if moves.bring:
+                copies.brings = replays.capture()
+            compute(slot, rows_RD)
+            if moves.take_away:
+                copies.takes_away = replays.capture()
+
         try:
             for slot in slots:
-                buffer_RD = self._slot(slot, down_DH, self.replays)
+                buffer_RD = self._slot(slot, down_DH, replays)
                 rows_RD = buffer_RD[: slot_rows(slot, step)]
                 if slot == slots.start:
                     # So many rows may be new to it; the slot may be somebody's.
-                    compute(None, torch.zeros_like(rows_RD), _Copies())
-                copies = _Copies(self.replays)
-                graph = capture(functools.partial(compute, slot, rows_RD, copies), self._pool)
-                record = copies.record
-                graphs.add(slot, graph.raw_cuda_graph_exec(), (graph, kept), step, record)
+                    compute(None, torch.zeros_like(rows_RD))
+                copies = native.Captured()
+                graph = capture(functools.partial(moved, slot, rows_RD, copies), self._pool)
+                graphs.add(slot, graph.raw_cuda_graph_exec(), (graph, kept), step, copies)
         except (RuntimeError, AttributeError) as error:
             # An older torch has no handles to give; these batches stay with our own turns.
             log.warning("graph_not_handed_over", rows=slot_rows(slots.start), error=str(error))
@@ -403,22 +414,6 @@ class GpuCompute:
                     for known in (self._graphs, self._uses, self._replays):
                         known.pop(expert, None)
         return layer.stack
-
-
-class _Copies:
-    """Launches that a graph begins and ends with, of parts of up to so many rows, if anybody's."""
-
-    def __init__(self, replays: ReplayDevice | None = None) -> None:
-        self.record = native.Captured()
-        self._replays = replays
-
-    def bring(self, part_RD: torch.Tensor, parts: int) -> None:
-        if self._replays is not None and parts:
-            self._replays.capture(part_RD, parts, self.record, away=False)
-
-    def take_away(self, part_RD: torch.Tensor, parts: int) -> None:
-        if self._replays is not None and parts:
-            self._replays.capture(part_RD, parts, self.record, away=True)
 
 
 def _ring_of(slots: range) -> int:

@@ -80,11 +80,13 @@ class ReplayDevice:
         kept = rows_RD, self.counts[slot], self.deliveries[slot]
         native.short.device_lend(self.handle, slot, *(tensor.data_ptr() for tensor in kept))
 
-    def capture(self, part_RD: torch.Tensor, parts: int, into: native.Captured, away: bool) -> None:
-        """Amid a capture on this stream: what brings so many parts, each as long as this or
-        shorter, or takes them ``away``. Raises RuntimeError."""
-        if not native.short.device_capture(self.handle, part_RD.nbytes, parts, away, into):
+    def capture(self) -> int:
+        """Amid a capture on this stream: a launch that brings rows, or takes them away, as each
+        launch of the graph has them. Raises RuntimeError."""
+        node: int | None = native.short.device_capture(self.handle)
+        if not node:
             raise RuntimeError("the driver does not capture copies")
+        return node
 
     @property
     def out(self) -> int:
@@ -120,8 +122,8 @@ class Replays:
         step: int = WHOLE,
         copies: native.Captured | None = None,
     ) -> None:
-        """Launch this graph for the slot's first rows, as many as the step has; ``copies`` are the
-        launches among its own that :meth:`ReplayDevice.capture` made."""
+        """Launch this graph for the slot's first rows, as many as the step has; ``copies`` names
+        the launches among its own that :meth:`ReplayDevice.capture` made."""
         record = copies or native.Captured()
         record.graph = graph
         self._kept.append((record, keep))

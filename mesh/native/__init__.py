@@ -122,8 +122,6 @@ class Captured(Structure):
         ("graph", c_void_p),
         ("brings", c_void_p),
         ("takes_away", c_void_p),
-        ("blocks", c_uint32),
-        ("parts", c_uint32),
     ]
 
 
@@ -277,7 +275,7 @@ _SHORT: dict[str, tuple[Any, list[Any]]] = {
     "device_free": (None, [c_void_p]),
     "device_out": (c_uint64, [c_void_p]),
     "device_lend": (None, [c_void_p, c_int32, c_uint64, c_uint64, c_uint64]),
-    "device_capture": (c_int32, [c_void_p, c_uint64, c_int32, c_int32, POINTER(Captured)]),
+    "device_capture": (c_void_p, [c_void_p]),
     "device_share": (c_int32, [c_void_p, c_uint64, c_uint64, POINTER(Lent)]),
     "answering_new": (POINTER(Answering), [POINTER(Postbox), c_int32, c_int32, c_void_p]),
     "answering_next_failed": (c_uint64, [POINTER(Answering), POINTER(c_int32)]),

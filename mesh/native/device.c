@@ -205,43 +205,41 @@ void device_give_back(device *gpu, int32_t index) { gpu->slots[index].taken = 0;
 
 void device_lose(device *gpu, int32_t index) { gpu->slots[index].rows = 0; }
 
-static uint32_t blocks_of(uint64_t units) {
-    uint64_t blocks = (units + THREADS - 1) / THREADS;
-    return blocks < 1 ? 1 : blocks < MAX_BLOCKS ? (uint32_t)blocks : MAX_BLOCKS;
+/* For each of so many copies. By powers of two: a graph's launch takes 2 us more with another number of
+ * blocks than the time before. */
+static uint32_t blocks_of(const row_copy *copies, int32_t count) {
+    uint64_t units = 0, blocks = 1;
+    for (int32_t i = 0; i < count; i++) units = copies[i].units > units ? copies[i].units : units;
+    while (blocks * THREADS < units && blocks < MAX_BLOCKS) blocks *= 2;
+    return (uint32_t)blocks;
 }
 
 static int copy(device *gpu, void *stream, const row_copy *copies, int32_t count) {
-    uint64_t units = 0;
-    for (int32_t i = 0; i < count; i++) units = copies[i].units > units ? copies[i].units : units;
     void *arguments[] = {(void *)copies};
-    return gpu->copy && !gpu->run(gpu->copy, blocks_of(units), (uint32_t)count, 1, THREADS, 1, 1, 0,
-                                  stream, arguments, NULL);
+    return gpu->copy && !gpu->run(gpu->copy, blocks_of(copies, count), (uint32_t)count, 1, THREADS, 1,
+                                  1, 0, stream, arguments, NULL);
 }
 
 static const row_copy NOTHING[MAX_COPIES];
 
-int32_t device_capture(device *gpu, uint64_t bytes, int32_t parts, int32_t away, captured *into) {
-    void *arguments[] = {(void *)NOTHING}, *const *last;
+void *device_capture(device *gpu) {
+    void *const *last;
     int32_t status;
     size_t count;
-    into->blocks = blocks_of(bytes / UNIT_BYTES);
-    into->parts = (uint32_t)parts;
-    if (!gpu->copy || gpu->run(gpu->copy, into->blocks, into->parts, 1, THREADS, 1, 1, 0, gpu->stream,
-                               arguments, NULL) ||
+    if (!copy(gpu, gpu->stream, NOTHING, 1) ||
         gpu->capture(gpu->stream, &status, NULL, NULL, &last, &count) || status != IS_CAPTURING ||
         count != 1)
-        return 0;
-    *(away ? &into->takes_away : &into->brings) = last[0];
-    return 1;
+        return NULL;
+    return last[0];
 }
 
 /* What one of a graph's own launches moves from here on. */
-static int set(device *gpu, const captured *of, void *node, const row_copy *copies) {
-    void *arguments[] = {(void *)copies};
-    node_parameters all = {.function = gpu->copy, .x = of->blocks, .y = of->parts, .z = 1,
-                           .threads_x = THREADS, .threads_y = 1, .threads_z = 1,
-                           .arguments = arguments};
-    return !gpu->set(of->graph, node, &all);
+static int set(device *gpu, void *graph, void *node, const row_copy *copies, int32_t count) {
+    void *arguments[] = {(void *)(count ? copies : NOTHING)};
+    node_parameters all = {.function = gpu->copy, .x = blocks_of(copies, count),
+                           .y = count ? (uint32_t)count : 1, .z = 1, .threads_x = THREADS,
+                           .threads_y = 1, .threads_z = 1, .arguments = arguments};
+    return !gpu->set(graph, node, &all);
 }
 
 int32_t device_fetch(device *gpu, const borrowed *arenas, uint64_t offset, uint64_t bytes,
@@ -306,14 +304,12 @@ int32_t device_launch(device *gpu, int32_t index, const captured *of, const tran
     if (beside && (gpu->record(one->fetching, in) || !move_beside(gpu, brought, to_bring))) return 0;
     if (beside && !delivers) to_bring = 0;
     if (of->brings) {
-        int fits = to_bring <= (int32_t)of->parts;
-        if (!set(gpu, of, of->brings, fits ? brought : NOTHING)) return 0;
-        if (fits) to_bring = 0;
+        if (!set(gpu, of->graph, of->brings, brought, to_bring)) return 0;
+        to_bring = 0;
     }
     if (of->takes_away) {
-        int fits = !beside && to_take <= (int32_t)of->parts;
-        if (!set(gpu, of, of->takes_away, fits ? taken : NOTHING)) return 0;
-        if (fits) to_take = 0;
+        if (!set(gpu, of->graph, of->takes_away, taken, beside ? 0 : to_take)) return 0;
+        if (!beside) to_take = 0;
     }
     if ((!beside && timed && gpu->record(one->began, stream)) ||
         (to_bring && !copy(gpu, in, brought, to_bring)) ||

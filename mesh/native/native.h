@@ -190,11 +190,10 @@ typedef struct {
     uint32_t fetch_us, queued_us, compute_us, deliver_us;
 } device_times;
 
-/* A graph (CUgraphExec), and the launches that it begins and ends with: CUgraphNodes, NULL where there
- * are none, that move so many parts in so many blocks each. */
+/* A graph (CUgraphExec), and the launches that it begins and ends with (CUgraphNode), which move what
+ * they are told; NULL: there is none. */
 typedef struct {
     void *graph, *brings, *takes_away;
-    uint32_t blocks, parts;
 } captured;
 
 /* NULL when there is no such driver, or it refuses. Graphs are launched on the stream (CUstream),
@@ -207,10 +206,9 @@ EXPORT uint64_t device_out(const device *gpu);
  * device they find where outputs are to be. */
 EXPORT void device_lend(device *gpu, int32_t slot, uint64_t rows, uint64_t counts,
                         uint64_t deliveries);
-/* Amid what is captured on the device's stream: move what device_launch will say, parts of up to so many
- * bytes. 0 when it failed. */
-EXPORT int32_t device_capture(device *gpu, uint64_t bytes, int32_t parts, int32_t away,
-                              captured *into);
+/* Amid what is captured on the device's stream: a launch that moves what device_launch will say. NULL when
+ * it failed. */
+EXPORT void *device_capture(device *gpu);
 uint64_t device_rows(const device *gpu, int32_t slot);
 const int32_t *device_counts(const device *gpu, int32_t slot);
 /* Whether any of these GRAPHS (by slot and step) fits so many rows, now or when one is free. */
@@ -224,7 +222,7 @@ void device_give_back(device *gpu, int32_t slot);
 void device_lose(device *gpu, int32_t slot);
 enum {
     BESIDE = 1,   /* many rows, which come and go on streams of their own, beside what is computed before
-                   * and after; others do with the graph, as far as its own launches take them */
+                   * and after; others do by the graph's own launches, where it has those */
     DELIVERS = 2, /* the graph does, and is told where to */
     TIMED = 4,    /* as all that is BESIDE must be */
 };

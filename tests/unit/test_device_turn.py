@@ -52,12 +52,11 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> str:
 class Worker:
     """A gateway's transport and a worker's, which answers for experts 0 and 1 of layer 0.
 
-    ``parts``: so many messages of one expert are moved by its graphs, all of several experts' by
-    theirs; 0: none.
+    ``moves``: its graphs have launches of their own that bring and take away.
     """
 
-    def __init__(self, driver: str, parts: int) -> None:
-        self.parts = parts
+    def __init__(self, driver: str, moves: bool) -> None:
+        self.moves = moves
         self.knobs = ctypes.CDLL(driver)
         self.allow(0)
         for name in ("launched", "ran", "mapped"):
@@ -87,23 +86,20 @@ class Worker:
             graph = Graph(rows_RD.data_ptr(), rows_RD.numel(), expert + 2, fails)
             if expert == wire.SEVERAL:
                 graph = together(self.device, slot, fails)
-            self.add(self.replays[expert], slot, graph, 1 if expert == wire.SEVERAL else 0, step)
+            self.add(self.replays[expert], slot, graph, expert == wire.SEVERAL, step)
 
-    def add(self, to: Replays, slot: int, graph: Graph, delivers: int, step: int = WHOLE) -> None:
-        """``delivers``: as many parts; 0: it is for one expert."""
+    def add(self, to: Replays, slot: int, graph: Graph, delivers: bool, step: int = WHOLE) -> None:
         copies, graph.nodes = native.Captured(), [ROW_COPIES(), ROW_COPIES()]
-        if self.parts:
+        if self.moves:
             graph.brings = copies.brings = ctypes.addressof(graph.nodes[0])
-            copies.parts, copies.blocks = delivers or self.parts, 1
-        if self.parts and not delivers:
+        if self.moves and not delivers:
             graph.takes_away = copies.takes_away = ctypes.addressof(graph.nodes[1])
         self.graphs.append(graph)
         to.add(slot, ctypes.addressof(graph), step=step, copies=copies)
 
-    def copies(self, num_parts: int, ways: int = 1) -> int:
-        """The launches by which so many parts of one batch of one expert, or all of several's, are
-        moved ``ways``."""
-        return 0 if self.parts >= num_parts else ways
+    def copies(self, count: int) -> int:
+        """Of so many that move something, the launches that are no graph's."""
+        return 0 if self.moves else count
 
     def capture_parts(self, parts: int, num_rows: int) -> None:
         """For so many messages of several experts, in slots of so many rows."""
@@ -111,7 +107,7 @@ class Worker:
             if slot not in self.device.buffers:
                 self.device.lend(slot, torch.zeros(slot_rows(slot), WIDTH))
             of_parts = self.replays[wire.SEVERAL].of_parts(parts)
-            self.add(of_parts, slot, together(self.device, slot, parts=parts), parts)
+            self.add(of_parts, slot, together(self.device, slot, parts=parts), delivers=True)
 
     def allow(self, graphs: int) -> None:
         """Let so many of all that were launched run."""
@@ -184,7 +180,7 @@ class Dispatch:
         return self.reply.completed
 
 
-@pytest.fixture(params=[0, 1, 3], ids="parts={}".format)
+@pytest.fixture(params=[False, True], ids="moves={}".format)
 def worker(driver: str, request: pytest.FixtureRequest) -> Iterator[Worker]:
     worker = Worker(driver, request.param)
     yield worker
@@ -337,17 +333,16 @@ def test_graphs_are_captured_with_what_brings_their_rows_and_takes_them_away(
     while gpu.prepare(NUM_EXPERTS, HEADER_ROWS):
         pass
 
-    def copies_of(replays: Replays, rows: int) -> tuple[bool, bool, int]:
+    def moves_of(replays: Replays, rows: int) -> tuple[bool, bool]:
         address = replays._record.graphs[slots_of(rows).start * native.STEPS + WHOLE]
         one = native.Captured.from_address(address)
-        return bool(one.brings), bool(one.takes_away), one.parts
+        assert one.brings != one.takes_away
+        return bool(one.brings), bool(one.takes_away)
 
-    assert [copies_of(served[ExpertId(0, 0)], rows) for rows in (1, 4, 16, 256)] == [
-        (True, True, parts) for parts in (1, 4, 8, 8)
-    ]
-    several = served[ExpertId(1, wire.SEVERAL)]
+    one, several = served[ExpertId(0, 0)], served[ExpertId(1, wire.SEVERAL)]
+    assert all(moves_of(one, rows) == (True, True) for rows in (1, 4, 16, 256))
     for parts in (1, 2, 4, 8):
-        assert copies_of(several.of_parts(parts), 8 * parts) == (True, False, parts)
+        assert moves_of(several.of_parts(parts), 8 * parts) == (True, False)
 
 
 def test_what_cannot_be_captured_is_tried_once(
@@ -477,10 +472,10 @@ def test_what_waits_for_one_expert_is_computed_together(worker: Worker) -> None:
     assert torch.equal(own.y_RD, 2 * rows(4, 50))
     assert torch.equal(other.y_RD, 3 * rows(1, 60))
     worker.turn_until(lambda: worker.answering.in_hand == 0)
-    assert worker.counted == {0: (8, 1.5 + 0.5 * worker.copies(3, ways=2)), 1: (1, 0.5)}
+    assert worker.counted == {0: (8, 1.5 + 0.5 * worker.copies(2)), 1: (1, 0.5)}
     graphs = 2 + 1 + 1
     # Three are brought there and back; who is alone in a slot of its own is not.
-    assert worker.launched == graphs + worker.copies(3, ways=2)
+    assert worker.launched == graphs + worker.copies(2)
 
 
 def test_more_than_any_graph_holds_is_not_computed_together(worker: Worker) -> None:
@@ -518,7 +513,7 @@ def test_where_others_may_send_more_it_is_waited_for_until_the_device_is_about_t
     worker.allow(1000)
     worker.turn_until(lambda: all(one.answered for one in sent))
     # Both were computed as one, brought there and back.
-    assert worker.launched == 2 + 1 + worker.copies(2, ways=2)
+    assert worker.launched == 2 + 1 + worker.copies(2)
     assert [one.y_RD[0, 0].item() for one in sent] == [4, 6, 8]
 
 
@@ -554,6 +549,8 @@ def test_trails_say_when_a_dispatch_went_through_its_stages(worker: Worker) -> N
     for start_s, end_s in (trail.fetched_s, trail.computed_s):
         assert end_s - start_s == pytest.approx(0.0005)
     assert trail.fetched_s[1] <= trail.computed_s[0]
+    # So many rows come and go beside what is computed, not with the graph.
+    assert not any(any(copies) for graph in worker.graphs for copies in graph.nodes)
     assert trail.computed_s[1] == trail.sent_s[0]
 
 
@@ -793,7 +790,7 @@ def test_what_a_graph_moved_is_not_moved_again_for_who_is_computed_where_he_came
 
 
 def test_a_graph_that_cannot_be_told_what_to_move_is_refused_by_name(driver: str) -> None:
-    worker = Worker(driver, parts=1)
+    worker = Worker(driver, moves=True)
     worker.capture(0, 1)
     arenas = Arenas(worker.device)
     assert worker.answering.borrow(SESSION, arenas.said)
@@ -958,7 +955,7 @@ def test_messages_of_several_experts_are_computed_together_as_many_as_graphs_tak
     assert arenas.reply_RD.isnan().sum() == (ARENA_ROWS - 3) * WIDTH
     worker.turn_until(lambda: worker.answering.in_hand == 0)
     # Four brought and at once; the fifth, told where to.
-    assert worker.launched - before == 2 + worker.copies(1, ways=2)
+    assert worker.launched - before == 2 + worker.copies(2)
     rows_of = {e: n for e, (n, _) in worker.counted.items()}
     assert rows_of == {0: UNDER_WAY + 1 + 2 + 0 + 1 + 3, 1: 2 + 4 + 1 + 1}
 
