@@ -175,6 +175,9 @@ def _row_kernel(
     tl.store(out + column, total.to(out.dtype.element_ty), mask=inside)
 
 
+_launch_row = Launcher(_row_kernel, num_warps=4, **DEPENDENT)
+
+
 def row_times(
     x_1K: Tensor,
     weight_NK: Tensor,
@@ -193,20 +196,12 @@ def row_times(
     (n_size, k_size), k_pad = weight_NK.shape, triton.next_power_of_2(weight_NK.shape[1])
     out_1N = x_1K.new_empty(1, n_size) if out_1N is None else out_1N
     columns = max(1, LONGEST_ROW // k_pad)
-    _row_kernel[(triton.cdiv(n_size, columns),)](
-        x_1K,
-        weight_NK,
-        out_1N if bias_N is None else bias_N,
-        out_1N if plus_1N is None else plus_1N,
-        out_1N,
-        n_size,
-        k_size,
-        N=columns,
-        K=k_pad,
-        BIAS=bias_N is not None,
-        PLUS=plus_1N is not None,
-        num_warps=4,
-        **DEPENDENT,
+    more = (out_1N if tensor is None else tensor for tensor in (bias_N, plus_1N))
+    _launch_row(
+        (triton.cdiv(n_size, columns), 1),
+        (x_1K, weight_NK, *more, out_1N),
+        fixed=(n_size, k_size),
+        constants=(columns, k_pad, bias_N is not None, plus_1N is not None),
     )
     return out_1N
 
