@@ -1,4 +1,4 @@
-"""Kernels that are made ready while the one before them ends. Imported only where there is a GPU.
+"""Kernels that are made ready while the one before them runs. Imported only where there is a GPU.
 
 NVIDIA's programmatic dependent launch, from Hopper on: under the Multi-Process Service a kernel of
 a graph begins 3 us behind the one that it depends on, and one that is launched so, and waits by

@@ -306,12 +306,13 @@ static uint32_t *expected_us(const batch *one) {
     return &one->replays->expected_us[size_and_step(one)];
 }
 
-/* Few are: two events with a time take 1 us of 10. */
-static int is_to_be_timed(const answering *all, const batch *one) {
+/* Whether it is its turn to be timed: of those that are alike few are, as two events with a time take
+ * 1 us of 10. */
+static int timed_in_turn(const answering *all, const batch *one) {
     uint8_t *untimed = &one->replays->untimed[size_and_step(one)];
-    int is = all->trails || !*expected_us(one) || *untimed >= TIMED_EVERY - 1;
-    *untimed = is ? 0 : *untimed + 1;
-    return is;
+    int timed = all->trails || !*expected_us(one) || *untimed >= TIMED_EVERY - 1;
+    *untimed = timed ? 0 : *untimed + 1;
+    return timed;
 }
 
 static void give_back(answering *all, const batch *one) {
@@ -513,11 +514,13 @@ static void launch_waiting(answering *all) {
             if (of->slot != one.slot || IS_SEVERAL(tag)) parts[count++] = transfer_of(all, of, at);
             at += IS_SEVERAL(tag) ? part_rows : ROWS(of->tag);
         }
-        int beside = count && one.rows >= MANY_ROWS(tag);
-        one.timed = beside || is_to_be_timed(all, &one);
-        if (!device_launch(all->device, one.slot, one.replays->graphs[one.graph], parts, count,
-                           (beside ? BESIDE : 0) | (IS_SEVERAL(tag) ? DELIVERS : 0) |
-                               (one.timed ? TIMED : 0))) {
+        int32_t how = IS_SEVERAL(tag) ? DELIVERS : 0;
+        if (count && one.rows >= MANY_ROWS(tag))
+            how |= BESIDE | TIMED;
+        else if (timed_in_turn(all, &one))
+            how |= TIMED;
+        one.timed = how & TIMED;
+        if (!device_launch(all->device, one.slot, one.replays->graphs[one.graph], parts, count, how)) {
             all->computing -= num_works(&one);
             give_back(all, &one);
             fail(all, &one);

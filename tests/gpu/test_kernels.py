@@ -62,14 +62,15 @@ def test_a_row_is_multiplied(outputs: int, inputs: int, dtype: torch.dtype, more
     x = torch.randn(1, inputs, device=DEVICE, dtype=dtype)
     weight = torch.randn(outputs, inputs, device=DEVICE, dtype=dtype) * inputs**-0.5
     bias, plus = torch.randn(2, outputs, device=DEVICE, dtype=dtype)
-    wanted = F.linear(x.double(), weight.double(), bias.double() if "bias" in more else None)
-    if "plus" in more:
-        wanted += plus
-    added = plus[None] if "plus" in more else None
-    made = row_times(x, weight, bias if "bias" in more else None, added)
+    into = plus[None]
+    bias, added = bias if "bias" in more else None, into if "plus" in more else None
+    wanted = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    if added is not None:
+        wanted += added
+    made = row_times(x, weight, bias, added)
     close(made, wanted.to(dtype))
-    assert row_times(x, weight, bias if "bias" in more else None, added, plus[None]) is not made
-    close(plus[None], wanted.to(dtype))
+    assert row_times(x, weight, bias, added, into) is into is not made
+    close(into, wanted.to(dtype))
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="of one row on a GPU")

@@ -283,6 +283,8 @@ def preparing(driver: str, monkeypatch: pytest.MonkeyPatch) -> GpuCompute:
     monkeypatch.setattr("expert_worker.gpu_compute.capture", lambda compute, pool: Captured())
     gpu = GpuCompute(torch.device("cpu"))
     gpu._stream, gpu._pool = SimpleNamespace(synchronize=lambda: None), None
+    gpu._nobodys = torch.zeros(MAX_TOGETHER * NUM_EXPERTS, dtype=torch.int32)
+    gpu._nowhere = torch.zeros(MAX_TOGETHER, DELIVERY, dtype=torch.int64)
     gpu.replays = ReplayDevice(0, driver)
     return gpu
 
@@ -326,8 +328,6 @@ def test_graphs_are_captured_with_what_brings_their_rows_and_takes_them_away(
     gpu = preparing(driver, monkeypatch)
     monkeypatch.setattr("expert_worker.gpu_compute.capture", capture)
     monkeypatch.setattr("expert_worker.gpu_compute.StackedMlps.of", lambda mlps: Stack())
-    gpu._nobodys = torch.zeros(MAX_TOGETHER * NUM_EXPERTS, dtype=torch.int32)
-    gpu._nowhere = torch.zeros(MAX_TOGETHER, DELIVERY, dtype=torch.int64)
     experts = {ExpertId(0, 0): Doubles(), ExpertId(1, 0): Doubles(), ExpertId(1, 1): Doubles()}
     served = gpu.serve(experts)
     while gpu.prepare(NUM_EXPERTS, HEADER_ROWS):
@@ -376,8 +376,6 @@ def test_of_several_experts_those_that_are_merged_find_graphs_before_any_was_see
     gpu = preparing(driver, monkeypatch)
     stacks = lambda mlps: Stack()  # noqa: E731
     monkeypatch.setattr("expert_worker.gpu_compute.StackedMlps.of", stacks)
-    gpu._nobodys = torch.zeros(MAX_TOGETHER * NUM_EXPERTS, dtype=torch.int32)
-    gpu._nowhere = torch.zeros(MAX_TOGETHER, DELIVERY, dtype=torch.int64)
     several = gpu.serve({ExpertId(0, index): Doubles() for index in range(257)})
     several = several[ExpertId(0, wire.SEVERAL)]
     while gpu.prepare(NUM_EXPERTS, HEADER_ROWS):
