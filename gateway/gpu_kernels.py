@@ -180,10 +180,14 @@ def _combine_kernel(
     RESIDUAL: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    wait_for_previous()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
+    if NORM:
+        norm_weight = tl.load(norm + column, mask=inside, other=0.0)
+    wait_for_previous()
+    if RESIDUAL:
+        before = tl.load(residual + token * width + column, mask=inside, other=0.0)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for each in tl.static_range(COLUMNS):
         row = tl.load(rows + token * COLUMNS + each)
@@ -191,13 +195,12 @@ def _combine_kernel(
         value = tl.load(reply + row * width + column, mask=inside & (row >= 0), other=0.0)
         total += tl.where(row >= 0, value.to(tl.float32) * weight, 0.0)
     if RESIDUAL:
-        total = total.to(out.dtype.element_ty).to(tl.float32)
-        total += tl.load(residual + token * width + column, mask=inside, other=0.0).to(tl.float32)
+        total = total.to(out.dtype.element_ty).to(tl.float32) + before.to(tl.float32)
     total = total.to(out.dtype.element_ty)
     tl.store(out + token * width + column, total, mask=inside)
     if NORM:
         value = total.to(tl.float32)
-        value = normed(value, norm, width, eps, column, inside, out.dtype.element_ty)
+        value = normed(value, norm_weight, width, eps, out.dtype.element_ty)
         tl.store(normed_out + token * width + column, value, mask=inside)
 
 
@@ -361,12 +364,17 @@ def _place_kernel(
     TALLIED: tl.constexpr,
     E_PAD: tl.constexpr,
 ):
-    wait_for_previous()
     program = tl.program_id(0)
     groups = tables + 1
     lane = tl.arange(0, ROWS)
     totals = tallies + tl.cdiv(num_rows, ROWS) * num_experts
+    num_headers = tl.load(tables)
+    wait_for_previous()
     if program < num_rows:
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = column < width
+        token = (program // rows_per_token).to(tl.int64)
+        value = tl.load(x + token * width + column, mask=inside)
         mine = _unit(ids, program, num_rows, num_experts, SHARDS)
         known = mine < num_experts
         group = tl.load(groups + mine, mask=known, other=-1)
@@ -395,14 +403,11 @@ def _place_kernel(
         if tl.program_id(1) == 0:
             tl.store(rows + program, row)
         if row >= 0:
-            column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-            inside = column < width
-            token = (program // rows_per_token).to(tl.int64)
-            value = tl.load(x + token * width + column, mask=inside)
             tl.store(send + row * width + column, value, mask=inside)
     elif tl.program_id(1) == 0:
         expert = (program - num_rows) * EXPERTS + tl.arange(0, EXPERTS)
         is_one = expert < num_experts
+        its_group = tl.load(groups + expert, mask=is_one, other=-1)
         count = tl.zeros([EXPERTS], dtype=tl.int32)
         if TALLIED:
             count += tl.load(totals + expert, mask=is_one, other=0)
@@ -413,8 +418,6 @@ def _place_kernel(
                 same = other[None, :] == expert[:, None]
                 count += tl.sum(same.to(tl.int32), axis=1)
         tl.store(counts + expert, count, mask=is_one)
-        its_group = tl.load(groups + expert, mask=is_one, other=-1)
-        num_headers = tl.load(tables)
         for n in range(0, num_headers):
             header = tl.load(groups + 3 * num_experts + n).to(tl.int64)
             owner = tl.load(groups + 4 * num_experts + n)

@@ -165,13 +165,17 @@ def _row_kernel(
     k_at = tl.arange(0, K)
     at = weights + column.to(tl.int64)[:, None] * k_size + k_at[None, :]
     weight = tl.load(at, mask=inside[:, None] & (k_at < k_size)[None, :], other=0.0)
+    if BIAS:
+        its_bias = tl.load(bias + column, mask=inside, other=0.0)
     wait_for_previous()
     value = tl.load(x + k_at, mask=k_at < k_size, other=0.0).to(tl.float32)
+    if PLUS:
+        more = tl.load(plus + column, mask=inside, other=0.0)
     total = tl.sum(weight.to(tl.float32) * value[None, :], axis=1)
     if BIAS:
-        total += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        total += its_bias.to(tl.float32)
     if PLUS:
-        total += tl.load(plus + column, mask=inside, other=0.0).to(tl.float32)
+        total += more.to(tl.float32)
     tl.store(out + column, total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -260,8 +264,9 @@ def _grouped_kernel(
     K: tl.constexpr,
 ):
     wait_for_previous()
-    tile = tl.program_id(0)
-    if TELL and tile + tl.program_id(1) == 0:
+    # Whose tile has no rows come last: they take nobody's place.
+    tile = tl.program_id(1)
+    if TELL and tile + tl.program_id(0) == 0:
         e = tl.arange(0, E_PAD)
         for part in range(parts):
             said = tl.load(counts + part * counts_step + e, mask=e < num_experts)
@@ -291,7 +296,7 @@ def _grouped_kernel(
         outside = its_part * stride + ahead + in_part
         row_in = outside if IN else between
         row_out = between if IN else outside
-        column = tl.program_id(1) * N + tl.arange(0, N)
+        column = tl.program_id(0) * N + tl.arange(0, N)
         k_at = tl.arange(0, K)
         x_at = x + row_in.to(tl.int64)[:, None] * k_size + k_at[None, :]
         matrix = group.to(tl.int64) * n_size
@@ -343,7 +348,7 @@ def _grouped(
     narrow = few or groups * n_size < 128 * _PROGRAMS
     columns = (64 if narrow else 128) // (2 if gate else 1)
     width = 512 if few else 256 if rows <= (64 if narrow else 32) else 128
-    grid = (min(groups, num_rows) + num_rows // rows, triton.cdiv(n_size, columns))
+    grid = (triton.cdiv(n_size, columns), min(groups, num_rows) + num_rows // rows)
     _grouped_kernel[grid](
         x_RK,
         weights,

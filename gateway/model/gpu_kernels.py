@@ -26,6 +26,7 @@ _PAIRS = 512
 _POSITIONS = 32768
 """About how many, read at once, keep the whole GPU reading."""
 _MAX_SPLITS = 64
+_NO_WINDOW = 1 << 30
 _LOG2_E = math.log2(math.e)
 
 
@@ -48,6 +49,7 @@ def _turn_and_store_kernel(
     pair = tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)
     inside = pair < num_pairs
     turning = pair < num_turning_pairs
+    slot = tl.load(slots + token).to(tl.int64)
     at = qkv + token * qkv_stride + 2 * pair
     even, odd = tl.load(at, mask=inside, other=0.0), tl.load(at + 1, mask=inside, other=0.0)
     turn = cis + token * 2 * C + 2 * (pair % C)
@@ -57,7 +59,6 @@ def _turn_and_store_kernel(
     new_odd = (even32 * sin + odd32 * cos).to(qkv.dtype.element_ty)
     tl.store(at, new_even, mask=turning)
     tl.store(at + 1, new_odd, mask=turning)
-    slot = tl.load(slots + token).to(tl.int64)
     if slot >= 0:
         kept = inside & (pair >= num_query_pairs)
         to = cache + slot * cache_width + 2 * (pair - num_query_pairs)
@@ -85,6 +86,12 @@ def turn_and_store(
         PAIRS=_PAIRS,
         **DEPENDENT,
     )
+
+
+@triton.jit
+def _span(length, window, splits, N: tl.constexpr):
+    # Positions of each split; of the last ones, perhaps fewer, or none.
+    return tl.cdiv(tl.cdiv(tl.minimum(length, window), splits), N) * N
 
 
 @triton.jit
@@ -119,9 +126,8 @@ def _decode_kernel(
     split = tl.program_id(2)
     heads = tl.num_programs(1) * G
     length = tl.load(lengths + b)
-    first = tl.maximum(length - window, 0)
-    span = tl.cdiv(tl.cdiv(length - first, splits), N) * N
-    begin = first + split * span
+    span = _span(length, window, splits, N)
+    begin = tl.maximum(length - window, 0) + split * span
     end = tl.minimum(begin + span, length)
     g = tl.arange(0, ROWS)
     k_at = tl.arange(0, K_PAD)
@@ -175,33 +181,40 @@ def _reduce_kernel(
     maxima,
     sums,
     sinks,
+    lengths,
     out,
+    window,
     splits,
     V: tl.constexpr,
     V_PAD: tl.constexpr,
     S: tl.constexpr,
+    N: tl.constexpr,
     SINKS: tl.constexpr,
 ):
-    wait_for_previous()
+    b = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    at = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + head) * splits
+    at = (b * tl.num_programs(1) + head) * splits
     s = tl.arange(0, S)
     v_at = tl.arange(0, V_PAD)
-    there = s < splits
-    maximum = tl.load(maxima + at + s, mask=there, other=-1e30)
-    best = tl.max(maximum, axis=0)
+    length = tl.load(lengths + b)
+    there = s * _span(length, window, splits, N) < tl.minimum(length, window)
     if SINKS:
         sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
-        best = tl.maximum(best, sink)
-    share = tl.exp2(maximum - best)
-    total = tl.sum(tl.load(sums + at + s, mask=there, other=0.0) * share, axis=0)
-    if SINKS:
-        total += tl.exp2(sink - best)
+    wait_for_previous()
+    maximum = tl.load(maxima + at + s, mask=there, other=-1e30)
+    total = tl.load(sums + at + s, mask=there, other=0.0)
     part = tl.load(
         partial + (at + s)[:, None] * V + v_at[None, :],
         mask=there[:, None] & (v_at < V)[None, :],
         other=0.0,
     )
+    best = tl.max(maximum, axis=0)
+    if SINKS:
+        best = tl.maximum(best, sink)
+    share = tl.exp2(maximum - best)
+    total = tl.sum(total * share, axis=0)
+    if SINKS:
+        total += tl.exp2(sink - best)
     value = tl.sum(part * share[:, None], axis=0) / tl.maximum(total, 1e-30)
     tl.store(out + at // splits * V + v_at, value, mask=v_at < V)
 
@@ -243,7 +256,7 @@ def paged_decode(
     """
     batch, num_heads, key_dim = q_BHK.shape
     group = num_heads // num_kv_heads
-    device = q_BHK.device
+    device, at_once = q_BHK.device, _positions_at_once(q_BHK, num_kv_heads)
     shape = (batch, num_heads, splits)
     partial = torch.empty(*shape, value_dim, dtype=torch.float32, device=device)
     maxima, sums = torch.empty(2, *shape, dtype=torch.float32, device=device).unbind(0)
@@ -262,7 +275,7 @@ def paged_decode(
         cache_SW.shape[1],
         value_offset,
         scale * _LOG2_E,
-        window or 1 << 30,
+        window or _NO_WINDOW,
         splits,
         G=group,
         ROWS=max(16, triton.next_power_of_2(group)),
@@ -271,7 +284,7 @@ def paged_decode(
         V=value_dim,
         V_PAD=v_pad,
         BLOCK_SIZE=block_size,
-        N=_positions_at_once(q_BHK, num_kv_heads),
+        N=at_once,
         PRECISION="ieee" if cache_SW.dtype == torch.float32 else "tf32",
         # Of longer keys, two warps have no registers for a block.
         num_warps=2 if group == 1 and k_pad <= 128 else 4,
@@ -283,33 +296,36 @@ def paged_decode(
         maxima,
         sums,
         partial if sinks_H is None else sinks_H,
+        lengths_B,
         out_BHV,
+        window or _NO_WINDOW,
         splits,
         V=value_dim,
         V_PAD=v_pad,
         S=triton.next_power_of_2(splits),
+        N=at_once,
         SINKS=sinks_H is not None,
-        num_warps=1,
+        num_warps=1 if splits <= 32 else 4,
         **DEPENDENT,
     )
     return out_BHV
 
 
 @triton.jit
-def normed(value, weight, width, eps: tl.constexpr, column, inside, dtype: tl.constexpr):
+def normed(value, weight, width, eps: tl.constexpr, dtype: tl.constexpr):
     scale = tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
-    weighed = value * scale * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    return weighed.to(dtype)
+    return (value * scale * weight.to(tl.float32)).to(dtype)
 
 
 @triton.jit
-def _rms_norm_kernel(x, weight, out, width, eps: tl.constexpr, BLOCK: tl.constexpr):
-    wait_for_previous()
+def _rms_norm_kernel(x, weights, out, width, eps: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
+    weight = tl.load(weights + column, mask=inside, other=0.0)
+    wait_for_previous()
     value = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32)
-    value = normed(value, weight, width, eps, column, inside, out.dtype.element_ty)
+    value = normed(value, weight, width, eps, out.dtype.element_ty)
     tl.store(out + row * width + column, value, mask=inside)
 
 
@@ -376,10 +392,12 @@ def _choose_kernel(
         some = tl.program_id(1) * AT_ONCE + tl.arange(0, AT_ONCE)
         here = (some < num_experts)[:, None] & inside[None, :]
         row = tl.load(router + some[:, None] * width + column[None, :], mask=here, other=0.0)
+        if NORM:
+            norm_weight = tl.load(norm + column, mask=inside, other=0.0)
         wait_for_previous()
         value = tl.load(scored + token * width + column, mask=inside, other=0.0).to(tl.float32)
         if NORM:
-            value = normed(value, norm, width, eps, column, inside, normed_out.dtype.element_ty)
+            value = normed(value, norm_weight, width, eps, normed_out.dtype.element_ty)
             if tl.program_id(1) == 0:
                 tl.store(normed_out + token * width + column, value, mask=inside)
             value = value.to(tl.float32)
