@@ -10,14 +10,12 @@ in, ``{"ready": true}`` out, ``{"go": [first, end of the profiled steps]}`` in, 
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-import structlog
 import torch
 
 from benchmarks.random_model import config_of
@@ -25,13 +23,8 @@ from benchmarks.sides import Ran, Run, meshed
 from benchmarks.work import Work, shares
 from cli.bench_mesh import BenchWorkers, Child, children
 from mesh.device import open_device
+from mesh.telemetry import configure_logging
 from protos import engine_pb2 as pb
-
-
-def quiet() -> None:
-    """Nothing but warnings: what is measured is not to wait for what it prints."""
-    bound = structlog.make_filtering_bound_logger(logging.WARNING)
-    structlog.configure(wrapper_class=bound)
 
 
 @contextmanager
@@ -93,8 +86,8 @@ def _admitted(address: bytes) -> pb.Routing:
 
 def main() -> None:
     """One gateway, until its standard input ends."""
-    quiet()
     order = json.loads(sys.argv[1])
+    configure_logging("bench-gateway", order["device"], "warning")
     device, config = open_device(order["device"]), config_of(order["settings"])
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -41,7 +41,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.baselines.shards import Split
-from benchmarks.gateways import gateways_of, quiet
+from benchmarks.gateways import gateways_of
 from benchmarks.models import MODELS, model_of
 from benchmarks.random_model import checkpoint_on, config_of, dtype_on, save_random, workers_of
 from benchmarks.report import agreeing, plot, table_of
@@ -53,6 +53,7 @@ from cli.ranks import run_ranks
 from mesh.device import open_device
 from mesh.errors import ConfigError, MeshError
 from mesh.model_config import GroupedAttention
+from mesh.telemetry import configure_logging
 
 _OURS = ("ours", "slices", "two")
 
@@ -247,7 +248,7 @@ def main(
     work = Work(8, 10_000, 1_000, 66, (1, 32, 128), 20_000)
     if quick:
         work = Work(2, 200, 50, 10, (1, 4), 512)
-    quiet()
+    configure_logging("benchmark", "papers", "warning")
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     gateways = gateways or max(1, gpus)
     if only:

@@ -28,6 +28,7 @@ from mesh.device import open_device
 from mesh.errors import ConfigError
 from mesh.model_config import GroupedAttention, ModelConfig
 from mesh.plan import ExpertId
+from mesh.telemetry import configure_logging
 from placement.rules import possible_shards
 
 _ADDS = re.compile(r"\.(o_proj|down_proj|w2)\.")
@@ -189,6 +190,7 @@ def _held(config: ModelConfig, shards: int, number: int, of: int) -> list[Expert
 def main() -> None:
     """One worker, until its standard input ends."""
     order = json.loads(sys.argv[1])
+    configure_logging("bench-worker", str(order["number"]), "warning")
     config, device = config_of(order["settings"]), open_device(order["device"], behind=True)
     dtype, shards = dtype_on(device, config), order["shards"]
     checkpoint = checkpoint_on(device)

@@ -26,13 +26,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.gateways import gateways_of, quiet
+from benchmarks.gateways import gateways_of
 from benchmarks.models import MODELS, model_of
 from benchmarks.random_model import workers_of
 from benchmarks.work import Work, say
 from cli import mps
 from mesh import wire
 from mesh.device import open_device
+from mesh.telemetry import configure_logging
 
 _STEPS = 48
 _PROFILED = range(20, 24)
@@ -206,7 +207,7 @@ def main(
     work = Work(0, 1_000, 1_000, _STEPS + 18, (1, 32, 128), 10_000)
     if quick:
         work = Work(0, 50, 50, 30, (1, 4), 512)
-    quiet()
+    configure_logging("benchmark", "stages", "warning")
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     settings, workers = model_of(model, device, layers)
     with mps.sharing(), torch.inference_mode():

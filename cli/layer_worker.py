@@ -19,6 +19,7 @@ from expert_worker.expert_store import ExpertStore
 from mesh.device import open_device
 from mesh.mlp import GatedMlp, Mlp, PlainMlp
 from mesh.plan import ExpertId
+from mesh.telemetry import configure_logging
 from mesh.transport.base import Trail
 from mesh.transport.ucx import UcxTransport
 from mesh.transport.waiting import SPIN_S
@@ -45,6 +46,7 @@ def random_expert(
 
 def main() -> None:
     order = json.loads(sys.argv[1])
+    configure_logging("bench-worker", order["worker_id"], "warning")
     device, dtype = open_device(order["device"], behind=True), getattr(torch, order["dtype"])
     torch.set_num_threads(order["threads"])
     sizes = (order["hidden"], order["mlp_hidden"], order["kind"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -221,3 +223,18 @@ async def test_a_table_for_a_person_and_refusals_for_nobody_served(
         )
         assert await asyncio.to_thread(main, [*argv, "--input-len", "8", "--output-len", "4"]) == 1
         assert "no request completed; the first error: Overloaded: full" in capsys.readouterr().err
+
+
+def test_what_a_worker_says_is_not_among_its_answers() -> None:
+    """Nobody reads its standard output while it serves: full, that would hold it up for ever."""
+    order = {"device": "cpu", "dtype": "float32", "threads": 1, "worker_id": "w", "experts": []}
+    order |= {"hidden": 8, "mlp_hidden": 8, "kind": "plain", "num_experts": 1, "max_rows": 8}
+    says = (
+        "import sys, structlog; from cli import layer_worker; "
+        "layer_worker.answer_asked = lambda *_, **__: structlog.get_logger().warning('refused'); "
+        "layer_worker.main()"
+    )
+    command = [sys.executable, "-c", says, json.dumps(order)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert said.stdout == ""
+    assert "refused" in said.stderr
