@@ -478,6 +478,24 @@ static void put_back(answering *all, const batch *one) {
     find_end(all);
 }
 
+/* Where nothing is under way that will make room: who waits in a slot of his own, which may be what
+ * the others want. He is computed there, alone, and leaves it. */
+static batch next_in_its_slot(answering *all) {
+    batch taken = {.parts = 1};
+    work **end = &taken.works, **link = &all->waiting;
+    while (*link && !taken.works) {
+        if ((*link)->slot < 0) {
+            link = &(*link)->next;
+            continue;
+        }
+        taken.replays = (*link)->replays;
+        taken.room = (*link)->header_rows + ROWS((*link)->tag);
+        take_along(all, &taken, &end, link);
+    }
+    find_end(all);
+    return taken;
+}
+
 static void wait_for_turn(answering *all, work *one) {
     one->state = COMPUTING;
     one->next = NULL;
@@ -499,7 +517,10 @@ static void launch_waiting(answering *all) {
         int room = find_room(all, &one);
         if (room == LATER) {
             put_back(all, &one);
-            return;
+            if (all->num_batches) return;
+            one = next_in_its_slot(all);
+            if (!one.works) return;
+            room = find_room(all, &one);
         }
         if (room == NEVER) {
             all->computing -= num_works(&one);

@@ -527,6 +527,27 @@ def test_one_of_sixteen_alike_is_timed_and_the_others_count_as_long(worker: Work
     assert worker.counted == {0: (17, 16 * 0.5 + 2.0)}
 
 
+def test_rows_that_need_a_slot_do_not_wait_for_ever_for_those_that_wait_behind_them_in_theirs(
+    worker: Worker,
+) -> None:
+    """What is referred to waits for a slot; before it can have one, all are taken by what comes in,
+    which waits for its turn behind it."""
+    for expert in (0, 1):
+        worker.capture(expert, 3)
+    arenas = Arenas(worker.device)
+    assert worker.answering.borrow(SESSION, arenas.said)
+    first = [worker.dispatch(n, 0, rows(3)) for n in range(UNDER_WAY)]
+    worker.turn_until(lambda: worker.answering.computing == UNDER_WAY)
+    referred = worker.refer(10, 1, first=4, count=3)
+    behind = [worker.dispatch(20 + n, 0, rows(3)) for n in range(native.RING)]
+    worker.turn_until(lambda: worker.answering.in_hand == native.RING + 1)
+    worker.allow(99)
+    every = [*first, referred, *behind]
+    worker.turn_until(lambda: all(one.answered for one in every))
+    assert all(worker.gateway.failure(one.reply) is None for one in every)
+    assert torch.equal(arenas.reply_RD[4:7], 3 * arenas.send_RD[4:7])
+
+
 def test_trails_say_when_a_dispatch_went_through_its_stages(worker: Worker) -> None:
     worker.capture(0, 300)
     worker.allow(99)
