@@ -50,7 +50,6 @@ class Peer:
 
     def __post_init__(self) -> None:
         self.dispatch_bits = wire.encode(int(wire.Kind.DISPATCH), self.session, 0, 0, 0, 0)
-        self.reference_bits = wire.encode(int(wire.Kind.REFERENCE), self.session, 0, 0, 0, 0)
         self.reply_bits = wire.encode(int(wire.Kind.REPLY), self.reply_session, 0, 0, 0, 0)
 
     def take_slot(self) -> int | None:

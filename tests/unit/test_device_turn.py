@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from weakref import ref
 
@@ -546,6 +547,50 @@ def test_rows_that_need_a_slot_do_not_wait_for_ever_for_those_that_wait_behind_t
     worker.turn_until(lambda: all(one.answered for one in every))
     assert all(worker.gateway.failure(one.reply) is None for one in every)
     assert torch.equal(arenas.reply_RD[4:7], 3 * arenas.send_RD[4:7])
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("several", [False, True])
+def test_whatever_comes_and_however_is_answered(worker: Worker, several: bool, seed: int) -> None:
+    """Messages of all lengths, sent or referred to, while the device is now quick and now slow."""
+    random = Random(seed)
+    expert = wire.SEVERAL if several else 0
+    for num_rows in (2, 4, 8, 16, 32):
+        worker.capture(expert, num_rows)
+        if several:
+            worker.capture_parts(2, num_rows)
+    arenas = Arenas(worker.device, 4096)
+    assert worker.answering.borrow(SESSION, arenas.said)
+    allowed, place, waiting, wrong = 0, 0, [], []
+    for _ in range(400):
+        while len(waiting) < 12:
+            count = random.choice((2, 3, 12, 14, 25, 29))
+            of_first = random.randint(0, count)
+            counts = (of_first, count - of_first)
+            slot, place = place % 64, place + 1
+            first = 40 * slot + HEADER_ROWS
+            x_RD = rows(count, place)
+            want_RD = by_expert(counts, x_RD) if several else 2 * x_RD
+            sent_RD = headed(counts, x_RD) if several else x_RD
+            if random.random() < 0.4:
+                arenas.send_RD[first + count - len(sent_RD) : first + count] = sent_RD
+                one = worker.refer(slot, expert, first, count)
+                got_RD = arenas.reply_RD[first : first + count]
+            else:
+                one = worker.dispatch(slot, expert, sent_RD)
+                got_RD = one.y_RD
+            waiting.append((one, got_RD, want_RD))
+        allowed += random.choice((0, 0, 1, 2, 9))
+        worker.allow(allowed)
+        worker.turn()
+        done = [one for one in waiting if one[0].answered]
+        waiting = [one for one in waiting if not one[0].answered]
+        wrong += [one for one, got_RD, want_RD in done if not torch.equal(got_RD, want_RD)]
+    worker.allow(1 << 20)
+    worker.turn_until(lambda: all(one.answered for one, _, _ in waiting))
+    wrong += [one for one, got_RD, want_RD in waiting if not torch.equal(got_RD, want_RD)]
+    assert not wrong
+    assert place > 100
 
 
 def test_trails_say_when_a_dispatch_went_through_its_stages(worker: Worker) -> None:
