@@ -3,7 +3,7 @@
 It says where it is, is told of each gateway that asks, and serves until its standard input ends.
 One JSON object a line: ``{"address": hex}`` out; ``{"gateway": name, "address": hex, "session":
 n}`` in, ``{"session": n}`` out; ``{"served": true}`` in, ``{"served": [stages of each dispatch
-since]}`` out.
+since it was asked before]}`` out.
 """
 
 from __future__ import annotations
@@ -93,8 +93,7 @@ def answer_asked(
         spin_s=SPIN_S[device.type],
         threads=threads,
     )
-    served: list[Trail] = []
-    plane.on_served = served.append
+    served: list[Trail] | None = None
     plane.start()
     address = plane.wait_started()
     plane.prepared.wait(_PREPARED_S)
@@ -102,6 +101,9 @@ def answer_asked(
     for line in sys.stdin:
         asked = json.loads(line)
         if "served" in asked:
+            if served is None:
+                served = []
+                plane.trace(served.append)
             plane.weights(lambda transfers: None)  # a turn of its thread: it has told of all
             taken, served[:] = served[:], []
             print(json.dumps({"served": [one._asdict() for one in taken]}), flush=True)

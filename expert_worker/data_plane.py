@@ -236,8 +236,8 @@ class DataPlane(threading.Thread):
         self._unprepared = False
         self.prepared = threading.Event()
         """All that makes quick what nobody has asked for yet is there, for the first time."""
-        self.on_served: Callable[[Trail], None] | None = None
-        """Told of every dispatch on the thread, if anybody wants to know from before its start."""
+        self._on_served: Callable[[Trail], None] | None = None
+        """Told of every dispatch on the thread, once anybody wants to know."""
 
     # Called from other threads.
 
@@ -273,6 +273,10 @@ class DataPlane(threading.Thread):
     def weights(self, function: Callable[[WeightTransfers], T]) -> T:
         """What ``function`` makes of the transfers of weights, on the thread that owns them."""
         return self._call(lambda: function(self._weights))
+
+    def trace(self, on_served: Callable[[Trail], None]) -> None:
+        """Tell of every dispatch from here on, on the thread. A batch on a GPU takes longer for it."""
+        self._call(lambda: self._trace(on_served))
 
     def stats(self) -> DataPlaneStats:
         """Counters as of now."""
@@ -354,8 +358,6 @@ class DataPlane(threading.Thread):
             self._tell_counts()
             if self._answering is None:
                 self.prepared.set()
-            elif self.on_served is not None:
-                self._answering.trace()
             self._store.on_change = self._doubt
             self._bound.set_result(transport.address)
             with torch.inference_mode():
@@ -382,9 +384,9 @@ class DataPlane(threading.Thread):
             self._answering.look()
             for tag, reason in self._answering.failed():
                 self._refuse(wire.decode(tag), reason)
-        if self._answering is not None and self.on_served is not None:
+        if self._answering is not None and self._on_served is not None:
             for trail in self._answering.trails():
-                self.on_served(trail)
+                self._on_served(trail)
         moved = self._accept()
         if self._receiving:
             moved |= self._received()
@@ -499,6 +501,11 @@ class DataPlane(threading.Thread):
         if self._answering is not None:
             self._answering.open(number, endpoint, reply_session)
         return number
+
+    def _trace(self, on_served: Callable[[Trail], None]) -> None:
+        self._on_served = on_served
+        if self._answering is not None:
+            self._answering.trace()
 
     def _count(self, num_experts: int) -> None:
         self._num_experts = num_experts
@@ -850,12 +857,12 @@ class DataPlane(threading.Thread):
     def _done(self, work: _Work) -> None:
         """A reply is out."""
         self._recycle(work.buffer)
-        if self.on_served is not None:
+        if self._on_served is not None:
             began_s = work.computed_s - work.device_s
             # Of what a device fetches, the end is not known: not before it computes.
             referred = work.reference is not None
             fetched_s = max(work.received_s, began_s) if referred else work.received_s
-            self.on_served(
+            self._on_served(
                 Trail(
                     wire.encode(*work.frame),
                     work.found_s,

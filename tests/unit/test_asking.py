@@ -167,7 +167,7 @@ def test_one_of_a_workers_experts_is_asked_like_several_where_those_are_computed
         served: dict[str, list[int]] = {"most": [], "rest": []}
         for worker in (most, rest):
             tell = served[worker.worker_id].append
-            worker.plane.on_served = lambda trail, tell=tell: tell(wire.decode(trail.tag).expert)
+            worker.plane.trace(lambda trail, tell=tell: tell(wire.decode(trail.tag).expert))
         rig.connect()
         x_TD, _, weights_TK = random_step(2)
         for ids in ([[1, 3], [1, 3]], [[0, 2], [2, 1]]):
