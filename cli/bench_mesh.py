@@ -132,8 +132,8 @@ class BenchWorkers:
         return routing
 
     def served(self) -> list[list[dict[str, Any]]]:
-        """Of each worker, the stages of each dispatch since it was asked before; the first time none:
-        to note them takes time, and is not done until somebody wants to know."""
+        """Of each worker, the stages of each dispatch since it was asked before. The first time
+        none: to note them takes time, and is not done until somebody wants to know."""
         return [child.ask({"served": True})["served"] for child in self.children]
 
 

@@ -275,7 +275,7 @@ class DataPlane(threading.Thread):
         return self._call(lambda: function(self._weights))
 
     def trace(self, on_served: Callable[[Trail], None]) -> None:
-        """Tell of every dispatch from here on, on the thread. A batch on a GPU takes longer for it."""
+        """Tell of every dispatch from here on, on the thread. On a GPU each takes longer for it."""
         self._call(lambda: self._trace(on_served))
 
     def stats(self) -> DataPlaneStats:
