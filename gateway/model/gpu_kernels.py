@@ -305,6 +305,7 @@ def paged_decode(
         S=triton.next_power_of_2(splits),
         N=at_once,
         SINKS=sinks_H is not None,
+        # More parts at once are more than the registers of one warp.
         num_warps=1 if splits <= 32 else 4,
         **DEPENDENT,
     )

@@ -396,9 +396,8 @@ static void join(answering *all, batch *taken, work **end) {
  * or four..., the longest of which says how long each one's part is. */
 static void join_several(answering *all, batch *taken, work **end) {
     const work *first = taken->works;
-    int64_t longest = first->header_rows + ROWS(first->tag);
+    int64_t longest = taken->room;
     int32_t count = 1;
-    taken->room = longest;
     for (const work *one = all->waiting; one && taken->replays->doubled; one = one->next) {
         if (!is_alike(one, first) || !stands(all, one)) continue;
         int64_t rows = one->header_rows + ROWS(one->tag);
@@ -419,17 +418,23 @@ static void join_several(answering *all, batch *taken, work **end) {
     }
 }
 
-/* What has waited the longest and is not held, and all that may be computed with it. */
-static batch next_batch(answering *all) {
+typedef enum { WITH_OTHERS, IN_ITS_SLOT } manner;
+
+/* What has waited the longest and is not held, and all that may be computed with it; or, IN_ITS_SLOT,
+ * what has waited there the longest, alone. */
+static batch next_batch(answering *all, manner how) {
     int64_t now = now_us();
     batch taken = {.parts = 1};
     work **end = &taken.works, **link = &all->waiting;
-    while (*link && group_held(all, *link, now)) link = &(*link)->next;
+    while (*link && (how == IN_ITS_SLOT ? (*link)->slot < 0 : group_held(all, *link, now)))
+        link = &(*link)->next;
     if (*link) {
         taken.replays = (*link)->replays;
+        taken.room = (*link)->header_rows + ROWS((*link)->tag);
         take_along(all, &taken, &end, link);
     }
-    if (taken.works) (IS_SEVERAL(taken.works->tag) ? join_several : join)(all, &taken, end);
+    if (taken.works && how == WITH_OTHERS)
+        (IS_SEVERAL(taken.works->tag) ? join_several : join)(all, &taken, end);
     find_end(all);
     return taken;
 }
@@ -478,24 +483,6 @@ static void put_back(answering *all, const batch *one) {
     find_end(all);
 }
 
-/* Where nothing is under way that will make room: who waits in a slot of his own, which may be what
- * the others want. He is computed there, alone, and leaves it. */
-static batch next_in_its_slot(answering *all) {
-    batch taken = {.parts = 1};
-    work **end = &taken.works, **link = &all->waiting;
-    while (*link && !taken.works) {
-        if ((*link)->slot < 0) {
-            link = &(*link)->next;
-            continue;
-        }
-        taken.replays = (*link)->replays;
-        taken.room = (*link)->header_rows + ROWS((*link)->tag);
-        take_along(all, &taken, &end, link);
-    }
-    find_end(all);
-    return taken;
-}
-
 static void wait_for_turn(answering *all, work *one) {
     one->state = COMPUTING;
     one->next = NULL;
@@ -512,13 +499,14 @@ static void launch_waiting(answering *all) {
         transfer parts[MAX_MERGED];
         int32_t count = 0;
         int64_t at = 0;
-        batch one = next_batch(all);
+        batch one = next_batch(all, WITH_OTHERS);
         if (!one.works) return;
         int room = find_room(all, &one);
         if (room == LATER) {
             put_back(all, &one);
             if (all->num_batches) return;
-            one = next_in_its_slot(all);
+            /* Nothing is under way that will make room: who leaves his slot may. */
+            one = next_batch(all, IN_ITS_SLOT);
             if (!one.works) return;
             room = find_room(all, &one);
         }
