@@ -44,6 +44,9 @@ struct device {
     void *in, *out;           /* streams of what comes and goes beside it */
     void *arrived;            /* an event of the first, of what is fetched alone */
     slot slots[SLOTS];
+    int32_t leaving;            /* a slot whose rows nothing takes away yet; -1: none */
+    row_copy taken[MAX_COPIES]; /* what will */
+    int32_t num_taken;
     void *graph_ended; /* event */
     int32_t (*create)(void **event, uint32_t flags);
     int32_t (*destroy)(void *event);
@@ -118,6 +121,7 @@ device *device_new(const char *path, uint64_t stream) {
         return NULL;
     }
     gpu->stream = (void *)stream;
+    gpu->leaving = -1;
     load_copy(gpu);
     /* Ahead of what is computed: else a copy waits until a matrix product has ended. */
     int32_t least, first;
@@ -203,7 +207,10 @@ int32_t device_take(device *gpu, const captured *const *graphs, int64_t rows, in
 
 void device_give_back(device *gpu, int32_t index) { gpu->slots[index].taken = 0; }
 
-void device_lose(device *gpu, int32_t index) { gpu->slots[index].rows = 0; }
+void device_lose(device *gpu, int32_t index) {
+    gpu->slots[index].rows = 0;
+    if (gpu->leaving == index) gpu->leaving = -1;
+}
 
 /* For each of so many copies. By powers of two: a graph's launch takes 2 us more with another number of
  * blocks than the time before. */
@@ -290,12 +297,28 @@ static int move_beside(device *gpu, row_copy *copies, int32_t count) {
     return 1;
 }
 
+static int mark_end(device *gpu, slot *one, void *stream, int timed) {
+    return !gpu->record(one->ended, stream) && !(timed && gpu->record(one->timed, stream));
+}
+
+/* Once it is computed. No stream is told to wait for that before the next rows are on their way, as it may
+ * share a queue of the device with theirs, which then wait too; nor after the next batch has begun, as a
+ * kernel that copies would not find room until that has ended. */
+static void take_away(device *gpu) {
+    if (gpu->leaving < 0) return;
+    int32_t index = gpu->leaving;
+    slot *one = &gpu->slots[index];
+    gpu->leaving = -1;
+    if (gpu->follow(gpu->out, one->computed, 0) || !copy(gpu, gpu->out, gpu->taken, gpu->num_taken) ||
+        !mark_end(gpu, one, gpu->out, 1))
+        device_lose(gpu, index);
+}
+
 int32_t device_launch(device *gpu, int32_t index, const captured *of, const transfer *parts,
                       int32_t count, int32_t how) {
     slot *one = &gpu->slots[index];
     int beside = how & BESIDE, delivers = how & DELIVERS, timed = how & TIMED;
     void *stream = gpu->stream, *in = beside ? gpu->in : stream;
-    void *out = beside && !delivers ? gpu->out : stream;
     row_copy brought[MAX_COPIES] = {0}, taken[MAX_COPIES] = {0};
     int32_t to_bring = count, to_take = delivers ? 0 : count;
     list_brought(one, parts, to_bring, delivers, brought);
@@ -317,11 +340,18 @@ int32_t device_launch(device *gpu, int32_t index, const captured *of, const tran
                     gpu->record(one->began, stream))) ||
         gpu->launch(of->graph, stream))
         return 0;
-    if ((beside && (gpu->record(one->computed, stream) || gpu->follow(out, one->computed, 0))) ||
-        (to_take && !copy(gpu, out, taken, to_take)) || gpu->record(one->ended, out) ||
-        (timed && gpu->record(one->timed, out))) {
+    take_away(gpu); /* of the batch before */
+    int leaves = beside && to_take;
+    if ((beside && gpu->record(one->computed, stream)) ||
+        (!leaves && to_take && !copy(gpu, stream, taken, to_take)) ||
+        (!leaves && !mark_end(gpu, one, stream, timed))) {
         device_lose(gpu, index); /* nobody can tell when it will have stopped writing */
         return 0;
+    }
+    if (leaves) {
+        gpu->leaving = index;
+        gpu->num_taken = to_take;
+        memcpy(gpu->taken, taken, sizeof taken);
     }
     return 1;
 }
@@ -331,7 +361,15 @@ static int32_t passed(const device *gpu, void *event) {
     return result == NOT_READY ? 0 : result ? -1 : 1;
 }
 
-int32_t device_done(device *gpu, int32_t index) { return passed(gpu, gpu->slots[index].ended); }
+int32_t device_done(device *gpu, int32_t index) {
+    const slot *one = &gpu->slots[index];
+    if (gpu->leaving == index) {
+        int32_t computed = passed(gpu, one->computed);
+        if (computed < 1) return computed;
+        take_away(gpu);
+    }
+    return one->rows ? passed(gpu, one->ended) : -1;
+}
 
 int32_t device_launch_graphs(device *gpu, const uint64_t *graphs, int32_t count) {
     for (int32_t i = 0; i < count; i++)
@@ -403,6 +441,7 @@ int32_t device_borrow(device *gpu, const lent_arenas *arenas, uint64_t row_bytes
 }
 
 void device_return(device *gpu, borrowed *arenas) {
+    take_away(gpu);
     gpu->synchronize(gpu->in);
     gpu->synchronize(gpu->stream);
     gpu->synchronize(gpu->out);

@@ -236,7 +236,8 @@ int32_t device_fetch(device *gpu, const borrowed *arenas, uint64_t offset, uint6
                      uint64_t rows);
 int32_t device_deliver(device *gpu, const borrowed *arenas, uint64_t offset, uint64_t bytes,
                        uint64_t rows);
-/* 1, or 0 while it computes; -1 when it failed. */
+/* 1, or 0 while it computes; -1 when it failed. What is BESIDE leaves when this is asked for, or with the
+ * next launch. */
 int32_t device_done(device *gpu, int32_t slot);
 /* Of a launch that is done and was timed. */
 device_times device_took(device *gpu, int32_t slot);
@@ -247,7 +248,7 @@ int32_t device_graph_done(device *gpu);
 EXPORT int32_t device_share(device *gpu, uint64_t address, uint64_t bytes, lent *out);
 /* Map what is lent; 0, with nothing mapped, where that cannot be or it is not what it says. */
 int32_t device_borrow(device *gpu, const lent_arenas *arenas, uint64_t row_bytes, borrowed *out);
-/* Once nothing on the stream may use them. */
+/* Once nothing on the streams uses them. */
 void device_return(device *gpu, borrowed *arenas);
 
 /* ---- company.c ---- */

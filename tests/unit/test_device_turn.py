@@ -620,6 +620,41 @@ def test_trails_say_when_a_dispatch_went_through_its_stages(worker: Worker) -> N
     assert trail.computed_s[1] == trail.sent_s[0]
 
 
+def test_many_rows_leave_with_the_next_launch_or_once_they_are_computed(worker: Worker) -> None:
+    """Nothing waits for that in a queue which the next rows would wait in, too."""
+    worker.capture(0, 300)
+    arenas = Arenas(worker.device, num_rows=700)
+    assert worker.answering.borrow(SESSION, arenas.said)
+    one = worker.refer(0, 0, first=0, count=300)
+    worker.turn_until(lambda: worker.launched == 2)  # what brings it, and its graph
+    worker.turn(9)
+    assert worker.launched == 2
+    other = worker.refer(1, 0, first=350, count=300)
+    worker.turn_until(lambda: worker.launched == 5)  # the same, and what takes the first away
+    worker.allow(5)
+    worker.turn_until(lambda: one.answered)
+    assert torch.equal(arenas.reply_RD[:300], 2 * arenas.send_RD[:300])
+    worker.turn_until(lambda: worker.launched == 6)
+    assert arenas.reply_RD[350:].isnan().all()
+    assert not other.answered
+    worker.allow(6)
+    worker.turn_until(lambda: other.answered)
+    assert torch.equal(arenas.reply_RD[350:650], 2 * arenas.send_RD[350:650])
+
+
+def test_many_rows_that_a_device_fails_at_are_refused_and_take_nothing_away(worker: Worker) -> None:
+    worker.capture(0, 300, FAILS_LATER)
+    arenas = Arenas(worker.device, num_rows=300)
+    assert worker.answering.borrow(SESSION, arenas.said)
+    worker.refer(1, 0, first=0, count=300)
+    worker.turn_until(lambda: worker.launched == 2)
+    worker.allow(99)
+    assert worker.refusals() == [(wire.Refusal.FAILED, 1, 0, 0, 300)]
+    worker.answering.close(SESSION)
+    assert worker.launched == 2
+    assert arenas.reply_RD.isnan().all()
+
+
 def test_one_that_computes_for_long_has_its_caller_look_around(worker: Worker) -> None:
     worker.capture(0, 1)
     one = worker.dispatch(1, 0, rows(1))
@@ -969,6 +1004,21 @@ def test_what_was_lent_is_returned_when_nothing_may_use_it_any_more(worker: Work
     assert torch.equal(second.reply_RD[5:6], 2 * rows(ARENA_ROWS)[5:6])
     worker.answering.close(SESSION)
     assert worker.mapped == 0
+
+
+def test_what_was_lent_is_returned_with_the_many_rows_that_were_to_go_there(worker: Worker) -> None:
+    worker.capture(0, 300)
+    first, second = (Arenas(worker.device, num_rows=300) for _ in range(2))
+    assert worker.answering.borrow(SESSION, first.said)
+    one = worker.refer(1, 0, first=0, count=300)
+    worker.turn_until(lambda: worker.launched == 2)
+    assert worker.answering.borrow(SESSION, second.said)
+    assert torch.equal(first.reply_RD, 2 * first.send_RD)
+    first.reply_RD.fill_(torch.nan)
+    worker.turn_until(lambda: one.answered)
+    assert worker.launched == 3
+    assert first.reply_RD.isnan().all()
+    assert second.reply_RD.isnan().all()
 
 
 @pytest.mark.parametrize("counts", [(3, 2), (0, 1), (1, 0), (4, 0, 0, 0, 0)])
