@@ -17,6 +17,7 @@ from gateway.front import Front
 from gateway.generation import read_defaults
 from gateway.ipc import AsyncChannel
 from gateway.metrics import GatewayMetrics
+from gateway.rehearsal import Rehearsal
 from gateway.routing import Router
 from gateway.text import load_tokenizer
 from mesh.config import GatewayConfig, default_name, read_lines
@@ -35,6 +36,7 @@ SERVICE_NAME = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 DRAIN_TIMEOUT_S = 30.0
 _ENGINE_END_TIMEOUT_S = 5.0
 _WATCH_INTERVAL_S = 1.0
+_REHEARSES = "the engine rehearses: what a GPU computes for the first time is compiled first"
 
 
 def main(config: GatewayConfig) -> int:
@@ -151,6 +153,7 @@ class Gateway:
         self._recheck = asyncio.Event()
         link.started.add_done_callback(lambda _: self._recheck.set())
         self._router = Router(config, gateway_id, model, link, on_change=self._recheck.set)
+        self._rehearsal = Rehearsal(config, model.vocab_size, link)
         self._front = Front(
             config,
             model,
@@ -181,7 +184,9 @@ class Gateway:
         silent_s = self._link.silent_s()
         if silent_s > SILENT_AFTER_S:
             return f"the engine is silent for {silent_s:.0f} s with work pending"
-        return self._router.trouble()
+        if trouble := self._router.trouble():
+            return trouble
+        return None if self._rehearsal.over else _REHEARSES
 
     async def run(self) -> int:
         """Serve until told to stop or the engine dies; the exit code."""
@@ -214,9 +219,13 @@ class Gateway:
     async def _watch(self) -> None:
         """Say ready or not as it changes; end an engine that hangs for good."""
         before: str | None = ""
+        rehearsing: asyncio.Task[None] | None = None
         while True:
             self._recheck.clear()
             trouble = self.trouble()
+            if trouble == _REHEARSES and rehearsing is None:
+                rehearsing = asyncio.create_task(self._rehearsal.run())
+                rehearsing.add_done_callback(lambda _: self._recheck.set())
             if trouble != before:
                 log.info("readiness", ready=trouble is None, reason=trouble)
                 await self._server.set_ready(SERVICE_NAME, trouble is None)

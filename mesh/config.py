@@ -248,6 +248,11 @@ class GatewayConfig(ServerConfig):
     reply_timeout_s: float = option(
         10.0, "How long a worker may take over one dispatch; one that is hung is noticed sooner."
     )
+    rehearsal_s: float = option(
+        -1,
+        "How long it may ask its own engine, at every size of step, before it is ready; 0: not at "
+        "all; -1: 60 on a GPU, where what is new is compiled first, else 0.",
+    )
     api_key_file: Path | None = option(None, "File of bearer tokens, one a line; turns them on.")
 
     def __post_init__(self) -> None:
@@ -258,6 +263,7 @@ class GatewayConfig(ServerConfig):
             ("max_running", 0, 256 if on_gpu else 64),
             # Halves of fewer read an expert's weights twice and hide less than that takes.
             ("overlap_tokens", -1, 4096 if on_gpu else 256),
+            ("rehearsal_s", -1, 60.0 if on_gpu else 0.0),
         ):
             if getattr(self, name) == unset:
                 object.__setattr__(self, name, value)
@@ -282,6 +288,7 @@ class GatewayConfig(ServerConfig):
             "expert_loading_patience_s must not be below expert_patience_s",
         )
         _require(self.overlap_tokens >= 0, "overlap_tokens must be -1 or more")
+        _require(0 <= self.rehearsal_s < math.inf, "rehearsal_s must be -1, or not negative")
         _require(
             self.max_batch_tokens >= self.max_running,
             "max_batch_tokens must not be below max_running: every running request decodes",

@@ -142,5 +142,6 @@ def test_what_one_step_may_hold_follows_from_the_device() -> None:
     on_cpu, on_gpu = GatewayConfig(), GatewayConfig(device="cuda:1")
     assert (on_cpu.max_batch_tokens, on_cpu.max_running, on_cpu.overlap_tokens) == (512, 64, 256)
     assert (on_gpu.max_batch_tokens, on_gpu.max_running, on_gpu.overlap_tokens) == (8192, 256, 4096)
+    assert (on_cpu.rehearsal_s, on_gpu.rehearsal_s) == (0, 60)
     said = GatewayConfig(device="cuda", max_batch_tokens=64, max_running=8, overlap_tokens=0)
     assert (said.max_batch_tokens, said.max_running, said.overlap_tokens) == (64, 8, 0)
