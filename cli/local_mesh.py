@@ -116,7 +116,7 @@ class Mesh:
         try:
             await asyncio.wait(
                 {starting, death},
-                timeout=self._spec.up.timeout_s,
+                timeout=self._spec.ready_within_s,
                 return_when=asyncio.FIRST_COMPLETED,
             )
             if death.done():
@@ -226,7 +226,7 @@ class Mesh:
         missing = [f"{n} of {of} {what}" for what, (n, of) in self._progress.items() if n < of]
         note = f"; placement says: {self._note}" if self._note else ""
         return (
-            f"not ready after {self._spec.up.timeout_s:.0f} s: "
+            f"not ready after {self._spec.ready_within_s:.0f} s: "
             f"{', '.join(missing) or 'placement is not up'}{note}; "
             f"the logs are in {self._supervisor.log_dir}"
         )

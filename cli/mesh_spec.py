@@ -56,7 +56,9 @@ class UpConfig:
     )
     json: bool = option(False, "Print JSON objects: one when all is ready, one for each event.")
     log_dir: Path | None = option(None, "Where processes log; if absent, a temporary directory.")
-    timeout_s: float = option(120.0, "How long all may take to be ready.")
+    timeout_s: float = option(
+        120.0, "How long all may take to be ready, but for what gateways rehearse."
+    )
     drain_s: float = option(
         40.0, "How long requests in flight, and experts on a worker, have once it is told to end."
     )
@@ -150,6 +152,11 @@ class MeshSpec:
             _worker=worker,
             _device_of=device_of,
         )
+
+    @property
+    def ready_within_s(self) -> float:
+        """How long the whole may take to be ready."""
+        return self.up.timeout_s + max(gateway.rehearsal_s for gateway in self.gateways)
 
     @property
     def shares_gpus(self) -> bool:

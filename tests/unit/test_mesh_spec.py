@@ -1,4 +1,4 @@
-"""Where the processes of one `up` are to listen."""
+"""Where the processes of one `up` are to listen, and how long it waits for them."""
 
 from __future__ import annotations
 
@@ -59,3 +59,8 @@ def test_with_mutual_tls_everybody_listens_and_with_half_of_it_nobody(tmp_path: 
     del tls["tls_ca"]
     with pytest.raises(ConfigError, match="give --tls-ca too"):
         spec(host="0.0.0.0", **tls)
+
+
+def test_what_gateways_rehearse_is_beside_what_all_may_take_to_start() -> None:
+    assert spec(timeout_s=10).ready_within_s == 10
+    assert spec(timeout_s=10, rehearsal_s=5).ready_within_s == 15
