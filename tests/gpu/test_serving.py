@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import psutil
 import pytest
 
@@ -61,6 +65,23 @@ def test_bfloat16_begins_as_float32_does(cpu_answers: list[list[int]]) -> None:
         for a, b in zip(ours, theirs, strict=True)
     )
     assert equal > NUM_TOKENS
+
+
+def test_who_comes_first_waits_for_no_graph(tmp_path: Path) -> None:
+    """Whatever the size of batch: the gateway has rehearsed it."""
+    flags = ["--device", "cuda", "--log-dir", tmp_path]
+    with running_mesh("--model", DEMO_MODEL, *flags) as mesh, Client(mesh.gateway) as client:
+
+        def ask(length: int) -> None:
+            client.complete(PROMPTS[0], max_tokens=length, ignore_eos=True)
+
+        with ThreadPoolExecutor(48) as pool:
+            list(pool.map(ask, range(1, 97)))
+    log = (tmp_path / "gateway-0.log").read_text()
+    events = [json.loads(line)["event"] for line in log.splitlines()]
+    rehearsed = events.index("rehearsed")
+    assert "decode_graphs_captured" in events[:rehearsed]
+    assert "decode_graphs_captured" not in events[rehearsed:]
 
 
 def _engines(mesh: RunningMesh) -> list[psutil.Process]:
