@@ -11,12 +11,13 @@ import asyncio
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import structlog
 
 from gateway.engine_link import EngineLink
+from gateway.validate import filled
 from mesh.config import GatewayConfig
 from mesh.errors import MeshError, error_from_code
 from protos import engine_pb2 as pb
@@ -31,9 +32,7 @@ _DECODED = 6
 _AT_ONCE = 16
 """Prompts of a step that has several."""
 _FEWEST_TOKENS = 64
-_LIKELIEST = inference_pb2.SamplingParams(
-    temperature=0.0, top_p=1.0, repetition_penalty=1.0, ignore_eos=True
-)
+_LIKELIEST = inference_pb2.SamplingParams(temperature=0.0, ignore_eos=True)
 _CHOICES = (
     inference_pb2.SamplingParams(logprobs=1),
     inference_pb2.SamplingParams(temperature=1.0, top_p=0.9, top_k=50, min_p=0.01),
@@ -47,8 +46,8 @@ class Scene:
     """Requests that are asked at once, each with so many tokens of prompt and of output."""
 
     lengths: tuple[tuple[int, int], ...]
-    choice: inference_pb2.SamplingParams | None = None
-    """How tokens are chosen; None: the likeliest."""
+    choice: inference_pb2.SamplingParams = field(default_factory=inference_pb2.SamplingParams)
+    """How tokens are chosen where not by taking the likeliest."""
 
 
 def scenes(config: GatewayConfig, started: pb.Started) -> Iterator[Scene]:
@@ -116,27 +115,20 @@ class Rehearsal:
                 self._num_asked += 1
                 request_id = f"rehearsal#{self._num_asked}"
                 ends[request_id] = asyncio.get_running_loop().create_future()
-                request = self._request(request_id, num_prompt, max_tokens)
-                if scene.choice is not None:
-                    request.sampling.MergeFrom(scene.choice)
+                request = pb.Submit(
+                    request_id=request_id,
+                    # Of its own: no block of it is known.
+                    prompt_token_ids=self._random.choices(range(self._vocab_size), k=num_prompt),
+                    sampling=filled(_LIKELIEST, scene.choice),
+                    arrival_s=time.monotonic(),
+                )
+                request.sampling.max_tokens = max_tokens
                 self._link.submit(request, partial(_note_end, ends[request_id]))
             for output in await asyncio.gather(*ends.values()):
                 if output.finish_reason == "error":
                     raise error_from_code(output.error_code, output.error_message)
         finally:
             self._link.forget(ends)
-
-    def _request(self, request_id: str, num_prompt: int, max_tokens: int) -> pb.Submit:
-        # Each with a prompt of its own, of which no block is known.
-        prompt = self._random.choices(range(self._vocab_size), k=num_prompt)
-        request = pb.Submit(
-            request_id=request_id,
-            prompt_token_ids=prompt,
-            sampling=_LIKELIEST,
-            arrival_s=time.monotonic(),
-        )
-        request.sampling.max_tokens = max_tokens
-        return request
 
 
 def _note_end(end: asyncio.Future[pb.Output], output: pb.Output, now: float) -> None:

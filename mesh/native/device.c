@@ -318,21 +318,22 @@ int32_t device_launch(device *gpu, int32_t index, const captured *of, const tran
                       int32_t count, int32_t how) {
     slot *one = &gpu->slots[index];
     int beside = how & BESIDE, delivers = how & DELIVERS, timed = how & TIMED;
+    int leaves = beside && !delivers; /* by a launch of its own */
     void *stream = gpu->stream, *in = beside ? gpu->in : stream;
     row_copy brought[MAX_COPIES] = {0}, taken[MAX_COPIES] = {0};
-    int32_t to_bring = count, to_take = delivers ? 0 : count;
+    int32_t to_bring = count, to_take = delivers || leaves ? 0 : count;
     list_brought(one, parts, to_bring, delivers, brought);
     list_taken(one, parts, to_take, taken);
     one->beside = beside;
     if (beside && (gpu->record(one->fetching, in) || !move_beside(gpu, brought, to_bring))) return 0;
-    if (beside && !delivers) to_bring = 0;
+    if (leaves) to_bring = 0;
     if (of->brings) {
         if (!set(gpu, of->graph, of->brings, brought, to_bring)) return 0;
         to_bring = 0;
     }
     if (of->takes_away) {
-        if (!set(gpu, of->graph, of->takes_away, taken, beside ? 0 : to_take)) return 0;
-        if (!beside) to_take = 0;
+        if (!set(gpu, of->graph, of->takes_away, taken, to_take)) return 0;
+        to_take = 0;
     }
     if ((!beside && timed && gpu->record(one->began, stream)) ||
         (to_bring && !copy(gpu, in, brought, to_bring)) ||
@@ -341,17 +342,16 @@ int32_t device_launch(device *gpu, int32_t index, const captured *of, const tran
         gpu->launch(of->graph, stream))
         return 0;
     take_away(gpu); /* of the batch before */
-    int leaves = beside && to_take;
     if ((beside && gpu->record(one->computed, stream)) ||
-        (!leaves && to_take && !copy(gpu, stream, taken, to_take)) ||
+        (to_take && !copy(gpu, stream, taken, to_take)) ||
         (!leaves && !mark_end(gpu, one, stream, timed))) {
         device_lose(gpu, index); /* nobody can tell when it will have stopped writing */
         return 0;
     }
     if (leaves) {
         gpu->leaving = index;
-        gpu->num_taken = to_take;
-        memcpy(gpu->taken, taken, sizeof taken);
+        gpu->num_taken = count;
+        list_taken(one, parts, count, gpu->taken);
     }
     return 1;
 }
